@@ -1,0 +1,348 @@
+"""Segment CT scans: windows, blending, back to the scan's own grid (paper, Sec. 4.1).
+
+    python infer.py --checkpoint run/best.pt --input scan.nii.gz --output out --preview
+    python infer.py --checkpoint run/best.pt --input imagesTs --output out --classes liver spleen
+
+Memory stays small whatever the scan: windows are visited slab by slab, a finished slab goes to the
+native grid and leaves one packed bit per class and the index of the winning class per voxel.
+
+K classes   D, H, W voxels of the cropped, resampled scan   p side of a window
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import labels as L
+import model as M
+
+OVERLAP = 0.5           # of neighbouring windows (release)
+SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
+THRESHOLD = 0.5         # on the probability (release)
+
+
+# ---- windows -----------------------------------------------------------------------------------
+def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
+    """Evenly spread starts that cover n >= patch voxels with at least this overlap."""
+    count = int(np.ceil((n - patch) / max(1, round(patch * (1 - overlap))))) + 1
+    return np.rint(np.linspace(0, n - patch, count)).astype(int).tolist()
+
+
+def window_weights(starts: list[int], patch: int) -> np.ndarray:
+    """(windows, patch) Gaussian weights of one axis that add up to 1 at every voxel.
+
+    The windows of a scan are a full grid, so the product over three axes adds up to 1 as well and
+    no count buffer is needed.
+    """
+    x = (np.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
+    g = np.exp(-0.5 * x * x)
+    total = np.zeros(starts[-1] + patch)
+    for s in starts:
+        total[s:s + patch] += g
+    return np.stack([g / total[s:s + patch] for s in starts]).astype(np.float32)
+
+
+def use_amp(device: str | torch.device) -> bool:
+    """bf16 by default only where the hardware computes in it; elsewhere it is far slower."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.inference_mode()
+def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
+          batch: int = 1, amp: bool = False, bar=None):
+    """Blend windows and yield finished slabs along the last axis: (start, logits (K, D, H, n)).
+
+    image (D, H, W) with every side >= patch. The buffer is one window thick.
+    """
+    device, (D, H, W) = image.device, image.shape
+    starts = [window_starts(n, patch, overlap) for n in (D, H, W)]
+    weights = [torch.from_numpy(window_weights(s, patch)).to(device) for s in starts]
+    buffer, empty = None, None
+    for z, (start, stop) in enumerate(itertools.pairwise([*starts[2], W])):
+        todo = list(itertools.product(range(len(starts[0])), range(len(starts[1]))))
+        for part in (todo[i:i + batch] for i in range(0, len(todo), batch)):
+            windows = torch.stack([image[starts[0][i]:, starts[1][j]:, start:]
+                                   [:patch, :patch, :patch] for i, j in part])[:, None]
+            blank = not windows.any()
+            if not (blank and empty is not None):
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    logits = model(windows, w).float()             # (n, K, p, p, p)
+                if blank:
+                    empty = logits[:1]                 # windows of air share one result
+            for n, (i, j) in enumerate(part):
+                x = empty[0] if blank else logits[n]
+                if buffer is None:
+                    buffer = x.new_zeros(len(x), D, H, patch)
+                a, b = starts[0][i], starts[1][j]
+                wi, wj, wk = weights[0][i], weights[1][j], weights[2][z]
+                buffer[:, a:a + patch, b:b + patch].addcmul_(
+                    x, (wi[:, None, None] * wj[:, None]) * wk)
+            if bar is not None:
+                bar.update(len(part))
+        done = stop - start if z + 1 < len(starts[2]) else patch
+        yield start, buffer[..., :done]
+        if done < patch:
+            buffer[..., :-done] = buffer[..., done:].clone()
+            buffer[..., -done:] = 0
+
+
+def pad_to(image: np.ndarray, patch: int) -> tuple[np.ndarray, list[int]]:
+    """Air around a scan smaller than a window -> (image, voxels added in front of each axis)."""
+    pad = [(max(patch - n, 0) // 2, max(patch - n, 0) - max(patch - n, 0) // 2)
+           for n in image.shape]
+    return (np.pad(image, pad) if np.any(pad) else image), [p for p, _ in pad]
+
+
+def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
+    return int(np.prod([len(window_starts(max(n, patch), patch, overlap)) for n in shape]))
+
+
+def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
+                   batch: int = 1, amp: bool = False) -> Tensor:
+    """Logits (K, D, H, W) of a preprocessed volume (D, H, W), any size, blended from windows."""
+    image, front = pad_to(np.asarray(volume, np.float32), patch)
+    x = torch.from_numpy(image).to(w.device)
+    parts = [s.clone() for _, s in slabs(x, model, w, patch=patch, overlap=overlap, batch=batch,
+                                         amp=amp)]
+    where = [slice(f, f + n) for f, n in zip(front, volume.shape, strict=True)]
+    return torch.cat(parts, 3)[(slice(None), *where)]
+
+
+# ---- a whole scan ------------------------------------------------------------------------------
+class Segmentation:
+    """What is kept per native voxel: a bit per class (packed in uint32 words) and the winner.
+
+    The last axis is the slowest in memory, because slabs arrive along it.
+    """
+
+    def __init__(self, shape, K: int):
+        D, H, W = shape
+        self.K = K
+        self.bits = np.zeros((-(-K // 32), W, D, H), np.uint32).transpose(0, 2, 3, 1)
+        self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
+
+    def mask(self, k: int) -> np.ndarray:
+        return (self.bits[k // 32] >> np.uint32(k % 32)) & 1 > 0
+
+    def set_mask(self, k: int, mask: np.ndarray) -> None:
+        word, bit = self.bits[k // 32], np.uint32(1 << (k % 32))
+        word &= ~bit
+        word |= np.where(mask, bit, np.uint32(0))
+
+    def put(self, logits: Tensor, at, planes: np.ndarray) -> None:
+        """Threshold and vote on some native planes.
+
+        logits  (K, D, H, n)  a slab of the working grid
+        at      per axis, the position of each native voxel in the slab; outside it is no body
+        planes  native planes (last axis) that `at[2]` speaks of
+        """
+        best = np.full((*self.winner.shape[:2], len(planes)), THRESHOLD, np.float32)
+        window = slice(planes[0], planes[-1] + 1)
+        for k in range(self.K):
+            if not (logits[k] > 0).any():             # interpolation cannot exceed its corners
+                continue
+            hit = logits[k] > 0
+            inside = []
+            for axis in range(3):
+                line = torch.nonzero(hit.amax([a for a in range(3) if a != axis]))[:, 0]
+                low, high = int(line[0]) - 1, int(line[-1]) + 1
+                n = hit.shape[axis]
+                inside.append(np.flatnonzero((at[axis] > low) & (at[axis] < high) &
+                                             (at[axis] >= 0) & (at[axis] <= n - 1)))
+            if any(len(i) == 0 for i in inside):
+                continue
+            prob = logits[k].sigmoid()
+            for axis in (2, 1, 0):
+                prob = data.interpolate(prob, at[axis][inside[axis]], axis)
+            prob = prob.cpu().numpy()
+            box = tuple(slice(i[0], i[-1] + 1) for i in inside)
+            view = best[box]
+            won = prob > view
+            self.bits[k // 32][:, :, window][box] |= np.where(
+                prob > THRESHOLD, np.uint32(1 << (k % 32)), np.uint32(0))
+            self.winner[:, :, window][box][won] = k
+            view[won] = prob[won]
+
+    def merge(self, classes) -> np.ndarray:
+        """(D, H, W) class number (index + 1) or 0: a child over its parent, else the winner if its
+        bit is still set, else the first set class in table order."""
+        above = {k: L.ancestors(k, classes) for k in range(len(classes))}
+        out = np.zeros(self.winner.shape[2:] + self.winner.shape[:2], self.winner.dtype)
+        out = out.transpose(1, 2, 0)
+        for z in range(out.shape[2]):
+            bits = self.bits[:, :, :, z]
+            if not bits.any():
+                continue
+            on = {k: (bits[k // 32] >> np.uint32(k % 32)) & 1 > 0 for k in range(self.K)
+                  if bits[k // 32].any()}
+            plane = np.zeros(out.shape[:2], out.dtype)
+            for k in sorted(on, reverse=True):
+                plane[on[k]] = k + 1
+            for k in on:
+                plane[on[k] & (self.winner[:, :, z] == k)] = k + 1
+            for k in sorted(on, key=lambda k: len(above[k])):
+                if above[k]:
+                    plane[on[k] & np.isin(plane, [a + 1 for a in above[k]])] = k + 1
+            out[:, :, z] = plane
+        return out
+
+
+def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
+            patch: int = data.PATCH, batch: int = 1, amp: bool = False,
+            progress: bool = False) -> Segmentation:
+    """Scan (RAS+, any spacing) -> a bit per class and the winner, in the scan's own grid."""
+    image, shape, box = data.preprocess(volume, spacing_mm)
+    image, front = pad_to(image, patch)
+    native = volume.array.shape
+    # native voxel i lies at at[i] of the padded, cropped working grid
+    at = [data.positions(m, n) - b.start + f
+          for n, m, b, f in zip(native, shape, box, front, strict=True)]
+    edge = [(f, f + b.stop - b.start - 1) for f, b in zip(front, box, strict=True)]
+    for a, (low, high) in zip(at, edge, strict=True):
+        a[(a < low - 1e-6) | (a > high + 1e-6)] = -1e9               # not in the body's box
+        np.clip(a, low, high, out=a, where=a > -1e8)
+    x = torch.from_numpy(image).to(w.device)
+    out = Segmentation(native, len(w))
+    bar = tqdm(total=count_windows(image.shape, patch), desc="windows", unit="window",
+               leave=False, disable=not progress)
+    carry, W = None, image.shape[2]
+    with bar:
+        for start, logits in slabs(x, model, w, patch=patch, batch=batch, amp=amp, bar=bar):
+            stop = start + logits.shape[3]
+            if carry is not None:                     # one plane of the slab before, for its gap
+                logits, start = torch.cat([carry, logits], 3), start - 1
+            end = stop - 1 if stop < W else W
+            planes = np.flatnonzero((at[2] >= start) & (at[2] < end))
+            if len(planes):
+                out.put(logits, (at[0], at[1], at[2][planes] - start), planes)
+            carry = logits[..., -1:].clone()
+    return out
+
+
+# ---- results -----------------------------------------------------------------------------------
+COLOURS = [tuple(int(255 * (0.35 + 0.65 * v)) for v in
+                 (abs(np.sin(2.4 * k + 0.3)), abs(np.sin(1.1 * k + 1.9)), abs(np.sin(3.7 * k + 4))))
+           for k in range(1, 1025)]
+
+
+def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes, ks, *,
+                  masks: bool, preview: bool, volume: data.Volume) -> list[dict]:
+    """Label map, names/values/volumes, and what else was asked for; JSON last: it marks done."""
+    number = np.array([0, *(k + 1 for k in ks)], np.uint8 if len(classes) < 256 else np.uint16)
+    label = number[seg.merge([classes[k] for k in ks])]
+    ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    rows = []
+    for i, k in enumerate(ks):
+        mask = seg.mask(i)
+        rows.append({"value": k + 1, "name": classes[k].name,
+                     "volume_ml": round(float(np.count_nonzero(mask)) * ml, 3)})
+        if masks:
+            file = classes[k].name.lower().replace(" ", "_").replace("/", "_") + ".nii.gz"
+            data.save_like(out_dir / name / file, mask.astype(np.uint8), scan)
+    if preview:
+        draw(out_dir / f"{name}.png", volume, label, classes, title=name)
+    data.save_like(out_dir / f"{name}.nii.gz", label, scan)
+    with data.whole_file(out_dir / "itksnap_labels.txt") as part:
+        part.write_text('    0     0    0    0        0  0  0    "Clear Label"\n' + "".join(
+            '{:5d} {:5d} {:4d} {:4d}        1  1  1    "{}"\n'.format(
+                k + 1, *COLOURS[k % 1024], c.name) for k, c in enumerate(classes)))
+    with data.whole_file(out_dir / f"{name}.json") as part:
+        part.write_text(json.dumps({"scan": str(scan), "classes": rows}, indent=1) + "\n")
+    return rows
+
+
+def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str = "") -> None:
+    """Axial, coronal and sagittal plane through the labelled middle, grey and coloured, as PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--preview needs matplotlib: pip install matplotlib") from None
+    size, spacing = label.shape, volume.spacing_mm
+    centre = [int(np.argmax(np.bincount(np.nonzero(label)[a], minlength=n)))
+              if label.any() else n // 2 for a, n in enumerate(size)]
+    low, high = data.HU_WINDOW
+    fig = Figure(figsize=(12, 8), facecolor="black")
+    FigureCanvasAgg(fig)
+    lut = np.array([(0, 0, 0), *COLOURS[:max(int(label.max()), 1)]]) / 255
+    for col, (axis, name) in enumerate([(2, "axial"), (1, "coronal"), (0, "sagittal")]):
+        a, b = (i for i in range(3) if i != axis)
+        grey = np.take(volume.array, centre[axis], axis).astype(np.float32)
+        grey = np.clip((grey - low) / (high - low), 0, 1)
+        part = np.take(label, centre[axis], axis)
+        for row in range(2):
+            ax = fig.add_axes([col / 3, 0.52 - 0.4 * row, 0.325, 0.4])
+            rgb = np.repeat(grey[..., None], 3, 2)
+            if row:
+                rgb = np.where(part[..., None] > 0, 0.5 * rgb + 0.5 * lut[part], rgb)
+            # radiological: the patient's right on the left of the picture, head and front up
+            flip = rgb[::-1] if axis != 0 else rgb
+            ax.imshow(flip.transpose(1, 0, 2), origin="lower", aspect=spacing[b] / spacing[a])
+            ax.set_axis_off()
+            if not row:
+                ax.set_title(f"{title} {name}" if col == 0 else name, color="white", fontsize=10)
+    shown = [int(v) for v in np.unique(label) if v][:40]
+    for i, v in enumerate(shown):
+        fig.text(0.02 + 0.24 * (i % 4), 0.1 - 0.022 * (i // 4), "\u25a0 ", color=lut[v], fontsize=9)
+        fig.text(0.04 + 0.24 * (i % 4), 0.1 - 0.022 * (i // 4), classes[v - 1].name, color="white",
+                 fontsize=9)
+    with data.whole_file(path) as part:
+        fig.savefig(part, dpi=80, facecolor="black")
+
+
+def find_scans(path: Path) -> list[Path]:
+    """A scan, or all scans of a folder (imagesTs of nnU-Net included)."""
+    if path.is_dir():
+        scans = sorted(p for e in data.ENDINGS for p in path.glob(f"*{e}") if p.name[0] != ".")
+        if not scans:
+            raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder")
+        return scans
+    return [path]
+
+
+def main(argv=None) -> int:
+    ap = argparse.ArgumentParser(description="Segment CT scans in their own space.")
+    ap.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py")
+    ap.add_argument("--input", required=True, metavar="PATH", type=Path,
+                    help="a NIfTI scan or a folder of scans")
+    ap.add_argument("--output", required=True, metavar="DIR", type=Path)
+    ap.add_argument("--classes", nargs="+", metavar="NAME", help="only these (default: all)")
+    ap.add_argument("--masks", action="store_true", help="one overlapping mask per class as well")
+    ap.add_argument("--preview", action="store_true", help="a PNG per scan (needs matplotlib)")
+    ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
+                    help="compute in bf16 (default: where the hardware has it)")
+    ap.add_argument("--batch", type=int, default=1, help="windows at a time (default 1)")
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = ap.parse_args(argv)
+    scans = find_scans(args.input)
+    model, w, rest = M.load_checkpoint(args.checkpoint)
+    classes = L.table_from_rows(rest["classes"])
+    ks = L.select(args.classes, classes) if args.classes else list(range(len(classes)))
+    model, w = model.to(args.device), w[ks].to(args.device)
+    amp = use_amp(args.device) if args.amp is None else args.amp
+    for scan in (bar := tqdm(scans, "segment", unit="scan")):
+        bar.set_postfix_str(scan.name)
+        volume = data.load_volume(scan)
+        seg = segment(volume, model, w, spacing_mm=rest["config"]["spacing_mm"],
+                      patch=rest["config"]["patch"], batch=args.batch, amp=amp, progress=True)
+        rows = write_results(data.case_name(scan), args.output, scan, seg, classes, ks,
+                             masks=args.masks, preview=args.preview, volume=volume)
+    found = [r for r in rows if r["volume_ml"] > 0]
+    print(f"{len(scans)} scan(s) -> {args.output}; in {scan.name}: " + ", ".join(
+        f"{r['name']} {r['volume_ml']:.1f} ml" for r in found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(L.run(main))

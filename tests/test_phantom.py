@@ -1,0 +1,159 @@
+"""Facts about the synthetic scans: they repeat, lie the right way round, and need more than HU."""
+import gzip
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from experiments import phantom
+from experiments.phantom import DATASETS, SPELLING, TEST, TRUTH, make_scan, values_for
+
+SEEDS = (0, 1, 2, 3, 4, 5)
+HOSTS = {"Liver Tumor": {"Liver"}, "Kidney Tumor": {"Left Kidney", "Right Kidney"},
+         "Kidney Cyst": {"Left Kidney", "Right Kidney"}, "Lung Tumor": {"Left Lung", "Right Lung"},
+         "Pancreas Tumor": {"Pancreas"}}
+
+
+@pytest.fixture(scope="module")
+def scans():
+    return [make_scan(seed) for seed in SEEDS]
+
+
+def _mask(truth, *classes):
+    return np.isin(truth, [v for v, names in TRUTH.items() if names & set(classes)])
+
+
+def _centroid_mm(mask, affine):
+    return (affine @ np.append(np.argwhere(mask).mean(0), 1))[:3]
+
+
+def hu_classifier_dice(scans):
+    """Mean Dice of the best guess from a voxel's HU alone, fitted on the truth itself.
+
+    Each class may choose its own set of 10-HU bins, which is kinder than one class a bin: bins are
+    taken in order of the share of the class in them, as far as the Dice goes on rising.
+    """
+    bins = [np.clip((hu.ravel() + 1030) // 10, 0, 409).astype(int) for hu, _, _ in scans]
+    every = sum(np.bincount(b, minlength=410) for b in bins)
+    best = []
+    for name in SPELLING:
+        hits = sum(np.bincount(b[_mask(truth, name).ravel()], minlength=410)
+                   for b, (_, truth, _) in zip(bins, scans, strict=True))
+        if hits.sum():
+            order = np.argsort(-hits / np.maximum(every, 1))
+            best.append((2 * hits[order].cumsum() / (every[order].cumsum() + hits.sum())).max())
+    return float(np.mean(best))
+
+
+def test_best_hu_classifier_stays_below_half(scans):
+    assert hu_classifier_dice(scans) < 0.5
+
+
+def test_hu_classifier_solves_a_scan_whose_classes_have_their_own_hu():
+    """One bin a class, 27 voxels each: a Dice of 1, so the check above can fail."""
+    truth = np.repeat(np.arange(1, 20, dtype=np.uint8), 27).reshape(19, 3, 9)
+    assert hu_classifier_dice([(truth.astype(np.int16) * 100 - 1000, truth, np.eye(4))]) == 1.0
+
+
+def test_same_seed_same_scan_and_other_seed_other_scan(scans):
+    hu, truth, affine = make_scan(SEEDS[0])
+    assert hu.dtype == np.int16 and truth.dtype == np.uint8
+    assert np.array_equal(hu, scans[0][0]) and np.array_equal(truth, scans[0][1])
+    assert np.array_equal(affine, scans[0][2])
+    assert hu.shape != scans[1][0].shape or not np.array_equal(hu, scans[1][0])
+
+
+def test_healthy_body_is_the_same_body_without_lesions(scans):
+    _, truth, affine = make_scan(SEEDS[3], healthy=True)
+    sick = scans[3][1]
+    assert np.array_equal(affine, scans[3][2])
+    assert not _mask(truth, *HOSTS).any() and _mask(sick, *HOSTS).any()
+    untouched = ~_mask(sick, *HOSTS)
+    assert np.array_equal(truth[untouched], sick[untouched])
+
+
+def test_unseen_hospital_has_thick_slices_and_an_unknown_one_is_refused():
+    _, _, affine = make_scan(0, hospital="b")
+    assert nib.affines.voxel_sizes(affine).max() == pytest.approx(5.0)
+    with pytest.raises(ValueError, match='"a" or "b"'):
+        make_scan(0, hospital="c")
+
+
+def test_organs_lie_on_their_side_in_world_space_whatever_the_axis_order(scans):
+    assert len({nib.aff2axcodes(affine) for _, _, affine in scans}) > 2
+    for hu, truth, affine in scans:
+        middle = _centroid_mm(hu > -300, affine)            # +x is the patient's right in RAS+
+        at = {name: _centroid_mm(_mask(truth, name), affine) - middle
+              for name in SPELLING if _mask(truth, name).any()}
+        assert at["Liver"][0] > 20 and at["Spleen"][0] < -40
+        assert at["Right Lung"][0] > 30 and at["Left Lung"][0] < -30
+        assert at["Postcava"][0] > at["Aorta"][0]
+        assert at["Right Lung"][2] > at["Liver"][2] > at["Pancreas"][2]
+        if "Right Kidney" in at:
+            assert at["Right Kidney"][0] > 30 and at["Right Kidney"][1] < at["Liver"][1]
+
+
+def test_every_lesion_value_names_its_host():
+    for classes in TRUTH.values():
+        for lesion in classes & HOSTS.keys():
+            assert len(classes) == 2 and classes & HOSTS[lesion]
+
+
+def test_lesions_touch_their_host(scans):
+    """Grown by one voxel, a lesion meets plain voxels of the organ it is in."""
+    for _, truth, _ in scans:
+        for value, classes in TRUTH.items():
+            lesion = truth == value
+            if len(classes) == 2 and lesion.any():
+                host = next(v for v, names in TRUTH.items() if names == classes - HOSTS.keys())
+                ring = np.zeros_like(lesion)
+                for axis in range(3):
+                    ring |= np.roll(lesion, 1, axis) | np.roll(lesion, -1, axis)
+                assert (truth[ring & ~lesion] == host).mean() > 0.1
+
+
+def test_label_values_by_hand():
+    """Left lung tumour is 3: in lung_left [1, 3] and in lung tumor [3, 4], in nothing else."""
+    lung = values_for(DATASETS["Dataset105_PhantomLung"])
+    assert [int(lung[v]) for v in (0, 5, 10, 11, 17, 18)] == [0, 0, 2, 1, 4, 3]
+    kidney = values_for(DATASETS["Dataset101_PhantomKidney"])
+    assert [int(kidney[v]) for v in (2, 3, 13, 14, 15, 16)] == [1, 1, 2, 2, 3, 3]
+    assert np.array_equal(values_for(DATASETS[TEST]), np.arange(20))
+
+
+def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
+    """Six scans, one a dataset; written twice, the files are the same bytes."""
+    args = ["--scans", "6", "--test-scans", "1", "--seed", "7"]
+    assert phantom.main(["--out", str(tmp_path / "one"), *args]) == 0
+    seeds = {}
+    for folder in sorted((tmp_path / "one").iterdir()):
+        meta = json.loads((folder / "dataset.json").read_text())
+        regions = {k: np.atleast_1d(v) for k, v in meta["labels"].items()}
+        allowed = np.unique(np.concatenate(list(regions.values())))
+        split = "Ts" if folder.name == TEST else "Tr"
+        assert meta["numTraining"] == (split == "Tr")
+        assert sorted(p.name for p in folder.iterdir()) == ["dataset.json", f"images{split}",
+                                                            f"labels{split}"]
+        path, = (folder / f"labels{split}").iterdir()
+        image = nib.load(next((folder / f"images{split}").iterdir()))
+        label = nib.load(path)
+        values = np.asarray(label.dataobj)
+        assert np.isin(values, allowed).all() and values.any()
+        assert label.get_data_dtype() == np.uint8 and image.get_data_dtype() == np.int16
+        assert np.allclose(label.affine, image.affine) and label.header["qform_code"] == 1
+        seeds[folder.name] = image.shape, image.dataobj[:].tobytes()
+        assert gzip.decompress(path.read_bytes())[:4] == b"\x5c\x01\x00\x00"
+    assert len(seeds) == 7 and len({data for _, data in seeds.values()}) == 7
+    phantom._write_case((tmp_path / "one" / "Dataset104_PhantomSpleen", "again",
+                         2 * (10 ** 6 * 7 + 3), "Tr"))
+    files = sorted((tmp_path / "one" / "Dataset104_PhantomSpleen" / "imagesTr").iterdir())
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("args", [["--scans", "0"], ["--scans", "1", "--out", "{file}/data"]])
+def test_a_users_mistake_is_one_line_and_status_two(tmp_path, capsys, args):
+    (tmp_path / "file").write_text("in the way")
+    args = [a.format(file=tmp_path / "file") for a in args]
+    assert phantom.main(["--out", str(tmp_path), *args]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,296 @@
+"""Train on partially labelled datasets (paper, Sec. 3.3 and 4.1).
+
+    python train.py --data phantom --out run --text onehot --spacing-mm 4 --patch 64 --width 8
+    python train.py --data Dataset001 Dataset002 --out run --backbone unet
+    python train.py --data Dataset001 Dataset002 --out run --resume
+
+Randomness is a pure function of (seed, sample number): a resumed run ends bit-identical to an
+undisturbed one. OUT gets last.pt, best.pt (with a validation set), log.jsonl and config.json.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import infer
+import labels as L
+import losses
+import metrics
+import model as M
+from data import PATCH, SPACING_MM
+
+
+@dataclass
+class Config:
+    """One field a line; flags are made from them."""
+    data: tuple[str, ...] = ()    # datasets (nnU-Net raw), or folders of several
+    out: str = "run"              # where checkpoints and the log go
+    backbone: str = "unet"        # unet (swin_unetr comes with its issue)
+    text: str = "clip"            # clip, onehot, or a file of rows (K, E)
+    classes: str = ""             # a class table of your own (JSON)
+    resume: bool = False          # go on from OUT/last.pt
+    spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5)
+    patch: int = PATCH       # side of a crop, voxels (release: 96)
+    width: int = 64               # channels of the U-Net's decoder feature (release: 64)
+    steps: int = 100_000          # optimiser steps in all
+    batch: int = 2                # crops a step
+    lr: float = 1e-4              # AdamW, highest rate (release: 1e-4)
+    weight_decay: float = 1e-5    # AdamW (release)
+    warmup: float = 0.05          # share of the steps with a rising rate (release: 100 of 2000)
+    clip_grad: float = 1.0        # largest norm of the whole gradient
+    val_fraction: float = 0.1     # share of the scans held out; 5 scans or fewer: none
+    val_every: int = 1000         # steps between validations
+    val_scans: int = 20           # at most this many scans a validation
+    save_every: int = 500         # steps between checkpoints
+    workers: int = 0              # processes that cut crops
+    cache: str = ""               # preprocessed scans (default: cache beside OUT)
+    seed: int = 0
+    amp: bool | None = None       # bf16 (default: where the hardware computes in it)
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def lr_at(step: int, cfg: Config) -> float:
+    """Linear warm-up, then cosine to 0: a pure function of the step."""
+    warm = max(1, round(cfg.warmup * cfg.steps))
+    if step < warm:
+        return cfg.lr * (step + 1) / warm
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
+
+
+def text_rows(cfg: Config, classes) -> torch.Tensor:
+    """w (K, E): one-hot rows, or a file of rows as released or as clip_text.py writes it."""
+    if cfg.text == "onehot":
+        return torch.eye(len(classes))
+    if cfg.text == "clip":
+        raise ValueError("--text clip needs clip_text.py, which is not here yet; pass --text "
+                         "onehot or a file of rows")
+    try:
+        rows = torch.load(cfg.text, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{cfg.text}: not a readable file of text rows ({str(e)[:200]})") from None
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(classes):
+        raise ValueError(f"{cfg.text}: expected a tensor ({len(classes)}, E), one row a class")
+    return rows.float()
+
+
+def save(path: Path, model, opt, step: int, best: float, classes, w, spec: dict, cfg: Config):
+    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+    content = {"format": M.FORMAT, "spec": spec, "model": model.state_dict(), "w": w.cpu(),
+               "classes": [{k: list(v) if isinstance(v, tuple) else v
+                            for k, v in dataclasses.asdict(c).items()} for c in classes],
+               "config": {**dataclasses.asdict(cfg), "data": list(cfg.data)},
+               "optimizer": opt.state_dict(), "step": step, "best": best}
+    with data.whole_file(path) as part:
+        torch.save(content, part)
+
+
+def load(path: Path, model, opt, classes, spec: dict, cfg: Config) -> tuple[int, float]:
+    """Fill model and optimiser from a checkpoint of the same run -> (step, best score)."""
+    content = M.read_checkpoint(path)
+    if content.get("format") != M.FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    names = [c["name"] for c in content["classes"]]
+    if names != [c.name for c in classes] or content["spec"] != spec:
+        raise ValueError(f"{path}: other classes or another model than asked for now "
+                         f"({content['spec']}); start a new --out instead")
+    same = ("spacing_mm", "patch", "batch", "steps", "lr", "warmup", "weight_decay", "seed", "text")
+    for key in same:
+        if content["config"][key] != getattr(cfg, key):
+            raise ValueError(f"{path}: was made with --{key.replace('_', '-')} "
+                             f"{content['config'][key]}, now {getattr(cfg, key)}; a resumed run "
+                             "must have the same")
+    model.load_state_dict(content["model"])
+    opt.load_state_dict(content["optimizer"])
+    return content["step"], content["best"]
+
+
+@torch.no_grad()
+def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, float]:
+    """Mean Dice per class on whole validation scans, on the working grid."""
+    model.eval()
+    scores: dict[str, list[float]] = {}
+    for scan in scans[:cfg.val_scans]:
+        ks = np.flatnonzero(scan.case.annotated)
+        logits = infer.sliding_window(scan.image(), model, w[ks], patch=cfg.patch, amp=amp)
+        rows = scan.rows()
+        for i, k in enumerate(ks):
+            d = metrics.dice(logits[i].cpu().numpy() > 0, scan.case.lm.regions[:, k][rows])
+            if not math.isnan(d):
+                scores.setdefault(classes[k].name, []).append(d)
+    model.train()
+    return {name: sum(v) / len(v) for name, v in scores.items()}
+
+
+def describe(scans, val, classes) -> None:
+    """What the data covers, before anything is trained."""
+    for name in sorted({s.case.dataset for s in scans + val}):
+        own = [s for s in scans if s.case.dataset == name]
+        held = [s for s in val if s.case.dataset == name]
+        case = (own + held)[0].case
+        covered = [c.name for c, a in zip(classes, case.annotated, strict=True) if a]
+        print(f"{name}: {len(own)} scans" + (f" + {len(held)} validation" if held else "")
+              + f"; annotated: {', '.join(covered)}"
+              + (f"; {len(case.lm.unmatched)} names are no class here, left out"
+                 if case.lm.unmatched else ""))
+    nobody = [c.name for k, c in enumerate(classes)
+              if not any(s.case.annotated[k] for s in scans)]
+    if nobody:
+        print(f"annotated by no dataset: {', '.join(nobody)}")
+
+
+def train(cfg: Config) -> dict[str, float]:
+    """One run -> the last validation's Dice per class."""
+    # seed and device
+    torch.manual_seed(cfg.seed)
+    M.check_side((cfg.patch,) * 3)
+    out = Path(cfg.out)
+    last = out / "last.pt"
+    if last.exists() and not cfg.resume:
+        raise ValueError(f"{last} exists; pass --resume to go on, or another --out")
+    amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
+
+    # data
+    classes = L.load_classes(cfg.classes or None)
+    w = text_rows(cfg, classes).to(cfg.device)
+    cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, classes)]
+    cache = Path(cfg.cache) if cfg.cache else out.parent / "cache"
+    scans, val = data.split_scans(data.build_all(cases, cache, cfg.spacing_mm),
+                                  cfg.val_fraction, cfg.seed)
+    if not scans:
+        raise ValueError("no scan left to train on; lower --val-fraction")
+    describe(scans, val, classes)
+
+    # model and optimiser
+    spec = {"backbone": cfg.backbone, "width": cfg.width, "text_dim": w.shape[1]}
+    model = M.build_model(spec).to(cfg.device).train()
+    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+    # resume
+    step, best = load(last, model, opt, classes, spec, cfg) if cfg.resume and last.exists() \
+        else (0, -1.0)
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.jsonl"
+    kept = [] if not log.exists() else log.read_text().splitlines(keepends=True)
+    with data.whole_file(log) as part:
+        part.write_text("".join(r for r in kept if r.endswith("\n")
+                                and json.loads(r)["step"] < step))
+    with data.whole_file(out / "config.json") as part:
+        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+
+    # loop
+    crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch)
+    loader = torch.utils.data.DataLoader(
+        crops, cfg.batch, sampler=range(step * cfg.batch, len(crops)), collate_fn=data.collate,
+        num_workers=cfg.workers, pin_memory=cfg.device.startswith("cuda"))
+    scores: dict[str, float] = {}
+    with open(log, "a") as file, tqdm(total=cfg.steps, initial=step, desc="train",
+                                      unit="step") as bar:
+        for batch in loader:
+            t = time.perf_counter()
+            for group in opt.param_groups:
+                group["lr"] = lr_at(step, cfg)
+            annotated = batch["annotated"]                              # (B, K)
+            ks = torch.nonzero(annotated.any(0))[:, 0]                  # classes of this batch
+            x, rows, regions, annotated, ks_ = (
+                v.to(cfg.device, non_blocking=True) for v in
+                (batch["image"], batch["rows"], batch["regions"], annotated[:, ks], ks))
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                logits = model(x, w[ks_])                               # (B, |ks|, D, H, W)
+            y = data.targets(rows, regions, ks_)
+            bce = losses.masked_bce(logits, y, annotated)
+            dice = losses.masked_dice(logits, y, annotated)
+            loss = bce + dice
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is {loss.item()} at step {step}, scans "
+                                 f"{batch['name']}; last.pt holds the state before")
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+            opt.step()
+            file.write(json.dumps({"step": step, "loss": loss.item(), "bce": bce.item(),
+                                   "dice": dice.item(), "lr": lr_at(step, cfg),
+                                   "seconds": round(time.perf_counter() - t, 3)}) + "\n")
+            step += 1
+            bar.update()
+            bar.set_postfix(bce=f"{bce.item():.3f}", dice=f"{dice.item():.3f}", refresh=False)
+            if val and (step % cfg.val_every == 0 or step == cfg.steps):
+                scores = evaluate(model, w, val, classes, cfg, amp)
+                mean = sum(scores.values()) / max(1, len(scores))
+                file.write(json.dumps({"step": step - 1, "val": mean, "classes": scores}) + "\n")
+                bar.write(f"step {step}: validation Dice {mean:.3f}")
+                if mean > best:
+                    best = mean
+                    save(out / "best.pt", model, opt, step, best, classes, w, spec, cfg)
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                file.flush()
+                save(last, model, opt, step, best, classes, w, spec, cfg)
+    draw_curve(log, out / "curve.png")
+    print(f"done: {step} steps, {last}" + (f", best validation Dice {best:.3f}" if val else ""))
+    return scores
+
+
+def draw_curve(log: Path, png: Path) -> None:
+    """The loss curve, where matplotlib is installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = [json.loads(r) for r in log.read_text().splitlines()]
+    train_, val = [r for r in lines if "loss" in r], [r for r in lines if "val" in r]
+    fig = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice")
+    n = max(1, len(train_) // 100)
+    for key in ("bce", "dice"):
+        means = [float(np.mean([r[key] for r in train_[i:i + n]]))
+                 for i in range(0, len(train_), n)]
+        ax.plot([train_[i]["step"] for i in range(0, len(train_), n)], means, label=f"{key} loss")
+    if val:
+        ax.plot([r["step"] for r in val], [r["val"] for r in val], "o-", label="validation Dice")
+    ax.legend()
+    ax.set_ylim(0, 1)
+    with data.whole_file(png) as part:
+        fig.savefig(part, dpi=100)
+
+
+def parse(argv=None) -> Config:
+    """Flags from the fields of Config."""
+    ap = argparse.ArgumentParser(description="Train the universal model on partial labels.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    lines = Path(__file__).read_text().splitlines()
+    for f in dataclasses.fields(Config):
+        line = next(s for s in lines if s.startswith(f"    {f.name}: "))
+        about = line.split("#", 1)[1].strip() if "#" in line else f.name
+        flag = "--" + f.name.replace("_", "-")
+        if f.name == "data":
+            ap.add_argument(flag, nargs="+", required=True, metavar="DIR", help=about)
+        elif f.type.startswith("bool"):
+            ap.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
+                            help=about)
+        else:
+            ap.add_argument(flag, type=type(f.default), default=f.default, help=about,
+                            choices=sorted(M.BACKBONES) if f.name == "backbone" else None)
+    cfg = Config(**vars(ap.parse_args(argv)))
+    return dataclasses.replace(cfg, data=tuple(cfg.data))
+
+
+def main(argv=None) -> int:
+    train(argv if isinstance(argv, Config) else parse(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(L.run(main))
