@@ -77,14 +77,13 @@ def load_volume(path: str | Path) -> Volume:
     """
     img = _open(path)
     try:
-        slope, inter = img.dataobj.slope, img.dataobj.inter
-        raw = img.dataobj.get_unscaled() if (slope, inter) == (1, 0) else \
-            img.dataobj.get_scaled(np.float32).astype(np.float32, copy=False)
+        plain = (img.dataobj.slope, img.dataobj.inter) == (1, 0)
+        raw = np.asarray(img.dataobj, dtype=None if plain else np.float32)
     except Exception as e:
         raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({e})") \
             from None
     ornt = nib.io_orientation(img.affine)
-    array = nib.apply_orientation(np.asarray(raw).reshape(raw.shape[:3]), ornt)
+    array = nib.apply_orientation(raw.reshape(raw.shape[:3]), ornt)
     affine = img.affine @ nib.orientations.inv_ornt_aff(ornt, raw.shape[:3])
     return Volume(array.astype(array.dtype.newbyteorder("="), copy=False), affine)
 
@@ -359,13 +358,18 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
 
 def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM) -> list[Scan]:
     """Preprocess every case once, in threads, with a progress bar."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
+            tqdm(total=len(cases), desc="preprocess", unit="scan") as bar:
         jobs = [pool.submit(build, c, cache, spacing_mm) for c in cases]
+        scans = []
         try:
-            return [j.result() for j in tqdm(jobs, "preprocess", unit="scan")]
+            for job in jobs:
+                scans.append(job.result())
+                bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return scans
 
 
 def split_scans(scans: list[Scan], val_fraction: float, seed: int) -> tuple[list, list]:

@@ -28,12 +28,13 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     (what F.batch_norm and F.group_norm do) is wrong in the fourth digit at 96^3.
     """
     B, C = x.shape[:2]
-    rows = x.permute(0, 2, 3, 4, 1).reshape(B, -1, C)                          # (B, N, C), a view
-    N = rows.shape[1]
-    slabs = rows.unflatten(1, (math.gcd(N, 4096) if N > 4096 else 1, -1))     # (B, S, N/S, C)
-    mean = slabs.sum(2, dtype=torch.float32).double().sum(1) / N               # (B, C)
-    norm = torch.linalg.vector_norm(slabs, dim=2, dtype=torch.float32).double()
-    power = norm.square().sum(1) / N
+    rows = x.permute(0, 2, 3, 4, 1).reshape(B, -1, C)                  # (B, N, C), a view
+    total, power = [], []
+    for slab in rows.split(max(1, (1 << 18) // C), 1):                 # its square fits the cache
+        parts = slab.unflatten(1, (math.gcd(slab.shape[1], 16), -1))   # (B, 16, n, C)
+        total.append(parts.sum(2, dtype=torch.float32).double().sum(1))
+        power.append(parts.float().square().sum(2).double().sum(1))
+    mean, power = (torch.stack(t).sum(0) / rows.shape[1] for t in (total, power))      # (B, C)
     if groups != C:
         mean, power = (s.unflatten(1, (groups, -1)).mean(2).repeat_interleave(C // groups, 1)
                        for s in (mean, power))

@@ -13,10 +13,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # else a busy neighbour costs 10x
 
 import numpy as np
 import torch

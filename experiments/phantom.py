@@ -13,7 +13,8 @@ fully labelled test scans that nobody trains on:
     Dataset199_PhantomTest      all sixteen classes, in imagesTs and labelsTs
 
 Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
-and the voxel grid only samples them, so spacing and field of view do not change the anatomy.
+and the voxel grid only samples them, so spacing and field of view do not change the anatomy (but
+a lesion looks on the grid for a place with room in its host).
 """
 import argparse
 import gzip
@@ -27,6 +28,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_array
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
@@ -137,11 +139,13 @@ class _Body:
     def noise(self, step_mm, box=ALL):
         """Unit-variance random field, smooth at `step_mm`, tied to the body and not to the grid."""
         field = self.rng.standard_normal((20, 20, 20), dtype=np.float32)    # repeats after 20 steps
-        for axis, where in zip(self.axes, box, strict=True):
+        for axis, where in zip(self.axes[::-1], box[::-1], strict=True):
             gap = (axis[where, None] / step_mm - np.arange(20) + 10) % 20 - 10
-            w = np.exp(-1.4 * gap ** 2)
+            w = np.exp(-1.4 * gap ** 2) * (np.abs(gap) < 3)
             w = (w / np.sqrt((w ** 2).sum(1, keepdims=True))).astype(np.float32)
-            field = np.tensordot(field, w, (0, 1))      # the axis leaves in front, returns last
+            # sparse, so not BLAS, whose last bits depend on the number of threads
+            rest = (*w.shape[:1], *field.shape[:2])             # the last axis comes to the front
+            field = (csr_array(w) @ field.reshape(-1, 20).T).reshape(rest)
         return field
 
     def sd(self, *parts, blend=6, bumps=0.0, bump_mm=20, within=None):

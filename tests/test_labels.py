@@ -1,0 +1,161 @@
+"""Names, label maps and sides."""
+import json
+
+import numpy as np
+import pytest
+
+import labels as L
+
+
+def name(i):
+    return L.CLASSES[i].name
+
+
+@pytest.mark.parametrize("text, want", [
+    ("kidney_left", ["Left Kidney"]), ("Left Kidney", ["Left Kidney"]),
+    ("KIDNEY-LEFT", ["Left Kidney"]), ("gallbladder", ["Gall Bladder"]),
+    ("inferior_vena_cava", ["Postcava"]), ("IVC", ["Postcava"]), ("aorta", ["Aorta"]),
+    ("portal_vein_and_splenic_vein", ["Portal Vein and Splenic Vein"]),
+    ("adrenal_gland_right", ["Right Adrenal Gland"]), ("small_bowel", ["Intestine"]),
+    ("urinary_bladder", ["Bladder"]), ("lung_upper_lobe_left", ["Left Lung"]),
+    ("colon cancer primaries", ["Colon Tumor"]), ("lung_tumour", ["Lung Tumor"]),
+    ("Hepatic Vessels", ["Hepatic Vessel"]), ("Celiac Truck", ["Celiac Trunk"]),
+    ("Arota", ["Aorta"]), ("kidney", ["Right Kidney", "Left Kidney"]),
+    ("lungs", ["Right Lung", "Left Lung"]), ("head_of_femur_r", ["Right Head of Femur"]),
+    ("femur_left", []), ("liver segment", []), ("background", []), ("", []), ("tumor", []),
+])
+def test_names_of_public_datasets_find_their_class(text, want):
+    assert [name(i) for i in L.match(text)] == want
+
+
+def test_table_has_the_papers_order_and_spelling():
+    assert len(L.CLASSES) == 32
+    assert [name(i) for i in (0, 7, 24, 31)] == ["Spleen", "Aorta", "Celiac Trunk", "Kidney Cyst"]
+    assert L.CLASSES[7].sentence("V3") == "A computerized tomography of a Arota"
+    assert L.CLASSES[5].sentence("V1") == "A photo of a Liver."
+    with pytest.raises(ValueError, match="no {}"):
+        L.CLASSES[0].sentence("spleen")
+
+
+def test_no_spelling_means_two_classes():
+    keys = [(L._key(n), c.name) for c in L.CLASSES
+            for n in {c.name, *c.synonyms, c.prompt_name} if n]
+    seen = {}
+    for key, owner in keys:
+        assert seen.setdefault(key, owner) == owner
+
+
+def test_three_spellings_of_one_label_table():
+    """LiTS in nnU-Net, region and MSD form: a tumour voxel is liver in all three."""
+    forms = [{"background": 0, "liver": 1, "liver tumor": 2},
+             {"background": 0, "liver": [1, 2], "liver tumor": [2]},
+             {"0": "background", "1": "liver", "2": "liver tumor"}]
+    for form in forms:
+        lm = L.label_map(form, L.CLASSES)
+        assert lm.values == [0, 1, 2] and not lm.pairs
+        assert [np.flatnonzero(r).tolist() for r in lm.regions] == [[], [5], [5, 26]] * 2
+        assert np.flatnonzero(lm.annotated).tolist() == [5, 26]
+
+
+def test_kidneys_without_sides_become_two_classes():
+    lm = L.label_map({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3}, L.CLASSES)
+    assert np.flatnonzero(lm.annotated).tolist() == [1, 2, 25, 31]
+    assert lm.pairs == {(1, 2): [1, 2, 3]}
+    assert np.flatnonzero(lm.regions[2]).tolist() == [1, 25]        # tumour on the right
+    assert np.flatnonzero(lm.regions[2 + 4]).tolist() == [2, 25]    # and on the left
+
+
+def test_names_without_class_are_reported_and_their_values_are_background():
+    lm = L.label_map({"liver": 3, "sacrum": 25}, L.CLASSES)
+    assert lm.unmatched == ["sacrum"]
+    raw = np.array([[[0, 3, 25]]])
+    assert lm.rows(raw, "x").tolist() == [[[0, 1, 0]]]
+
+
+@pytest.mark.parametrize("table, what", [
+    ({"sacrum": 1}, "is a class here"), ({"liver": "one"}, "integers"), ([1], "table of names"),
+    ({"liver": 0}, "background"), ({"liver": -1}, "0..65535"), ({}, "is a class here")])
+def test_malformed_label_tables_are_one_line(table, what):
+    with pytest.raises(ValueError, match=what):
+        L.label_map(table, L.CLASSES, "some/dataset.json")
+
+
+def test_values_that_are_not_named_or_not_integers_are_refused():
+    lm = L.label_map({"liver": 1}, L.CLASSES)
+    with pytest.raises(ValueError, match=r"a.nii: label values \[7\]"):
+        lm.rows(np.array([0, 1, 7]), "a.nii")
+    with pytest.raises(ValueError, match="integers"):
+        lm.rows(np.array([0.0, 1.4]), "a.nii")
+    assert lm.rows(np.array([0.0, 0.9999]), "a.nii").tolist() == [0, 1]
+
+
+def sided(shape=(40, 12, 12)):
+    lm = L.label_map({"kidney": [1, 2], "kidney tumor": 2}, L.CLASSES)
+    return lm, np.zeros(shape, np.uint8)
+
+
+def test_pieces_go_to_their_side_of_the_bodys_plane_not_of_the_image():
+    """Axis 0 grows to the right; the body's plane is at 14, the image's middle at 20."""
+    lm, rows = sided()
+    rows[16:20, 3:7, 3:7] = 1             # right of the body, left of the image's middle
+    rows[4:9, 3:7, 3:7] = 1               # left kidney
+    rows[6:8, 4:6, 4:6] = 2               # with a tumour
+    rows[30, 9, 9] = 1                    # a speck on the right
+    out = L.split_sides(rows, lm, 14.0)
+    V = len(lm.values)
+    assert (out[16:20, 3:7, 3:7] == 1).all() and out[30, 9, 9] == 1
+    assert set(np.unique(out[4:9, 3:7, 3:7])) == {1 + V, 2 + V}
+
+
+def test_a_single_kidney_keeps_its_side_by_position():
+    for at, want in ((2, 2), (30, 1)):
+        lm, rows = sided()
+        rows[at:at + 5, 3:7, 3:7] = 1
+        assert np.flatnonzero(lm.regions[L.split_sides(rows, lm, 20.0)].any((0, 1, 2))) == [want]
+
+
+def test_a_piece_across_the_plane_is_cut_only_when_it_lies_on_both_sides():
+    lm, rows = sided()
+    rows[10:20, 3:7, 3:7] = 1
+    most = L.split_sides(rows, lm, 11.0)            # 90 % right of the plane: not cut
+    half = L.split_sides(rows, lm, 15.0)            # half and half: cut
+    V = len(lm.values)
+    assert set(np.unique(most)) == {0, 1} and set(np.unique(half)) == {0, 1, 1 + V}
+    assert (half[10:15, 3:7, 3:7] == 1 + V).all() and (half[15:20, 3:7, 3:7] == 1).all()
+
+
+def test_a_tumour_follows_the_labelled_lung_it_touches():
+    lm = L.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, L.CLASSES)
+    rows = np.zeros((30, 8, 8), np.uint8)
+    rows[2:17], rows[20:28] = lm.values.index(1), lm.values.index(2)
+    rows[15:17, 3:5, 3:5] = lm.values.index(3)      # left lung reaching beyond the plane at 14
+    out = L.split_sides(rows, lm, 14.0)
+    assert np.flatnonzero(lm.regions[out[15, 3, 3]]).tolist() == [16, 29]
+
+
+def test_own_table_replaces_the_built_in_one(tmp_path):
+    path = tmp_path / "knee.json"
+    path.write_text(json.dumps(["Femur", {"name": "Medial Meniscus", "prompt": "A 3D MRI scan of "
+                                          "the medial meniscus", "parents": []}]))
+    table = L.load_classes(path)
+    assert [c.name for c in table] == ["Femur", "Medial Meniscus"]
+    assert L.match("medial_meniscus", table) == (1,)
+    assert table[1].sentence("V1") == "A 3D MRI scan of the medial meniscus"
+
+
+@pytest.mark.parametrize("content, what", [
+    ("{", "JSON"), ("{}", "list"), ("[]", "list"), ("[3]", "name"), ('[{"prompt": "x"}]', "name"),
+    ('[{"name": "a", "colour": 1}]', "colour"), ('["a", "A"]', "same name"),
+    ('[{"name": "a", "parents": "b"}]', "parents"), ('[{"name": "a", "side": "up"}]', "side"),
+    ('[{"name": "a", "lesion": "no"}]', "lesion"), ('["a", "a"]', "twice"),
+    ('[{"name": "a", "parents": "b"}, {"name": "b", "parents": "a"}]', "ancestor")])
+def test_malformed_class_tables_are_one_line(tmp_path, content, what):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ValueError, match=what):
+        L.load_classes(tmp_path / "t.json")
+
+
+def test_command_prints_the_table(capsys):
+    assert L.main([]) == 0
+    out = capsys.readouterr().out
+    assert "Celiac Trunk" in out and "Kidney Cyst" in out and out.count("\n") == 33
