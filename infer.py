@@ -320,7 +320,8 @@ def main(argv=None) -> int:
     ap.add_argument("--input", required=True, metavar="PATH", type=Path,
                     help="a NIfTI scan or a folder of scans")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path)
-    ap.add_argument("--classes", nargs="+", metavar="NAME", help="only these (default: all)")
+    ap.add_argument("--classes", nargs="+", metavar="NAME",
+                    help="only these (default: all it was trained on)")
     ap.add_argument("--masks", action="store_true", help="one overlapping mask per class as well")
     ap.add_argument("--preview", action="store_true", help="a PNG per scan (needs matplotlib)")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
@@ -331,7 +332,11 @@ def main(argv=None) -> int:
     scans = find_scans(args.input)
     model, w, rest = M.load_checkpoint(args.checkpoint)
     classes = L.table_from_rows(rest["classes"])
-    ks = L.select(args.classes, classes) if args.classes else list(range(len(classes)))
+    ks = L.select(args.classes or rest["trained"], classes)
+    untrained = [classes[k].name for k in ks if classes[k].name not in rest["trained"]]
+    if untrained:
+        raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it knows "
+                         f"{rest['trained']}")
     model, w = model.to(args.device), w[ks].to(args.device)
     amp = use_amp(args.device) if args.amp is None else args.amp
     for scan in (bar := tqdm(scans, "segment", unit="scan")):

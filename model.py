@@ -167,6 +167,11 @@ class Controller(nn.Module):
         n = sum(a * b + b for a, b in zip(HEAD, HEAD[1:], strict=False))       # 153
         self.text = nn.Linear(text_dim, hidden)
         self.out = nn.Linear(image_dim + hidden, n)
+        with torch.no_grad():      # a head starts as an ordinary small network (He), mostly "no"
+            self.out.bias.zero_()
+            self.out.bias[:128].normal_(0, math.sqrt(2 / 8))
+            self.out.bias[128:136].normal_(0, math.sqrt(1 / 8))
+            self.out.bias[-1] = -2.0
 
     def forward(self, w: Tensor, f: Tensor) -> Tensor:
         t = F.relu(self.text(w))                                       # (K, 256)

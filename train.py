@@ -34,6 +34,8 @@ import metrics
 import model as M
 from data import PATCH, SPACING_MM
 
+ONEHOT_NORM = 8.8      # mean norm of the released CLIP rows, so that only directions differ
+
 
 @dataclass
 class Config:
@@ -75,7 +77,7 @@ def lr_at(step: int, cfg: Config) -> float:
 def text_rows(cfg: Config, classes) -> torch.Tensor:
     """w (K, E): one-hot rows, or a file of rows as released or as clip_text.py writes it."""
     if cfg.text == "onehot":
-        return torch.eye(len(classes))
+        return torch.eye(len(classes)) * ONEHOT_NORM
     if cfg.text == "clip":
         raise ValueError("--text clip needs clip_text.py, which is not here yet; pass --text "
                          "onehot or a file of rows")
@@ -88,13 +90,17 @@ def text_rows(cfg: Config, classes) -> torch.Tensor:
     return rows.float()
 
 
-def save(path: Path, model, opt, step: int, best: float, classes, w, spec: dict, cfg: Config):
-    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+def save(path: Path, model, opt, classes, w, spec: dict, trained, step: int, best: float,
+         cfg: Config) -> None:
+    """All that inference and resume need, as plain tensors, numbers and strings; atomic.
+
+    trained  names of the classes that some training scan annotates: infer.py offers only these
+    """
     content = {"format": M.FORMAT, "spec": spec, "model": model.state_dict(), "w": w.cpu(),
                "classes": [{k: list(v) if isinstance(v, tuple) else v
                             for k, v in dataclasses.asdict(c).items()} for c in classes],
                "config": {**dataclasses.asdict(cfg), "data": list(cfg.data)},
-               "optimizer": opt.state_dict(), "step": step, "best": best}
+               "trained": trained, "optimizer": opt.state_dict(), "step": step, "best": best}
     with data.whole_file(path) as part:
         torch.save(content, part)
 
@@ -192,6 +198,9 @@ def train(cfg: Config) -> dict[str, float]:
     with data.whole_file(out / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
+    trained = [c.name for k, c in enumerate(classes) if any(s.case.annotated[k] for s in scans)]
+    run = model, opt, classes, w, spec, trained
+
     # loop
     crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch)
     loader = torch.utils.data.DataLoader(
@@ -235,10 +244,10 @@ def train(cfg: Config) -> dict[str, float]:
                 bar.write(f"step {step}: validation Dice {mean:.3f}")
                 if mean > best:
                     best = mean
-                    save(out / "best.pt", model, opt, step, best, classes, w, spec, cfg)
+                    save(out / "best.pt", *run, step, best, cfg)
             if step % cfg.save_every == 0 or step == cfg.steps:
                 file.flush()
-                save(last, model, opt, step, best, classes, w, spec, cfg)
+                save(last, *run, step, best, cfg)
     draw_curve(log, out / "curve.png")
     print(f"done: {step} steps, {last}" + (f", best validation Dice {best:.3f}" if val else ""))
     return scores

@@ -2,14 +2,14 @@
 
     python -m experiments.phantom --out data/raw --scans 60 --seed 0 --picture assets/phantom.png
 
-deals 60 scans round-robin over six nnU-Net raw folders, each labelling only its own part, plus six
+deals 60 scans round-robin over six nnU-Net raw folders, each labelling only its part, plus six
 fully labelled test scans that nobody trains on:
     Dataset101_PhantomKidney    kidney (both sides together), its tumours and cysts
     Dataset102_PhantomLiver     liver and its tumours
-    Dataset103_PhantomOrgans    nine organs, lesions counted as their organ
+    Dataset103_PhantomOrgans    eleven organs, lesions counted as their organ
     Dataset104_PhantomSpleen    spleen
     Dataset105_PhantomLung      left lung, right lung, their tumours
-    Dataset106_PhantomPancreas  pancreas and its tumours
+    Dataset106_PhantomVessels   aorta, inferior vena cava, stomach, pancreas, gall bladder
     Dataset199_PhantomTest      all sixteen classes, in imagesTs and labelsTs
 
 Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
@@ -45,10 +45,10 @@ TRUTH = {
 # How the datasets spell a class; a dataset.json uses one of the spellings, or does not label it.
 SPELLING = {
     "Spleen": ("spleen",), "Right Kidney": ("kidney_right", "kidney"),
-    "Left Kidney": ("kidney_left", "kidney"), "Gall Bladder": ("gallbladder",),
+    "Left Kidney": ("kidney_left", "kidney"), "Gall Bladder": ("gallbladder", "gall bladder"),
     "Liver": ("liver",), "Stomach": ("stomach",), "Aorta": ("aorta",),
-    "Postcava": ("inferior_vena_cava",), "Pancreas": ("pancreas",), "Right Lung": ("lung_right",),
-    "Left Lung": ("lung_left",), "Liver Tumor": ("liver tumor",),
+    "Postcava": ("inferior_vena_cava", "postcava"), "Pancreas": ("pancreas",),
+    "Right Lung": ("lung_right",), "Left Lung": ("lung_left",), "Liver Tumor": ("liver tumor",),
     "Kidney Tumor": ("kidney tumor",), "Kidney Cyst": ("kidney cyst",),
     "Lung Tumor": ("lung tumor",), "Pancreas Tumor": ("pancreas tumor",),
 }
@@ -61,17 +61,18 @@ DATASETS = {    # "labels" of each dataset.json: a value, or the list of values 
     "Dataset103_PhantomOrgans": {
         name: i + 1 for i, name in enumerate((
             "spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "aorta",
-            "inferior_vena_cava", "pancreas"))},
+            "inferior_vena_cava", "pancreas", "lung_right", "lung_left"))},
     "Dataset104_PhantomSpleen": {"spleen": 1},
     "Dataset105_PhantomLung": {"lung_left": [1, 3], "lung_right": [2, 4], "lung tumor": [3, 4]},
-    "Dataset106_PhantomPancreas": {"pancreas": [1, 2], "pancreas tumor": 2},
+    "Dataset106_PhantomVessels": {"aorta": 1, "postcava": 2, "stomach": 3, "pancreas": 4,
+                                  "gall bladder": 5},
     TEST: {SPELLING[c][0]: [v for v, names in TRUTH.items() if c in names] for c in SPELLING},
 }
 
 FAT = -100.0
 TISSUES = ("aorta", "vein", "liver", "spleen", "pancreas", "cortex", "medulla", "heart")
-PHASES = {"portal": (150, 140, 112, 122, 98, 172, 150, 140),           # mean HU of the TISSUES
-          "delayed": (112, 110, 92, 100, 82, 150, 155, 108),
+PHASES = {"portal": (165, 145, 112, 130, 90, 195, 165, 150),           # mean HU of the TISSUES
+          "delayed": (140, 130, 100, 115, 82, 170, 165, 125),
           "arterial": (255, 95, 78, 118, 108, 180, 100, 195)}
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "PIR", "LPI", "SAR", "ASL")
 
@@ -436,9 +437,9 @@ def make_scan(seed, *, healthy=False, hospital="a"):
         raise ValueError(f'hospital must be "a" or "b", got {hospital!r}')
     scanner, anatomy, lesions, dots = (np.random.default_rng([seed, i]) for i in range(4))
     mm = anatomy.uniform(0.92, 1.1)                         # size of the patient
-    phase = scanner.choice(["portal", "portal", "delayed", "arterial"])
+    phase = scanner.choice(["portal", "portal", "portal", "delayed"])
     spacing_mm = np.append(np.repeat(scanner.uniform(2.1, 3.0), 2), scanner.choice([2.5, 3, 4, 5]))
-    sigma_hu = scanner.uniform(8, 20)
+    sigma_hu = scanner.uniform(8, 16)
     view = scanner.uniform((370, 290), (420, 320))
     bottom, top = scanner.uniform((-115, 165), (-80, 205))
     cut = scanner.random()              # some scans hold the chest only, or end at the dome
@@ -456,7 +457,7 @@ def make_scan(seed, *, healthy=False, hospital="a"):
             for i in range(3)]
 
     body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
-    levels = np.array(PHASES[phase]) * scanner.uniform(0.93, 1.07) + scanner.normal(0, 7, 8)
+    levels = np.array(PHASES[phase]) * scanner.uniform(0.95, 1.05) + scanner.normal(0, 5, 8)
     hu = dict(zip(TISSUES, levels.tolist(), strict=True))
     cavity, below = _paint_wall(body, anatomy)
     _paint_spine(body, anatomy)
@@ -529,7 +530,7 @@ def _write_case(job):
 
 
 def write_datasets(out, *, scans, seed, test_scans=6, processes=None):
-    """Deal `scans` scans over the six training datasets, and `test_scans` into the test set."""
+    """Deal `scans` scans over the training datasets, and `test_scans` into the test set."""
     names, jobs = [n for n in DATASETS if n != TEST], []
     for i in range(scans + test_scans):
         test = i >= scans

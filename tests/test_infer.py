@@ -138,9 +138,11 @@ def test_more_than_32_classes_need_another_word_and_keep_their_bits():
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "m.pt"
     torch.manual_seed(0)
-    spec = {"backbone": "unet", "width": 8, "text_dim": 2}
+    spec = {"backbone": "unet", "width": 8, "text_dim": 3}
     torch.save({"format": M.FORMAT, "spec": spec, "model": M.build_model(spec).state_dict(),
-                "w": torch.eye(2), "classes": [{"name": "Liver"}, {"name": "Spleen"}],
+                "w": torch.eye(3),
+                "classes": [{"name": "Liver"}, {"name": "Spleen"}, {"name": "Colon"}],
+                "trained": ["Liver", "Spleen"],
                 "config": {"spacing_mm": 4.0, "patch": 64}}, path)
     return path
 
@@ -155,7 +157,8 @@ def test_command_writes_label_names_volumes_and_a_preview(tmp_path, checkpoint, 
 
 
 @pytest.mark.parametrize("what", ["missing scan", "truncated", "4D", "empty folder", "other kind",
-                                  "not a checkpoint", "missing checkpoint", "unknown class"])
+                                  "not a checkpoint", "missing checkpoint", "unknown class",
+                                  "untrained class"])
 def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, checkpoint, capsys, what):
     scan, _ = sphere_scan(tmp_path)
     extra = []
@@ -175,6 +178,8 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, checkpoint, ca
         checkpoint = scan
     if what == "missing checkpoint":
         checkpoint = tmp_path / "no.pt"
+    if what == "untrained class":
+        extra = ["--classes", "colon"]
     if what == "unknown class":
         extra = ["--classes", "lever"]
     status = L.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan), "--output",
