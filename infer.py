@@ -11,6 +11,7 @@ K classes   D, H, W voxels of the cropped, resampled scan   p side of a window
 from __future__ import annotations
 
 import argparse
+import colorsys
 import itertools
 import json
 import os
@@ -234,9 +235,8 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
 
 
 # ---- results -----------------------------------------------------------------------------------
-COLOURS = [tuple(int(255 * (0.35 + 0.65 * v)) for v in
-                 (abs(np.sin(2.4 * k + 0.3)), abs(np.sin(1.1 * k + 1.9)), abs(np.sin(3.7 * k + 4))))
-           for k in range(1, 1025)]
+COLOURS = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(   # hues by the golden ratio: all differ
+    k * 0.618034 % 1, 0.9 - 0.35 * (k % 2), 1.0 - 0.3 * (k // 2 % 2))) for k in range(1024)]
 
 
 def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes, ks, *,
