@@ -52,6 +52,7 @@ class Config:
     steps: int = 100_000          # optimiser steps in all
     batch: int = 2                # crops a step
     lr: float = 1e-4              # AdamW, highest rate (release: 1e-4)
+    head_lr: float = 1.0          # the controller's share of lr (release: 1); short runs: 0.1
     weight_decay: float = 1e-5    # AdamW (release)
     warmup: float = 0.05          # share of the steps with a rising rate (release: 100 of 2000)
     clip_grad: float = 1.0        # largest norm of the whole gradient
@@ -114,7 +115,8 @@ def load(path: Path, model, opt, classes, spec: dict, cfg: Config) -> tuple[int,
     if names != [c.name for c in classes] or content["spec"] != spec:
         raise ValueError(f"{path}: other classes or another model than asked for now "
                          f"({content['spec']}); start a new --out instead")
-    same = ("spacing_mm", "patch", "batch", "steps", "lr", "warmup", "weight_decay", "seed", "text")
+    same = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay",
+            "seed", "text")
     for key in same:
         if content["config"][key] != getattr(cfg, key):
             raise ValueError(f"{path}: was made with --{key.replace('_', '-')} "
@@ -184,7 +186,10 @@ def train(cfg: Config) -> dict[str, float]:
     # model and optimiser
     spec = {"backbone": cfg.backbone, "width": cfg.width, "text_dim": w.shape[1]}
     model = M.build_model(spec).to(cfg.device).train()
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    heads = list(model.controller.parameters())    # a step moves theta by a sum over 512 inputs
+    rest = [p for p in model.parameters() if not any(p is h for h in heads)]
+    opt = torch.optim.AdamW([{"params": rest, "share": 1.0}, {"params": heads, "share":
+                             cfg.head_lr}], lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # resume
     step, best = load(last, model, opt, classes, spec, cfg) if cfg.resume and last.exists() \
@@ -212,7 +217,7 @@ def train(cfg: Config) -> dict[str, float]:
         for batch in loader:
             t = time.perf_counter()
             for group in opt.param_groups:
-                group["lr"] = lr_at(step, cfg)
+                group["lr"] = lr_at(step, cfg) * group["share"]
             annotated = batch["annotated"]                              # (B, K)
             ks = torch.nonzero(annotated.any(0))[:, 0]                  # classes of this batch
             x, rows, regions, annotated, ks_ = (
