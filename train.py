@@ -144,7 +144,7 @@ def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, floa
     return {name: sum(v) / len(v) for name, v in scores.items()}
 
 
-def describe(scans, val, classes) -> None:
+def describe(scans, val, classes, trained) -> None:
     """What the data covers, before anything is trained."""
     for name in sorted({s.case.dataset for s in scans + val}):
         own = [s for s in scans if s.case.dataset == name]
@@ -155,8 +155,7 @@ def describe(scans, val, classes) -> None:
               + f"; annotated: {', '.join(covered)}"
               + (f"; {len(case.lm.unmatched)} names are no class here, left out"
                  if case.lm.unmatched else ""))
-    nobody = [c.name for k, c in enumerate(classes)
-              if not any(s.case.annotated[k] for s in scans)]
+    nobody = [c.name for c in classes if c.name not in trained]
     if nobody:
         print(f"annotated by no dataset: {', '.join(nobody)}")
 
@@ -181,7 +180,8 @@ def train(cfg: Config) -> dict[str, float]:
                                   cfg.val_fraction, cfg.seed)
     if not scans:
         raise ValueError("no scan left to train on; lower --val-fraction")
-    describe(scans, val, classes)
+    trained = [c.name for k, c in enumerate(classes) if any(s.case.annotated[k] for s in scans)]
+    describe(scans, val, classes, trained)
 
     # model and optimiser
     spec = {"backbone": cfg.backbone, "width": cfg.width, "text_dim": w.shape[1]}
@@ -203,7 +203,6 @@ def train(cfg: Config) -> dict[str, float]:
     with data.whole_file(out / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
-    trained = [c.name for k, c in enumerate(classes) if any(s.case.annotated[k] for s in scans)]
     run = model, opt, classes, w, spec, trained
 
     # loop
