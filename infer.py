@@ -316,7 +316,8 @@ def find_scans(path: Path) -> list[Path]:
 
 def main(argv=None) -> int:
     ap = argparse.ArgumentParser(description="Segment CT scans in their own space.")
-    ap.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py")
+    ap.add_argument("--checkpoint", required=True, metavar="FILE",
+                    help="of train.py, or a released one")
     ap.add_argument("--input", required=True, metavar="PATH", type=Path,
                     help="a NIfTI scan or a folder of scans")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path)
@@ -331,19 +332,20 @@ def main(argv=None) -> int:
     args = ap.parse_args(argv)
     scans = find_scans(args.input)
     model, w, rest = M.load_checkpoint(args.checkpoint)
-    classes = L.table_from_rows(rest["classes"])
-    ks = L.select(args.classes or rest["trained"], classes)
-    untrained = [classes[k].name for k in ks if classes[k].name not in rest["trained"]]
+    classes = L.table_from_rows(rest["classes"]) if rest else L.CLASSES
+    trained = rest.get("trained", [c.name for c in classes])
+    config = rest.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
+    ks = L.select(args.classes or trained, classes)
+    untrained = [classes[k].name for k in ks if classes[k].name not in trained]
     if untrained:
-        raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it knows "
-                         f"{rest['trained']}")
+        raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it knows {trained}")
     model, w = model.to(args.device), w[ks].to(args.device)
     amp = use_amp(args.device) if args.amp is None else args.amp
     for scan in (bar := tqdm(scans, "segment", unit="scan")):
         bar.set_postfix_str(scan.name)
         volume = data.load_volume(scan)
-        seg = segment(volume, model, w, spacing_mm=rest["config"]["spacing_mm"],
-                      patch=rest["config"]["patch"], batch=args.batch, amp=amp, progress=True)
+        seg = segment(volume, model, w, spacing_mm=config["spacing_mm"], patch=config["patch"],
+                      batch=args.batch, amp=amp, progress=True)
         rows = write_results(data.case_name(scan), args.output, scan, seg, classes, ks,
                              masks=args.masks, preview=args.preview, volume=volume)
     found = [r for r in rows if r["volume_ml"] > 0]

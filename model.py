@@ -8,7 +8,10 @@ B batch   K classes   C channels   G groups   D, H, W voxels   E text width (512
 """
 from __future__ import annotations
 
+import itertools
 import math
+import re
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +161,213 @@ class UNet(nn.Module):
         return deep, x                                    # x (B, width, D, H, W)
 
 
+# ---- Swin UNETR --------------------------------------------------------------------------------
+WINDOW = 7                         # side of an attention window, in tokens
+_CHUNK = 1 << 24                   # attention weights computed at once, where gradients need them
+
+
+@lru_cache(1)
+def _relative_index() -> Tensor:
+    """(343, 343): which row of the bias table belongs to a pair of places in a 7^3 window."""
+    at = torch.cartesian_prod(*[torch.arange(WINDOW)] * 3)                     # (343, 3)
+    step = (at[:, None] - at[None] + WINDOW - 1)                               # 0 ... 12
+    return (step * torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])).sum(2)
+
+
+@lru_cache(64)
+def _mask(window: tuple, shift: tuple, last: tuple, device) -> Tensor | None:
+    """(N, N): -100 between places of a shifted window that are no neighbours in the volume.
+
+    last  for each axis, whether the window is the last one there; only that one wraps round
+    """
+    if not any(ls and sh for ls, sh in zip(last, shift, strict=True)):
+        return None
+    parts = [torch.arange(w, device=device) >= (w - sh if ls else w)
+             for w, sh, ls in zip(window, shift, last, strict=True)]
+    place = torch.cartesian_prod(*[p.int() for p in parts])                    # (N, 3)
+    return torch.where((place[:, None] != place[None]).any(2), -100.0, 0.0)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """q, k, v (n, heads, N, c), bias (heads, N, N) -> (n, heads, N, c)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+    return scores.softmax(-1) @ v
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows of 7^3 tokens, with a learned bias per relative position.
+
+    x (B, D, H, W, C); every second block shifts the windows by half a side. Sides are filled up
+    with zeros to whole windows; an axis shorter than a window is one window, unshifted. As in the
+    release the bias of such a smaller window is read from the first rows of the full index.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads).normal_(0, 0.02))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, shifted: bool) -> Tensor:
+        B, *size, C = x.shape
+        window = tuple(min(WINDOW, n) for n in size)
+        shift = tuple(WINDOW // 2 if shifted and n > WINDOW else 0 for n in size)
+        (d, h, w), N = window, math.prod(window)
+        pad = [-n % s for n, s in zip(size, window, strict=True)]
+        if any(pad):
+            x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+        if any(shift):
+            x = x.roll([-s for s in shift], (1, 2, 3))
+        n = [s // t for s, t in zip(x.shape[1:4], window, strict=True)]        # windows per axis
+        x = x.view(B, n[0], d, n[1], h, n[2], w, C).permute(1, 3, 5, 0, 2, 4, 6, 7)
+        qkv = self.qkv(x.reshape(*n, B, N, C))                                 # (*n, B, N, 3C)
+        index = _relative_index()[:N, :N].to(x.device)
+        bias = self.bias_table[index].permute(2, 0, 1)                         # (heads, N, N)
+        out = torch.empty_like(qkv[..., :C])
+        # windows with the same mask together: inner ones, and the last ones of each shifted axis
+        cuts = [((slice(0, m - 1), False), (slice(m - 1, m), True)) if s else ((slice(0, m), False),)
+                for m, s in zip(n, shift, strict=True)]
+        for group in itertools.product(*cuts):
+            at, last = zip(*group, strict=True)
+            part = qkv[at]                                                     # (., ., ., B, N, 3C)
+            if part.numel():
+                mask = _mask(window, shift, last, x.device)
+                both = bias if mask is None else bias + mask
+                y = self._windows(part.reshape(-1, N, 3, self.heads, C // self.heads), both)
+                out[at] = y.reshape(*part.shape[:-1], C)
+        x = self.proj(out).view(*n, B, d, h, w, C).permute(3, 0, 4, 1, 5, 2, 6, 7)
+        x = x.reshape(B, n[0] * d, n[1] * h, n[2] * w, C)
+        if any(shift):
+            x = x.roll(shift, (1, 2, 3))
+        return x[:, :size[0], :size[1], :size[2]]
+
+    def _windows(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """qkv (n, N, 3, heads, c) -> (n, N, C); one bias for all, never repeated."""
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (n, heads, N, c)
+        if not (torch.is_grad_enabled() and bias.requires_grad):
+            bias = bias.to(q.dtype)[None]
+            y = F.scaled_dot_product_attention(q, k, v, bias.expand(len(q), -1, -1, -1))
+            return y.transpose(1, 2).flatten(2)
+        step = max(1, _CHUNK // (bias.numel()))      # fused kernels refuse a bias with a gradient
+        parts = [checkpoint(_attend, *p, bias.to(q.dtype), use_reentrant=False)
+                 for p in zip(q.split(step), k.split(step), v.split(step), strict=True)]
+        return torch.cat(parts).transpose(1, 2).flatten(2)
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm attention and MLP, each with a shortcut."""
+
+    def __init__(self, dim: int, heads: int, shifted: bool):
+        super().__init__()
+        self.shifted = shifted
+        self.norm1, self.attn = nn.LayerNorm(dim), WindowAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.shifted)
+        return x + self.mlp(self.norm2(x))
+
+
+OCTANTS = {"merging": "000 100 010 001 101 010 001 111",          # as released: two twice, two never
+           "mergingv2": "000 001 010 011 100 101 110 111"}
+
+
+class PatchMerging(nn.Module):
+    """Eight neighbouring tokens become one: (B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
+
+    def __init__(self, dim: int, form: str):
+        super().__init__()
+        self.octants = [tuple(slice(int(b), None, 2) for b in o) for o in OCTANTS[form].split()]
+        self.norm, self.reduction = nn.LayerNorm(8 * dim), nn.Linear(8 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(torch.cat([x[:, a, b, c] for a, b, c in self.octants], -1)))
+
+
+class SwinStage(nn.Module):
+    """Blocks with plain and shifted windows in turn, then patch merging."""
+
+    def __init__(self, dim: int, depth: int, heads: int, merging: str):
+        super().__init__()
+        self.blocks = nn.ModuleList(SwinBlock(dim, heads, bool(i % 2)) for i in range(depth))
+        self.merge = PatchMerging(dim, merging)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.merge(x)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3x3 convolutions with a shortcut; instance norm without affine, leaky ReLU of 0.01."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv3d(c_in, c_out, 1, bias=False) if c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.conv1(x), slope=0.01)
+        y = norm_act(self.conv2(y), slope=None)
+        short = x if self.conv3 is None else norm_act(self.conv3(x), slope=None)
+        return F.leaky_relu(y + short, 0.01)
+
+
+class ResUp(nn.Module):
+    """Twice the side, the skip beside it, a residual block."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.up = nn.ConvTranspose3d(c_in, c_out, 2, 2, bias=False)
+        self.block = ResBlock(2 * c_out, c_out)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(torch.cat([self.up(x), skip], 1))
+
+
+class SwinUNETR(nn.Module):
+    """Swin transformer encoder, convolutional decoder (Hatamizadeh et al., 2022).
+
+    x (B, 1, D, H, W)  ->  deep (B, 16 C, D/32, H/32, W/32),  fine (B, C, D, H, W),  C = feature_size
+
+    merging     "merging" as released (the public weights need it), or "mergingv2", corrected
+    checkpoint  recompute the encoder's stages in backward: less memory, more time
+    """
+
+    def __init__(self, *, feature_size: int = 48, depths=(2, 2, 2, 2), heads=(3, 6, 12, 24),
+                 merging: str = "merging", checkpoint: bool = False):
+        super().__init__()
+        if feature_size % heads[0] or merging not in OCTANTS:
+            raise ValueError(f"feature_size must be a multiple of {heads[0]} and merging one of "
+                             f"{list(OCTANTS)}, got {feature_size} and {merging!r}")
+        C = feature_size
+        self.deep_channels, self.fine_channels, self.checkpoint = 16 * C, C, checkpoint
+        self.patch = nn.Conv3d(1, C, 2, 2)
+        self.stages = nn.ModuleList(SwinStage(C << i, n, h, merging)
+                                    for i, (n, h) in enumerate(zip(depths, heads, strict=True)))
+        self.enc = nn.ModuleList(ResBlock(a, b) for a, b in
+                                 ((1, C), (C, C), (2 * C, 2 * C), (4 * C, 4 * C)))
+        self.bottom = ResBlock(16 * C, 16 * C)
+        self.dec = nn.ModuleList(ResUp(a * C, b * C) for a, b in
+                                 ((16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.patch(x).permute(0, 2, 3, 4, 1)          # (B, D/2, H/2, W/2, C)
+        hidden = [tokens]
+        for stage in self.stages:                              # (B, D/2^i+2, ..., 2^(i+1) C)
+            tokens = checkpoint(stage, tokens, use_reentrant=False) \
+                if self.checkpoint and torch.is_grad_enabled() else stage(tokens)
+            hidden.append(tokens)
+        hidden = [F.layer_norm(h, h.shape[-1:]).permute(0, 4, 1, 2, 3) for h in hidden]
+        skips = [enc(h) for enc, h in zip(self.enc, [x, *hidden], strict=False)] + [hidden[3]]
+        deep = y = self.bottom(hidden[4])                      # (B, 16 C, D/32, H/32, W/32)
+        for dec in self.dec:
+            y = dec(y, skips.pop())
+        return deep, y                                         # y (B, C, D, H, W)
+
+
 # ---- text branch and heads ---------------------------------------------------------------------
 class Controller(nn.Module):
     """theta_k from concat(f, text): one linear layer; the image feature comes first."""
@@ -277,7 +487,7 @@ def build_model(spec: dict) -> UniversalModel:
     return UniversalModel(BACKBONES[backbone](**spec), text_dim)
 
 
-BACKBONES = {"unet": UNet}
+BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
 def read_checkpoint(path) -> dict:
@@ -298,14 +508,113 @@ def read_checkpoint(path) -> dict:
 
 
 def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
-    """Our own checkpoint -> (model in eval mode, w (K, E), the rest of its content)."""
+    """A checkpoint of train.py, or a released one -> (model in eval mode, w (K, E), the rest).
+
+    The rest holds classes, config and the names trained on; it is empty for a released file.
+    """
     content = read_checkpoint(path)
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of train.py (format "
-                         f"{content.get('format')!r}, expected {FORMAT!r})")
+    if "format" not in content:
+        return *load_released(content, where=str(path)), {}
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, this reads "
+                         f"{FORMAT!r}")
     model = build_model(content["spec"])
     try:
         model.load_state_dict(content.pop("model"))
     except RuntimeError as e:
         raise ValueError(f"{path}: weights do not fit the model it names: {e}") from None
     return model.eval(), content["w"], content
+
+
+# ---- public weights ----------------------------------------------------------------------------
+_RENAME = [(re.compile(a), b) for a, b in (       # released name -> ours, one after the other
+    (r"^module\.", ""), (r"^(layers\d|patch_embed)", r"swinViT.\1"),    # older Swin files, SSL
+    (r"^(swinViT|encoder\d|decoder\d|down_tr|up_tr)", r"backbone.\1"),
+    (r"swinViT\.patch_embed\.proj", "patch"), (r"\.mlp\.(?:linear|fc)1\.", ".mlp.0."),
+    (r"\.mlp\.(?:linear|fc)2\.", ".mlp.2."), (r"\.relative_position_bias_table", ".bias_table"),
+    (r"swinViT\.layers(\d)\.0\.", lambda m: f"stages.{int(m[1]) - 1}."),
+    (r"\.downsample\.", ".merge."), (r"encoder10\.layer\.", "bottom."),
+    (r"encoder(\d)\.layer\.", lambda m: f"enc.{int(m[1]) - 1}."),
+    (r"decoder(\d)\.", lambda m: f"dec.{5 - int(m[1])}."), (r"\.transp_conv\.conv", ".up"),
+    (r"\.conv_block\.", ".block."), (r"\.conv(\d)\.conv\.", r".conv\1."),
+    (r"down_tr(64|128|256|512)\.", lambda m: f"down.{(64, 128, 256, 512).index(int(m[1]))}."),
+    (r"up_tr(256|128|64)\.up_conv", lambda m: f"up.{(256, 128, 64).index(int(m[1]))}"),
+    (r"up_tr(256|128|64)\.", lambda m: f"merge.{(256, 128, 64).index(int(m[1]))}."),
+    (r"\.ops\.(\d)\.conv1\.", r".\1.conv."), (r"\.ops\.(\d)\.bn1\.", r".\1.norm."),
+    (r"^precls_conv\.0", "reduce_norm"), (r"^precls_conv\.2", "reduce"),
+    (r"^GAP\.0", "pool_norm"), (r"^GAP\.3", "pool"), (r"^controller\.", "controller.out."),
+    (r"^text_to_vision", "controller.text"))]
+_UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_position_index")
+
+
+def _public_names(content: dict, where: str) -> dict[str, Tensor]:
+    """A public payload -> {our name: tensor}, without the buffers that the release never uses."""
+    state = next((content[k] for k in ("net", "state_dict") if isinstance(content.get(k), dict)),
+                 content)
+    out = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}: not a checkpoint of this model: {key!r} is "
+                             f"{type(value).__name__}, not a tensor")
+        name = key
+        for old, new in _RENAME:
+            name = old.sub(new, name)
+        if name.endswith(".relative_position_index") and not torch.equal(value, _relative_index()):
+            raise ValueError(f"{where}: {key} is not that of {WINDOW}^3 windows")
+        if name.endswith((".running_mean", ".running_var")) and value.ndim != 1:
+            raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, expected a vector")
+        if not name.endswith(_UNUSED):
+            fc = name in ("pool.weight", "controller.out.weight") and value.ndim == 5
+            out[name] = value.flatten(1) if fc else value
+    return out
+
+
+def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel, Tensor]:
+    """The authors' U-Net or Swin UNETR -> (model in eval mode, w (K, E)); nothing may be left over.
+
+    source  a path or what is in the file; keys as `module.backbone.X` under `net`, as `module.X`
+            (older Swin file), or bare
+    raises  ValueError  listing every parameter that is missing, unknown or of another shape
+    """
+    if not isinstance(source, dict):
+        where, source = str(source), read_checkpoint(source)
+    state = _public_names(source, where)
+    w = state.pop("organ_embedding", None)
+    conv, patch = (state.get(f"backbone.{k}.weight") for k in ("down.0.0.conv", "patch"))
+    first, text = patch if conv is None else conv, state.get("controller.text.weight")
+    if any(t is None or t.ndim < 2 for t in (first, text, w)):
+        raise ValueError(f"{where}: not a released CLIP-driven model: no backbone, "
+                         "text_to_vision or organ_embedding that this code knows")
+    size = {"backbone": "swin_unetr", "feature_size": len(first)} if conv is None else \
+        {"backbone": "unet", "width": 2 * len(first)}
+    with torch.device("meta"):
+        model = build_model({**size, "text_dim": text.shape[1]})
+    own = model.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state]
+    wrong += [f"unknown {k}" for k in state if k not in own]
+    wrong += [f"{k} has shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"{where}: does not fit the released {size['backbone']}: "
+                         + "; ".join(wrong))
+    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    return model.to(memory_format=_CL).eval(), w.float()
+
+
+def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
+    """Fill the backbone from MONAI's self-supervised Swin file or from Models Genesis (U-Net).
+
+    returns  (names filled, names in the file that are no part of this backbone)
+    raises   ValueError  if a tensor has another shape, or nothing fits
+    """
+    state, own = _public_names(read_checkpoint(path), str(path)), model.state_dict()
+    fits = [k for k in state if k.startswith("backbone.") and k in own]
+    if not fits:
+        raise ValueError(f"{path}: no weight in it fits this backbone; it starts with "
+                         f"{next(iter(state), 'nothing')!r}")
+    for k in fits:
+        if own[k].shape != state[k].shape:
+            raise ValueError(f"{path}: {k} has shape {tuple(state[k].shape)}, this model "
+                             f"{tuple(own[k].shape)}")
+    model.load_state_dict({k: state[k] for k in fits}, strict=False)
+    return fits, [k for k in state if k not in fits]

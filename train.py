@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import clip_text
 import data
 import infer
 import labels as L
@@ -44,6 +45,8 @@ class Config:
     out: str = "run"              # where checkpoints and the log go
     backbone: str = "unet"        # unet (swin_unetr comes with its issue)
     text: str = "clip"            # clip, onehot, or a file of rows (K, E)
+    prompt_template: str = "V3"   # V1, V2, V3 of the paper, or a text with {} (release: V3)
+    clip_weights: str = ""        # a CLIP file (default: ViT-B/32, downloaded on first use)
     classes: str = ""             # a class table of your own (JSON)
     resume: bool = False          # go on from OUT/last.pt
     spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5)
@@ -76,19 +79,16 @@ def lr_at(step: int, cfg: Config) -> float:
 
 
 def text_rows(cfg: Config, classes) -> torch.Tensor:
-    """w (K, E): one-hot rows, or a file of rows as released or as clip_text.py writes it."""
+    """w (K, E): CLIP rows of the classes' prompts, one-hot rows, or a file of rows."""
     if cfg.text == "onehot":
         return torch.eye(len(classes)) * ONEHOT_NORM
     if cfg.text == "clip":
-        raise ValueError("--text clip needs clip_text.py, which is not here yet; pass --text "
-                         "onehot or a file of rows")
-    try:
-        rows = torch.load(cfg.text, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{cfg.text}: not a readable file of text rows ({str(e)[:200]})") from None
-    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(classes):
-        raise ValueError(f"{cfg.text}: expected a tensor ({len(classes)}, E), one row a class")
-    return rows.float()
+        return clip_text.encode_classes([c.sentence(cfg.prompt_template) for c in classes], "{}",
+                                        weights=cfg.clip_weights or None)
+    rows = clip_text.read_rows(cfg.text)
+    if len(rows) != len(classes):
+        raise ValueError(f"{cfg.text}: {len(rows)} rows for {len(classes)} classes")
+    return rows
 
 
 def save(path: Path, model, opt, classes, w, spec: dict, trained, step: int, best: float,
@@ -106,7 +106,7 @@ def save(path: Path, model, opt, classes, w, spec: dict, trained, step: int, bes
         torch.save(content, part)
 
 
-def load(path: Path, model, opt, classes, spec: dict, cfg: Config) -> tuple[int, float]:
+def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[int, float]:
     """Fill model and optimiser from a checkpoint of the same run -> (step, best score)."""
     content = M.read_checkpoint(path)
     if content.get("format") != M.FORMAT:
@@ -116,12 +116,15 @@ def load(path: Path, model, opt, classes, spec: dict, cfg: Config) -> tuple[int,
         raise ValueError(f"{path}: other classes or another model than asked for now "
                          f"({content['spec']}); start a new --out instead")
     same = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay",
-            "seed", "text")
+            "seed")
     for key in same:
         if content["config"][key] != getattr(cfg, key):
             raise ValueError(f"{path}: was made with --{key.replace('_', '-')} "
                              f"{content['config'][key]}, now {getattr(cfg, key)}; a resumed run "
                              "must have the same")
+    if not torch.equal(content["w"], w.cpu()):
+        raise ValueError(f"{path}: was made with other text rows (--text "
+                         f"{content['config']['text']}); a resumed run must have the same")
     model.load_state_dict(content["model"])
     opt.load_state_dict(content["optimizer"])
     return content["step"], content["best"]
@@ -192,7 +195,7 @@ def train(cfg: Config) -> dict[str, float]:
                              cfg.head_lr}], lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # resume
-    step, best = load(last, model, opt, classes, spec, cfg) if cfg.resume and last.exists() \
+    step, best = load(last, model, opt, classes, w, spec, cfg) if cfg.resume and last.exists() \
         else (0, -1.0)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"

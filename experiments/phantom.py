@@ -9,7 +9,7 @@ fully labelled test scans that nobody trains on:
     Dataset103_PhantomOrgans    eleven organs, lesions counted as their organ
     Dataset104_PhantomSpleen    spleen
     Dataset105_PhantomLung      left lung, right lung, their tumours
-    Dataset106_PhantomVessels   aorta, inferior vena cava, stomach, pancreas, gall bladder
+    Dataset106_PhantomAbdomen   the nine of the abdomen, lesions counted as their organ
     Dataset199_PhantomTest      all sixteen classes, in imagesTs and labelsTs
 
 Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
@@ -64,16 +64,18 @@ DATASETS = {    # "labels" of each dataset.json: a value, or the list of values 
             "inferior_vena_cava", "pancreas", "lung_right", "lung_left"))},
     "Dataset104_PhantomSpleen": {"spleen": 1},
     "Dataset105_PhantomLung": {"lung_left": [1, 3], "lung_right": [2, 4], "lung tumor": [3, 4]},
-    "Dataset106_PhantomVessels": {"aorta": 1, "postcava": 2, "stomach": 3, "pancreas": 4,
-                                  "gall bladder": 5},
+    "Dataset106_PhantomAbdomen": {
+        name: i + 1 for i, name in enumerate((
+            "aorta", "postcava", "pancreas", "stomach", "gall bladder", "liver", "spleen",
+            "kidney_right", "kidney_left"))},
     TEST: {SPELLING[c][0]: [v for v, names in TRUTH.items() if c in names] for c in SPELLING},
 }
 
 FAT = -100.0
 TISSUES = ("aorta", "vein", "liver", "spleen", "pancreas", "cortex", "medulla", "heart")
-PHASES = {"portal": (165, 145, 112, 130, 90, 195, 165, 150),           # mean HU of the TISSUES
-          "delayed": (140, 130, 100, 115, 82, 170, 165, 125),
-          "arterial": (255, 95, 78, 118, 108, 180, 100, 195)}
+PHASES = {"portal": (205, 165, 100, 140, 78, 215, 180, 190),           # mean HU of the TISSUES
+          "delayed": (185, 155, 94, 128, 74, 195, 175, 170),
+          "arterial": (265, 105, 74, 120, 100, 200, 120, 205)}
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "PIR", "LPI", "SAR", "ASL")
 
 
@@ -304,7 +306,7 @@ def _paint_abdomen(body, rng, hu, cavity, below):
     path = [near(-58, -8, 76), near(-66, 22, 46), near(-38, 56, 14), near(8, 52, 0)]
     box, sd = body.sd(_tube(path, np.array([33, 29, 23, 15]) * rng.uniform(0.88, 1.12)),
                       bumps=2.2, bump_mm=26, within=belly)
-    food = rng.uniform(10, 75)
+    food = rng.uniform(5, 40)
     body.paint((box, sd), wall, 6, gap=2)
     body.paint((box, sd + rng.uniform(4, 7)), food + (4 + food / 6) * body.noise(9, box))
     body.paint((box, np.maximum(sd + 6, rng.uniform(15, 45) - body.p[1][box])), -930)
@@ -390,16 +392,16 @@ def _paint_lesions(body, rng, hu, mm):
     """mm is the size of a body-frame unit, so that a lesion's radius is in true mm."""
     plan = []       # (host, truth value, radius, HU, share of the radius that must lie inside)
     sides = rng.integers(2, size=3)
-    if rng.random() < 0.7:
-        plan += [(5, 12, rng.uniform(9, 22), hu["liver"] - rng.uniform(40, 60), 0.8)
+    if rng.random() < 0.8:
+        plan += [(5, 12, rng.uniform(14, 26), hu["liver"] - rng.uniform(55, 70), 0.8)
                  for _ in range(rng.integers(1, 4))]
-    if rng.random() < 0.5:
-        plan.append((2 + sides[0], 15 + sides[0], rng.uniform(8, 16), rng.uniform(0, 15), 0.3))
-    if rng.random() < 0.4:
-        plan.append((2 + sides[1], 13 + sides[1], rng.uniform(9, 18),
-                     hu["cortex"] - rng.uniform(50, 90), 0.4))
-    if rng.random() < 0.4:
-        plan.append((10 + sides[2], 17 + sides[2], rng.uniform(9, 20), rng.uniform(20, 70), 0.8))
+    if rng.random() < 0.7:
+        plan.append((2 + sides[0], 15 + sides[0], rng.uniform(14, 20), rng.uniform(0, 15), 0.3))
+    if rng.random() < 0.7:
+        plan.append((2 + sides[1], 13 + sides[1], rng.uniform(15, 22),
+                     hu["cortex"] - rng.uniform(90, 115), 0.4))
+    if rng.random() < 0.7:
+        plan.append((10 + sides[2], 17 + sides[2], rng.uniform(14, 24), rng.uniform(30, 70), 0.8))
     if rng.random() < 0.3:
         plan.append((9, 19, rng.uniform(8, 13), hu["pancreas"] - rng.uniform(35, 50), 0.5))
 
@@ -439,13 +441,13 @@ def make_scan(seed, *, healthy=False, hospital="a"):
     mm = anatomy.uniform(0.92, 1.1)                         # size of the patient
     phase = scanner.choice(["portal", "portal", "portal", "delayed"])
     spacing_mm = np.append(np.repeat(scanner.uniform(2.1, 3.0), 2), scanner.choice([2.5, 3, 4, 5]))
-    sigma_hu = scanner.uniform(8, 16)
+    sigma_hu = scanner.uniform(7, 14)
     view = scanner.uniform((370, 290), (420, 320))
     bottom, top = scanner.uniform((-115, 165), (-80, 205))
     cut = scanner.random()              # some scans hold the chest only, or end at the dome
-    if cut < 0.15:
+    if cut < 0.1:
         bottom = scanner.uniform(-30, 30)
-    elif cut < 0.3:
+    elif cut < 0.2:
         top = scanner.uniform(90, 130)
     if hospital == "b":
         phase, spacing_mm[2], sigma_hu = "arterial", 5.0, sigma_hu + 10
@@ -457,7 +459,7 @@ def make_scan(seed, *, healthy=False, hospital="a"):
             for i in range(3)]
 
     body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
-    levels = np.array(PHASES[phase]) * scanner.uniform(0.95, 1.05) + scanner.normal(0, 5, 8)
+    levels = np.array(PHASES[phase]) * scanner.uniform(0.96, 1.04) + scanner.normal(0, 3, 8)
     hu = dict(zip(TISSUES, levels.tolist(), strict=True))
     cavity, below = _paint_wall(body, anatomy)
     _paint_spine(body, anatomy)
