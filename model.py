@@ -24,70 +24,79 @@ _CL = torch.channels_last_3d
 
 
 # ---- normalisation -----------------------------------------------------------------------------
-def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (B, C) each, of every group of channels, repeated per channel.
+def _slabs(*tensors: Tensor):
+    """Views (B, n, C) of channels-last tensors (B, C, D, H, W), slab by slab, fit for the cache."""
+    B, C = tensors[0].shape[:2]
+    rows = [t.permute(0, 2, 3, 4, 1).reshape(B, -1, C) for t in tensors]
+    return zip(*(r.split(max(1, (1 << 18) // (B * C)), 1) for r in rows), strict=True)
 
-    Sums are taken in slabs of the channels-last view and combined in float64: one long float32 sum
-    (what F.batch_norm and F.group_norm do) is wrong in the fourth digit at 96^3.
-    """
-    B, C = x.shape[:2]
-    rows = x.permute(0, 2, 3, 4, 1).reshape(B, -1, C)                  # (B, N, C), a view
-    total, power = [], []
-    for slab in rows.split(max(1, (1 << 18) // C), 1):                 # its square fits the cache
-        parts = slab.unflatten(1, (math.gcd(slab.shape[1], 16), -1))   # (B, 16, n, C)
-        total.append(parts.sum(2, dtype=torch.float32).double().sum(1))
-        power.append(parts.float().square().sum(2).double().sum(1))
-    mean, power = (torch.stack(t).sum(0) / rows.shape[1] for t in (total, power))      # (B, C)
-    if groups != C:
-        mean, power = (s.unflatten(1, (groups, -1)).mean(2).repeat_interleave(C // groups, 1)
-                       for s in (mean, power))
-    return mean, (power - mean.square()).clamp_min_(0)
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _sum(slab: Tensor) -> Tensor:
+    """(B, n, C) -> (B, C) float64: one long float32 sum is wrong in the fourth digit at 96^3."""
+    parts = slab.unflatten(1, (math.gcd(slab.shape[1], 16), -1))               # (B, 16, n / 16, C)
+    return parts.sum(2, dtype=_wide(slab)).double().sum(1)
+
+
+def _per_group(s: Tensor, groups: int) -> Tensor:
+    """Mean over every group of channels, repeated per channel: (B, C) -> (B, C)."""
+    C = s.shape[1]
+    return s if groups == C else s.unflatten(1, (groups, -1)).mean(2).repeat_interleave(
+        C // groups, 1)
 
 
 class _NormAct(torch.autograd.Function):
-    """Instance or group norm, affine, then (leaky) ReLU, in one pass and channels-last."""
+    """Instance or group norm, affine, then (leaky) ReLU, channels-last, exact sums.
+
+    F.batch_norm and F.group_norm sum naively, F.instance_norm copies channels-last input.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, slope, eps, inplace):
         x = x.contiguous(memory_format=_CL)
-        mean, var = _statistics(x, groups)
-        rstd = (var + eps).rsqrt()
+        N, wide = x[0, 0].numel(), _wide(x)
+        sums = [(_sum(s), _sum(s.to(wide).square())) for s, in _slabs(x)]
+        mean, power = (_per_group(sum(t) / N, groups) for t in zip(*sums, strict=True))
+        rstd = ((power - mean.square()).clamp_min(0) + eps).rsqrt()            # (B, C) float64
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        scale, shift = (s[..., None, None, None].float() for s in (scale, shift))
-        if inplace:
-            y = torch.addcmul(shift, x, scale, out=x) if x.dtype == scale.dtype else \
-                x.mul_(scale).add_(shift)
-        else:
-            y = torch.addcmul(shift, x, scale).to(x.dtype)
-        if slope is not None:
-            y = F.relu_(y) if slope == 0 else F.leaky_relu_(y, slope)
+        scale, shift = scale[:, None].to(wide), shift[:, None].to(wide)
+        y = x if inplace else torch.empty_like(x)
+        for s, out in _slabs(x, y):
+            part = torch.addcmul(shift, s.to(wide), scale)
+            if slope is not None:
+                part = F.relu_(part) if slope == 0 else F.leaky_relu_(part, slope)
+            out.copy_(part)
         if not inplace:
-            ctx.save_for_backward(x, y if slope is not None else None, weight,
-                                  mean.float(), rstd.float())
-            ctx.groups, ctx.slope, ctx.eps = groups, slope, eps
+            ctx.save_for_backward(x, y if slope is not None else None, weight, mean, rstd)
+            ctx.groups, ctx.slope = groups, slope
         return y
 
     @staticmethod
     def backward(ctx, grad):
         x, y, weight, mean, rstd = ctx.saved_tensors
-        (B, C), G = x.shape[:2], ctx.groups
-        grad = grad.contiguous(memory_format=_CL)
-        if ctx.slope is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0) if ctx.slope == 0 else \
-                torch.ops.aten.leaky_relu_backward(grad, y, ctx.slope, True)
-        want = [ctx.needs_input_grad[0], weight is not None, weight is not None]
-        if G == C:
-            parts = [torch.ops.aten.native_batch_norm_backward(
-                grad[b:b + 1], x[b:b + 1], weight, None, None, mean[b], rstd[b], True, ctx.eps,
-                want) for b in range(B)]
-            gx, gw, gb = zip(*parts, strict=True)
-            gx = None if gx[0] is None else gx[0] if B == 1 else torch.cat(gx)
-            gw, gb = (None if g[0] is None else sum(g) for g in (gw, gb))
-        else:
-            gx, gw, gb = torch.ops.aten.native_group_norm_backward(
-                grad, x, mean[:, ::C // G].contiguous(), rstd[:, ::C // G].contiguous(), weight,
-                B, C, x[0, 0].numel(), G, want)
+        grad, N, wide = grad.contiguous(memory_format=_CL), x[0, 0].numel(), _wide(x)
+        gx, centre, sums = torch.empty_like(grad), mean[:, None].to(wide), []
+        for s, g, out, *act in _slabs(x, grad, gx, *([] if y is None else [y])):
+            if act:
+                g = torch.ops.aten.threshold_backward(g, *act, 0) if ctx.slope == 0 else \
+                    torch.ops.aten.leaky_relu_backward(g, *act, ctx.slope, True)
+            out.copy_(g)
+            sums.append((_sum(g), _sum((s.to(wide) - centre).mul_(g))))
+        gb, gw = (sum(t) for t in zip(*sums, strict=True))
+        gw = gw * rstd                                                         # (B, C) float64
+        scale = rstd if weight is None else rstd * weight
+        m1, m2 = (_per_group(t / N if weight is None else t * weight / N, ctx.groups)
+                  for t in (gb, gw))
+        by_x = -rstd.square() * m2
+        rest = -rstd * m1 - by_x * mean
+        scale, by_x, rest = (t[:, None].to(wide) for t in (scale, by_x, rest))
+        for s, out in _slabs(x, gx):
+            out.copy_(torch.addcmul(rest, out.to(wide), scale).addcmul_(s.to(wide), by_x))
+        gw, gb = (None, None) if weight is None else (t.sum(0).to(weight.dtype) for t in (gw, gb))
         return gx, gw, gb, None, None, None, None
 
 
@@ -225,7 +234,7 @@ class WindowAttention(nn.Module):
         bias = self.bias_table[index].permute(2, 0, 1)                         # (heads, N, N)
         out = torch.empty_like(qkv[..., :C])
         # windows with the same mask together: inner ones, and the last ones of each shifted axis
-        cuts = [((slice(0, m - 1), False), (slice(m - 1, m), True)) if s else ((slice(0, m), False),)
+        cuts = [((slice(m - 1), False), (slice(m - 1, m), True)) if s else ((slice(m), False),)
                 for m, s in zip(n, shift, strict=True)]
         for group in itertools.product(*cuts):
             at, last = zip(*group, strict=True)
@@ -269,7 +278,7 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-OCTANTS = {"merging": "000 100 010 001 101 010 001 111",          # as released: two twice, two never
+OCTANTS = {"merging": "000 100 010 001 101 010 001 111",      # as released: two twice, two never
            "mergingv2": "000 001 010 011 100 101 110 111"}
 
 
@@ -330,8 +339,9 @@ class ResUp(nn.Module):
 class SwinUNETR(nn.Module):
     """Swin transformer encoder, convolutional decoder (Hatamizadeh et al., 2022).
 
-    x (B, 1, D, H, W)  ->  deep (B, 16 C, D/32, H/32, W/32),  fine (B, C, D, H, W),  C = feature_size
+    x (B, 1, D, H, W)  ->  deep (B, 16 C, D/32, H/32, W/32),  fine (B, C, D, H, W)
 
+    C           feature_size
     merging     "merging" as released (the public weights need it), or "mergingv2", corrected
     checkpoint  recompute the encoder's stages in backward: less memory, more time
     """

@@ -17,37 +17,51 @@ def tiny_model(text_dim=5, width=8, seed=0):
     return M.UniversalModel(M.UNet(width=width), text_dim)
 
 
-def golden(name):
+def released(name, seed=1):
+    """A state dict as the release writes it, bare keys, every number different."""
     sys.path.insert(0, str(SHARED / "golden"))
     import recipe
     shapes = json.loads((SHARED / "golden/state_dict_shapes.json").read_text())[name]
-    state = recipe.fill({k: s for k, (t, s) in shapes.items() if t == "float32"}, 1)
-    return state, shapes, recipe.volume((64, 96, 64), 1)
+    state = recipe.fill({k: s for k, (t, s) in shapes.items() if t == "float32"}, seed)
+    for key, (kind, shape) in shapes.items():
+        if kind != "float32":
+            state[key] = M._relative_index() if shape else torch.tensor(7)
+    assert len(state) == {"unet": 117, "swinunetr": 170}[name]
+    return state, recipe.volume((64, 96, 64), 1)
+
+
+def layouts(state):
+    """The three public spellings of one state dict."""
+    return {"bare": state, "net": {"net": {f"module.{k}": v for k, v in state.items()}, "epoch": 9},
+            "older": {"net": {"module." + k.removeprefix("backbone."): v
+                              for k, v in state.items()}}}
 
 
 @needs_shared
-def test_unet_equals_the_released_model():
-    state, _, x = golden("unet")
-    want = np.load(SHARED / "golden/unet_64x96x64_seed1.npz")
-    model = M.UniversalModel(M.UNet()).eval()
-    rename = {".down_tr64.": ".down.0.", ".down_tr128.": ".down.1.", ".down_tr256.": ".down.2.",
-              ".down_tr512.": ".down.3.", ".up_tr256.up_conv.": ".up.0.", ".up_tr256.": ".merge.0.",
-              ".up_tr128.up_conv.": ".up.1.", ".up_tr128.": ".merge.1.",
-              ".up_tr64.up_conv.": ".up.2.", ".up_tr64.": ".merge.2.", ".ops.": ".",
-              ".conv1.": ".conv.", ".bn1.": ".norm.", "precls_conv.0": "reduce_norm",
-              "precls_conv.2": "reduce", "GAP.0": "pool_norm", "GAP.3": "pool",
-              "controller.": "controller.out.", "text_to_vision": "controller.text"}
-    own, squeezed = {}, ("pool.weight", "controller.out.weight")
-    for key, value in state.items():
-        if "running" not in key:
-            for a, b in rename.items():
-                key = key.replace(a, b)
-            own[key] = value.flatten(1) if key in squeezed else value
-    w = own.pop("organ_embedding")
-    model.load_state_dict(own)
-    with torch.no_grad():
-        deep, fine = model.backbone(x)
-        logits = model(x, w)[0]
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("name", ["unet", "swinunetr"])
+def test_model_equals_the_released_one(name, threads, tmp_path):
+    """Every layout gives the same tensors, and those the released outputs."""
+    state, x = released(name)
+    models = {}
+    for layout, content in layouts(state).items():
+        torch.save(content, tmp_path / "file.pth")
+        models[layout], w = M.load_released(tmp_path / "file.pth")
+        assert torch.equal(w, state["organ_embedding"])
+    model = models["bare"]
+    for other in models.values():
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+    want = np.load(SHARED / f"golden/{name}_64x96x64_seed1.npz")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            deep, fine = model.backbone(x.contiguous(memory_format=torch.channels_last_3d))
+            feat = model.reduce(model.reduce_norm(fine.clone()))
+            logits = M.apply_heads(feat, model.theta(deep, w))[0]
+    finally:
+        torch.set_num_threads(before)
     assert abs(logits[:, ::8, ::8, ::8].numpy() - want["logits"]).max() < 2e-4
     assert abs(fine[0, ::4, ::8, ::8, ::8].numpy() - want["fine"]).max() < 2e-4
     assert abs(deep[0, ::16].numpy() - want["deep"]).max() < 2e-4
@@ -60,6 +74,194 @@ def test_parameter_count_of_the_paper_unet():
     model = M.UniversalModel(M.UNet())
     assert sum(p.numel() for p in model.backbone.parameters()) == 19_073_600
     assert sum(p.numel() for p in model.parameters()) == 19_416_417
+
+
+def test_parameter_count_of_the_paper_swin_unetr():
+    """62,186,610 in the backbone, 62,595,315 in all, text rows not counted."""
+    with torch.device("meta"):
+        model = M.UniversalModel(M.SwinUNETR())
+    assert sum(p.numel() for p in model.backbone.parameters()) == 62_186_610
+    assert sum(p.numel() for p in model.parameters()) == 62_595_315
+
+
+def small_released(kind):
+    """A small model's weights under the release's names, made by undoing the renaming."""
+    spec = {"unet": {"backbone": "unet", "width": 8},
+            "swin_unetr": {"backbone": "swin_unetr", "feature_size": 12}}[kind]
+    torch.manual_seed(3)
+    model = M.build_model({**spec, "text_dim": 7})
+    for p in model.parameters():
+        p.data.normal_()
+    up, down = {"0": "256", "1": "128", "2": "64"}, ("64", "128", "256", "512")
+    swin = {"patch": "swinViT.patch_embed.proj", "bottom": "encoder10.layer"}
+    out = {"organ_embedding": torch.randn(4, 7)}
+    for key, value in model.state_dict().items():
+        for a, b in (("reduce_norm", "precls_conv.0"), ("reduce", "precls_conv.2"),
+                     ("pool_norm", "GAP.0"), ("pool", "GAP.3"), ("controller.out", "controller"),
+                     ("controller.text", "text_to_vision")):
+            if key.startswith(a + "."):
+                key = b + key[len(a):]
+                break
+        if key in ("GAP.3.weight", "controller.weight"):
+            value = value[..., None, None, None]
+        if key.startswith("backbone.") and kind == "unet":
+            part, i, *rest = key.removeprefix("backbone.").split(".")
+            rest = ".".join(rest)
+            if part == "up":
+                key = f"backbone.up_tr{up[i]}.up_conv.{rest}"
+            else:
+                level = f"down_tr{down[int(i)]}" if part == "down" else f"up_tr{up[i]}"
+                j, unit, end = rest.split(".")
+                unit = {"conv": "conv1", "norm": "bn1"}[unit]
+                key = f"backbone.{level}.ops.{j}.{unit}.{end}"
+                if unit == "bn1" and end == "bias":
+                    out[key.replace("bias", "running_mean")] = value + 1
+                    out[key.replace("bias", "running_var")] = value.exp()
+                    out[key.replace("bias", "num_batches_tracked")] = torch.tensor(3)
+        elif key.startswith("backbone."):
+            part, *rest = key.removeprefix("backbone.").split(".")
+            rest = ".".join(rest)
+            if part in swin:
+                name = f"{swin[part]}.{rest}"
+            elif part == "stages":
+                i, rest = rest.split(".", 1)
+                name = f"swinViT.layers{int(i) + 1}.0.{rest}"
+                for a, b in ((".merge.", ".downsample."), (".mlp.0.", ".mlp.linear1."),
+                             (".mlp.2.", ".mlp.linear2."),
+                             (".bias_table", ".relative_position_bias_table")):
+                    name = name.replace(a, b)
+            else:
+                i, rest = rest.split(".", 1)
+                name = f"encoder{int(i) + 1}.layer.{rest}" if part == "enc" else \
+                    f"decoder{5 - int(i)}.{rest}".replace(".up.", ".transp_conv.conv.").replace(
+                        ".block.", ".conv_block.")
+            for n in "123":
+                name = name.replace(f".conv{n}.", f".conv{n}.conv.")
+            key = "backbone." + name
+            if key.endswith("_bias_table"):
+                out[key.replace("bias_table", "index")] = M._relative_index()
+        out[key] = value
+    return model, out
+
+
+@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+def test_released_weights_load_strictly_in_every_layout(kind, tmp_path):
+    model, state = small_released(kind)
+    for layout, content in layouts(state).items():
+        torch.save(content, tmp_path / f"{layout}.pth")
+        got, w, rest = M.load_checkpoint(tmp_path / f"{layout}.pth")
+        assert rest == {} and torch.equal(w, state["organ_embedding"]) and not got.training
+        for k, v in model.state_dict().items():
+            assert torch.equal(got.state_dict()[k], v), k
+    lost, other = [k for k in state if k.endswith("conv2.conv.weight" if kind == "swin_unetr"
+                                                  else "bn1.weight")][:2]
+    faults = {"missing backbone": {k: v for k, v in state.items() if k != lost},
+              "unknown surprise.weight": {**state, "surprise.weight": torch.ones(2)},
+              r"has shape \(3,\), expected": {**state, other: torch.ones(3)},
+              "not a tensor": {**state, other: "text"},
+              "no backbone": {k: v for k, v in state.items() if k != "organ_embedding"}}
+    for what, content in faults.items():
+        with pytest.raises(ValueError, match=what):
+            M.load_released(content)
+    index = [k for k in state if k.endswith(("running_var", "position_index"))][0]
+    with pytest.raises(ValueError, match="position_index|running_var"):
+        M.load_released({**state, index: torch.zeros(5, 2)})
+
+
+@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+def test_pretrained_encoders_fill_the_backbone_and_say_what_was_left(kind, tmp_path):
+    """MONAI's file has `out` beside the backbone, older ones `module.layers1`; Genesis `out_tr`."""
+    model, state = small_released(kind)
+    public = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone." in k}
+    public = {(f"module.{k}" if kind == "unet" else k): v for k, v in public.items()}
+    extra = {"unet": "module.out_tr.final_conv.weight", "swin_unetr": "out.conv.conv.weight"}[kind]
+    torch.save({"state_dict": {**public, extra: torch.ones(3)}}, tmp_path / "a.pt")
+    fresh = M.build_model({"backbone": kind, "text_dim": 7, **(
+        {"width": 8} if kind == "unet" else {"feature_size": 12})})
+    filled, left = M.load_pretrained(fresh, tmp_path / "a.pt")
+    assert len(filled) == len(model.backbone.state_dict())
+    assert left == [extra.removeprefix("module.")]
+    for k, v in model.backbone.state_dict().items():
+        assert torch.equal(fresh.backbone.state_dict()[k], v)
+    if kind == "swin_unetr":
+        old = {"module." + k.removeprefix("swinViT.").replace("linear", "fc"): v
+               for k, v in public.items() if k.startswith("swinViT")}
+        torch.save({"state_dict": old}, tmp_path / "b.pt")
+        filled, left = M.load_pretrained(fresh, tmp_path / "b.pt")
+        assert not left and len(filled) == sum("patch" in k or "stages" in k
+                                               for k in model.backbone.state_dict())
+    torch.save({"state_dict": {"fc.weight": torch.ones(2)}}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="no weight in it fits"):
+        M.load_pretrained(fresh, tmp_path / "c.pt")
+
+
+def monai_pair(merging, size):
+    """MONAI's SwinUNETR and ours with the same random weights."""
+    nets = pytest.importorskip("monai.networks.nets.swin_unetr")
+    torch.manual_seed(5)
+    monai = nets.SwinUNETR(img_size=size, in_channels=1, out_channels=2, feature_size=12,
+                           downsample=merging, use_v2=False)
+    with torch.no_grad():
+        for name, p in monai.named_parameters():
+            p.add_(torch.randn_like(p) * (0.5 if "bias_table" in name else 0.05))
+    ours = M.UniversalModel(M.SwinUNETR(feature_size=12, merging=merging), 4)
+    state = M._public_names({k: v for k, v in monai.state_dict().items() if k[:4] != "out."}, "")
+    ours.backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items()})
+    kept = {}
+    monai.encoder10.register_forward_hook(lambda m, i, o: kept.update(deep=o))
+    monai.out.register_forward_pre_hook(lambda m, i: kept.update(fine=i[0]))
+    return monai, ours.backbone, kept
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("merging", ["merging", "mergingv2"])
+@pytest.mark.parametrize("size", [(64, 64, 64), pytest.param((96, 96, 96), marks=pytest.mark.slow),
+                                  pytest.param((64, 96, 128), marks=pytest.mark.slow)])
+def test_swin_unetr_equals_monai_with_gradients(merging, size):
+    """Features in float32; gradients in float64, where no ReLU flips by rounding."""
+    monai, ours, kept = monai_pair(merging, size)
+    x = torch.rand(1, 1, *size)
+    with torch.no_grad():
+        monai(x)
+        deep, fine = ours(x.contiguous(memory_format=torch.channels_last_3d))
+    assert (deep - kept["deep"]).abs().max() < 1e-4 and (fine - kept["fine"]).abs().max() < 1e-4
+    if size != (64, 64, 64):
+        return
+    monai, ours, x = monai.double(), ours.double(), x.double()
+    monai(x)
+    weight = torch.randn_like(kept["fine"]), torch.randn_like(kept["deep"])
+    (kept["fine"] * weight[0]).mean().add((kept["deep"] * weight[1]).mean()).backward()
+    deep, fine = ours(x.contiguous(memory_format=torch.channels_last_3d))
+    (fine * weight[0]).mean().add((deep * weight[1]).mean()).backward()
+    grads = M._public_names({k: p.grad for k, p in monai.named_parameters() if k[:4] != "out."}, "")
+    for name, p in ours.named_parameters():
+        want = grads[f"backbone.{name}"]
+        assert (p.grad - want).norm() < 1e-6 * want.norm() + 1e-9, name
+
+
+def test_recomputing_the_stages_changes_no_gradient():
+    torch.manual_seed(0)
+    plain = M.SwinUNETR(feature_size=12)
+    again = M.SwinUNETR(feature_size=12, checkpoint=True)
+    again.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 1, 64, 64, 64)
+    for net in (plain, again):
+        deep, fine = net(x)
+        (deep.square().mean() + fine.square().mean()).backward()
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+def test_a_window_alone_equals_the_window_in_a_batch(kind):
+    model = small_released(kind)[0].eval()
+    torch.manual_seed(1)
+    x, w = torch.rand(3, 1, 64, 64, 64), torch.randn(2, 7)
+    x[1] *= 3
+    with torch.no_grad():
+        alone = torch.cat([model(p, w) for p in x.split(1)])
+        scale = alone.abs().max()
+        assert (model(x, w) - alone).abs().max() < 1e-5 * scale
 
 
 @pytest.mark.parametrize("groups, slope", [(None, 0.0), (4, 0.0), (None, 0.01), (None, None)])
