@@ -43,7 +43,7 @@ class Config:
     """One field a line; flags are made from them."""
     data: tuple[str, ...] = ()    # datasets (nnU-Net raw), or folders of several
     out: str = "run"              # where checkpoints and the log go
-    backbone: str = "unet"        # unet (swin_unetr comes with its issue)
+    backbone: str = "unet"        # unet or swin_unetr
     text: str = "clip"            # clip, onehot, or a file of rows (K, E)
     prompt_template: str = "V3"   # V1, V2, V3 of the paper, or a text with {} (release: V3)
     clip_weights: str = ""        # a CLIP file (default: ViT-B/32, downloaded on first use)
@@ -51,7 +51,9 @@ class Config:
     resume: bool = False          # go on from OUT/last.pt
     spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5)
     patch: int = PATCH       # side of a crop, voxels (release: 96)
-    width: int = 64               # channels of the U-Net's decoder feature (release: 64)
+    width: int = 0                # channels of the decoder feature (0: 64 U-Net, 48 Swin UNETR)
+    pretrained: str = ""          # start the backbone from MONAI's Swin or a Models Genesis file
+    recompute: bool = False       # activations again in backward: less memory, a third more time
     steps: int = 100_000          # optimiser steps in all
     batch: int = 2                # crops a step
     lr: float = 1e-4              # AdamW, highest rate (release: 1e-4)
@@ -187,8 +189,15 @@ def train(cfg: Config) -> dict[str, float]:
     describe(scans, val, classes, trained)
 
     # model and optimiser
-    spec = {"backbone": cfg.backbone, "width": cfg.width, "text_dim": w.shape[1]}
+    size = {"unet": "width", "swin_unetr": "feature_size"}[cfg.backbone]
+    spec = {"backbone": cfg.backbone, "text_dim": w.shape[1],
+            **({size: cfg.width} if cfg.width else {})}
     model = M.build_model(spec).to(cfg.device).train()
+    model.backbone.recompute = cfg.recompute
+    if cfg.pretrained:
+        filled, left = M.load_pretrained(model, cfg.pretrained)
+        print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
+              f"the backbone filled; not used: {', '.join(left) or 'none'}")
     heads = list(model.controller.parameters())    # a step moves theta by a sum over 512 inputs
     rest = [p for p in model.parameters() if not any(p is h for h in heads)]
     opt = torch.optim.AdamW([{"params": rest, "share": 1.0}, {"params": heads, "share":
