@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # else a busy neighbour costs 10x
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # else a busy neighbour costs 10x
 
 import numpy as np
 import torch

@@ -122,30 +122,55 @@ class GroupNormReLU(nn.GroupNorm):
         return norm_act(x, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
 
 
-class Conv3x3x3(nn.Conv3d):
-    """A 3x3x3 convolution that keeps its side.
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3x3 or 1x1x1 convolution that keeps its side.
 
     PyTorch sends a small single input on a processor to a path up to 15 times slower (C * D * H of
     at most 20,480). Such an input goes as a batch of two overlapping halves: the same numbers.
     """
+    (B, C, D, H, _), p = x.shape, weight.shape[2] // 2
+    weight = weight.contiguous(memory_format=_CL)
+    if B > 1 or D % 2 or C * D * H > 20480 or x.device.type != "cpu":
+        return F.conv3d(x, weight, bias, padding=p)
+    x = F.pad(x, (0, 0, 0, 0, p, p))
+    halves = torch.cat([x[:, :, :D // 2 + 2 * p], x[:, :, D // 2:]])       # (2, C, D/2+2p, H, W)
+    y = F.conv3d(halves.contiguous(memory_format=_CL), weight, bias, padding=(0, p, p))
+    return torch.cat(y.split(1), 2)
+
+
+class Conv(nn.Conv3d):
+    """A convolution of x, or of x and a skip beside it, which are then never concatenated."""
+
+    def __init__(self, c_in: int, c_out: int, side: int = 3, bias: bool = True):
+        super().__init__(c_in, c_out, side, padding=side // 2, bias=bias)
+        nn.init.kaiming_normal_(self.weight)       # larger than PyTorch's: calmer first steps
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is None:
+            return _conv(x, self.weight, self.bias)
+        c = x.shape[1]
+        return _conv(x, self.weight[:, :c], self.bias).add_(_conv(skip, self.weight[:, c:], None))
+
+
+class Up2(nn.ConvTranspose3d):
+    """A 2x2x2 transposed convolution of stride 2, as one matrix product and a reordering."""
 
     def __init__(self, c_in: int, c_out: int, bias: bool = True):
-        super().__init__(c_in, c_out, 3, padding=1, bias=bias)
+        super().__init__(c_in, c_out, 2, 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, D, H, _ = x.shape
-        if B > 1 or D % 2 or C * D * H > 20480 or x.device.type != "cpu":
-            return super().forward(x)
-        x = F.pad(x, (0, 0, 0, 0, 1, 1))
-        halves = torch.cat([x[:, :, :D // 2 + 2], x[:, :, D // 2:]])           # (2, C, D/2+2, H, W)
-        y = F.conv3d(halves.contiguous(memory_format=_CL), self.weight, self.bias, 1, (0, 1, 1))
-        return torch.cat(y.split(1), 2)
+        B, C, D, H, W = x.shape
+        weight = self.weight.permute(0, 2, 3, 4, 1)                            # (C, 2, 2, 2, c_out)
+        y = x.permute(0, 2, 3, 4, 1).reshape(-1, C) @ weight.reshape(C, -1)
+        y = y.view(B, D, H, W, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        y = y.reshape(B, 2 * D, 2 * H, 2 * W, -1)
+        return (y if self.bias is None else y + self.bias).permute(0, 4, 1, 2, 3)
 
 
-def _run(module: nn.Module, x: Tensor, recompute: bool) -> Tensor:
-    """module(x); if asked for, its inner values are computed again in backward, not kept."""
+def _run(recompute: bool, module: nn.Module, *x: Tensor) -> Tensor:
+    """module(*x); if asked for, its inner values are computed again in backward, not kept."""
     again = recompute and torch.is_grad_enabled()
-    return checkpoint(module, x, use_reentrant=False) if again else module(x)
+    return checkpoint(module, *x, use_reentrant=False) if again else module(*x)
 
 
 # ---- U-Net -------------------------------------------------------------------------------------
@@ -158,11 +183,21 @@ class ConvNormReLU(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.conv = Conv3x3x3(c_in, c_out)
+        self.conv = Conv(c_in, c_out)
         self.norm = nn.InstanceNorm3d(c_out, affine=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norm_act(self.conv(x), self.norm.weight, self.norm.bias)
+    def forward(self, *x: Tensor) -> Tensor:
+        return norm_act(self.conv(*x), self.norm.weight, self.norm.bias)
+
+
+class Pair(nn.Sequential):
+    """Two convolutions; the first may take a skip beside its input."""
+
+    def __init__(self, c_in: int, c_middle: int, c_out: int):
+        super().__init__(ConvNormReLU(c_in, c_middle), ConvNormReLU(c_middle, c_out))
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self[1](self[0](*x))
 
 
 class UNet(nn.Module):
@@ -178,23 +213,20 @@ class UNet(nn.Module):
             raise ValueError(f"width must be a multiple of 8, got {width}")
         c = [width // 2, width, 2 * width, 4 * width, 8 * width]
         self.deep_channels, self.fine_channels = c[4], c[1]
-        self.down = nn.ModuleList(
-            nn.Sequential(ConvNormReLU(c_in, c[i]), ConvNormReLU(c[i], c[i + 1]))
-            for i, c_in in enumerate([1, c[1], c[2], c[3]]))
-        self.up = nn.ModuleList(nn.ConvTranspose3d(c[i], c[i], 2, 2) for i in (4, 3, 2))
-        self.merge = nn.ModuleList(
-            nn.Sequential(ConvNormReLU(c[i] + c[i - 1], c[i - 1]), ConvNormReLU(c[i - 1], c[i - 1]))
-            for i in (4, 3, 2))
+        self.down = nn.ModuleList(Pair(c_in, c[i], c[i + 1])
+                                  for i, c_in in enumerate([1, c[1], c[2], c[3]]))
+        self.up = nn.ModuleList(Up2(c[i], c[i]) for i in (4, 3, 2))
+        self.merge = nn.ModuleList(Pair(c[i] + c[i - 1], c[i - 1], c[i - 1]) for i in (4, 3, 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skips = []
         for i, down in enumerate(self.down):
             x = F.max_pool3d(x, 2) if i else x
-            x = _run(down, x, self.recompute)             # (B, 2^i width, D/2^i, H/2^i, W/2^i)
+            x = _run(self.recompute, down, x)             # (B, 2^i width, D/2^i, H/2^i, W/2^i)
             skips.append(x)
         deep = skips.pop()                                # (B, 8 width, D/8, H/8, W/8)
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = _run(merge, torch.cat([up(x), skips.pop()], 1), self.recompute)
+            x = _run(self.recompute, merge, up(x), skips.pop())
         return deep, x                                    # x (B, width, D, H, W)
 
 
@@ -341,14 +373,14 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.conv1 = Conv3x3x3(c_in, c_out, bias=False)
-        self.conv2 = Conv3x3x3(c_out, c_out, bias=False)
-        self.conv3 = nn.Conv3d(c_in, c_out, 1, bias=False) if c_in != c_out else None
+        self.conv1 = Conv(c_in, c_out, bias=False)
+        self.conv2 = Conv(c_out, c_out, bias=False)
+        self.conv3 = Conv(c_in, c_out, 1, bias=False) if c_in != c_out else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.conv1(x), slope=0.01)
+    def forward(self, *x: Tensor) -> Tensor:
+        y = norm_act(self.conv1(*x), slope=0.01)
         y = norm_act(self.conv2(y), slope=None)
-        short = x if self.conv3 is None else norm_act(self.conv3(x), slope=None)
+        short = x[0] if self.conv3 is None else norm_act(self.conv3(*x), slope=None)
         return F.leaky_relu(y + short, 0.01)
 
 
@@ -377,21 +409,21 @@ class SwinUNETR(nn.Module):
                                  ((1, C), (C, C), (2 * C, 2 * C), (4 * C, 4 * C)))
         self.bottom = ResBlock(16 * C, 16 * C)
         steps = ((16 * C, 8 * C), (8 * C, 4 * C), (4 * C, 2 * C), (2 * C, C), (C, C))
-        self.up = nn.ModuleList(nn.ConvTranspose3d(a, b, 2, 2, bias=False) for a, b in steps)
+        self.up = nn.ModuleList(Up2(a, b, bias=False) for a, b in steps)
         self.dec = nn.ModuleList(ResBlock(2 * b, b) for _, b in steps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.patch(x).permute(0, 2, 3, 4, 1)          # (B, D/2, H/2, W/2, C)
         hidden = [tokens]
         for stage in self.stages:                              # (B, D/2^i+2, ..., 2^(i+1) C)
-            tokens = _run(stage, tokens, self.recompute)
+            tokens = _run(self.recompute, stage, tokens)
             hidden.append(tokens)
         hidden = [F.layer_norm(h, h.shape[-1:]).permute(0, 4, 1, 2, 3) for h in hidden]
-        skips = [_run(enc, h, self.recompute)
+        skips = [_run(self.recompute, enc, h)
                  for enc, h in zip(self.enc, [x, *hidden], strict=False)] + [hidden[3]]
         deep = y = self.bottom(hidden[4])                      # (B, 16 C, D/32, H/32, W/32)
         for up, dec in zip(self.up, self.dec, strict=True):
-            y = _run(dec, torch.cat([up(y), skips.pop()], 1), self.recompute)
+            y = _run(self.recompute, dec, up(y), skips.pop())
         return deep, y                                         # y (B, C, D, H, W)
 
 
@@ -427,40 +459,68 @@ def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [p.unflatten(1, s) for p, s in zip(parts, shapes, strict=False)], list(parts[3:])
 
 
-def _heads(feat: Tensor, theta: Tensor) -> Tensor:
-    """feat (8, n), theta (K, 153) -> logits (K, n). Layer 1 is one product 8 -> 8K."""
+def _heads(feat: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """feat (8, n), theta (K, 153) -> inner values (K, 8, n), (K, 8, n) and logits (K, n).
+
+    Layer 1 is one product 8 -> 8K.
+    """
     (w1, w2, w3), (b1, b2, b3) = split_theta(theta)
-    K = len(theta)
-    h = torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), feat).relu_()         # (8K, n)
-    h = torch.baddbmm(b2[..., None], w2, h.view(K, 8, -1)).relu_()             # (K, 8, n)
-    return torch.baddbmm(b3[..., None], w3, h)[:, 0]                           # (K, n)
+    h1 = torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), feat).relu_().view(len(theta), 8, -1)
+    h2 = torch.baddbmm(b2[..., None], w2, h1).relu_()
+    return h1, h2, torch.baddbmm(b3[..., None], w3, h2)[:, 0]
 
 
-def apply_heads(feat: Tensor, theta: Tensor, *, block: int | None = None) -> Tensor:
+def _blocks(feat: Tensor, K: int):
+    """Slices of voxels whose inner values fit the cache."""
+    step = max(1024, (1 << 16) // K)
+    return [slice(i, i + step) for i in range(0, feat.shape[1], step)]
+
+
+class _Heads(torch.autograd.Function):
+    """One scan's heads: feat (N, 8), theta (K, 153) -> logits (K, N), block by block.
+
+    Nothing but input and output is kept; backward computes a block's inner values again while its
+    gradient is made.
+    """
+
+    @staticmethod
+    def forward(ctx, feat, theta):
+        feat = feat.t()                                                        # (8, N)
+        out = feat.new_empty(len(theta), feat.shape[1])
+        for at in _blocks(feat, len(theta)):
+            out[:, at] = _heads(feat[:, at], theta)[2]
+        ctx.save_for_backward(feat, theta)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        feat, theta = ctx.saved_tensors
+        (w1, w2, w3), K = split_theta(theta)[0], len(theta)
+        g_feat, total = torch.empty_like(feat, memory_format=torch.contiguous_format), 0
+        for at in _blocks(feat, K):
+            x, g = feat[:, at], grad[:, at]
+            h1, h2, _ = _heads(x, theta)
+            g2 = torch.ops.aten.threshold_backward(w3.transpose(1, 2) * g[:, None], h2, 0)
+            g1 = torch.ops.aten.threshold_backward(w2.transpose(1, 2) @ g2, h1, 0)
+            parts = [(g1.flatten(0, 1) @ x.t()).view(K, -1), (g2 @ h1.transpose(1, 2)).flatten(1),
+                     (h2 @ g[..., None]).flatten(1), g1.sum(2), g2.sum(2), g.sum(1, keepdim=True)]
+            total = total + torch.cat(parts, 1).float()                        # (K, 153)
+            g_feat[:, at] = w1.flatten(0, 1).t() @ g1.flatten(0, 1)
+        return g_feat.t(), total.to(theta.dtype)
+
+
+def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
     """Three 1x1x1 convolutions per class, ReLU between them.
 
     feat     (B, 8, D, H, W)   theta (B, K, 153)
     returns  (B, K, D, H, W)   logits
 
-    Works on blocks of voxels that fit the cache and never repeats the feature map K times; with
-    gradients a block's inner values are computed again in backward instead of being stored.
+    Works on blocks of voxels that fit the cache and never repeats the feature map K times.
     """
     (B, _, *size), K = feat.shape, theta.shape[1]
     rows = feat.permute(0, 2, 3, 4, 1).reshape(B, -1, HEAD[0])                 # (B, N, 8)
-    theta = theta.to(rows.dtype)
-    N = rows.shape[1]
-    if torch.is_grad_enabled() and (feat.requires_grad or theta.requires_grad):
-        block = block or 1 << 16
-        out = [torch.cat([checkpoint(_heads, part.t(), t, use_reentrant=False)
-                          for part in r.split(block)], 1)
-               for r, t in zip(rows, theta, strict=True)]
-        return torch.stack(out).view(B, K, *size)
-    block = block or max(1024, (1 << 16) // K)
-    out = rows.new_empty(B, K, N)
-    for b in range(B):
-        for i in range(0, N, block):
-            out[b, :, i:i + block] = _heads(rows[b, i:i + block].t(), theta[b])
-    return out.view(B, K, *size)
+    out = [_Heads.apply(r, t) for r, t in zip(rows, theta.to(rows.dtype), strict=True)]
+    return (out[0][None] if B == 1 else torch.stack(out)).view(B, K, *size)
 
 
 class UniversalModel(nn.Module):

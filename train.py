@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # else a busy neighbour costs 10x
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # else a busy neighbour costs 10x
 
 import numpy as np
 import torch

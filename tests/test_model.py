@@ -293,9 +293,10 @@ def test_norm_statistics_stay_exact_at_full_window_size():
     assert (M.norm_act(x, slope=None) - want).abs().max() < 2e-5
 
 
-def test_heads_equal_three_small_convolutions():
+def test_heads_equal_three_small_convolutions(monkeypatch):
     """Weights 64, 64, 8, then biases 8, 8, 1; a weight is (out, in); ReLU between, not after."""
     torch.manual_seed(0)
+    monkeypatch.setattr(M, "_blocks", lambda feat, K: [slice(i, i + 7) for i in range(0, 60, 7)])
     feat = torch.randn(2, 8, 3, 4, 5, requires_grad=True)
     theta = torch.randn(2, 4, 153, requires_grad=True)
     want = torch.empty(2, 4, 3, 4, 5)
@@ -305,14 +306,49 @@ def test_heads_equal_three_small_convolutions():
             h = F.relu(t[:64].view(8, 8) @ v + t[136:144, None])
             h = F.relu(t[64:128].view(8, 8) @ h + t[144:152, None])
             want[b, k] = (t[128:136].view(1, 8) @ h + t[152]).view(3, 4, 5)
-    out = M.apply_heads(feat, theta, block=7)
+    out = M.apply_heads(feat, theta)
     assert torch.allclose(out, want, atol=1e-4)
     grads = torch.autograd.grad(out.square().sum(), (feat, theta))
     wants = torch.autograd.grad(want.square().sum(), (feat, theta))
     for a, b in zip(grads, wants, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-2 * b.abs().max())
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max())
     with torch.no_grad():
-        assert torch.allclose(M.apply_heads(feat, theta, block=11), want, atol=1e-4)
+        assert torch.allclose(M.apply_heads(feat, theta), want, atol=1e-4)
+    assert [s.stop for s in M._blocks(feat, 4)][:2] == [7, 14]
+
+
+def test_gradients_of_the_heads_are_those_of_finite_differences():
+    torch.manual_seed(2)
+    feat = torch.randn(1, 8, 2, 2, 3, dtype=torch.double, requires_grad=True)
+    theta = torch.randn(1, 2, 153, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(M.apply_heads, (feat, theta))
+
+
+@pytest.mark.parametrize("side, c_in, skip", [(3, 5, 0), (1, 5, 0), (3, 4, 3), (1, 2, 6)])
+def test_convolutions_in_halves_and_beside_a_skip_are_the_plain_ones(side, c_in, skip):
+    torch.manual_seed(0)
+    conv = M.Conv(c_in + skip, 4, side).double()
+    x = torch.randn(1, c_in + skip, 6, 5, 4, dtype=torch.double, requires_grad=True)
+    want = F.conv3d(x, conv.weight, conv.bias, padding=side // 2)
+    got = conv(x[:, :c_in], x[:, c_in:]) if skip else conv(x)
+    assert torch.allclose(got, want, atol=1e-12)
+    weight = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *conv.parameters()])
+                      for y in (got, want)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_up_convolution_as_a_matrix_product_is_the_plain_one(bias):
+    torch.manual_seed(0)
+    up = M.Up2(3, 4, bias).double()
+    x = torch.randn(2, 3, 2, 3, 4, dtype=torch.double, requires_grad=True)
+    want = F.conv_transpose3d(x, up.weight, up.bias, stride=2)
+    got, weight = up(x), torch.randn_like(want)
+    assert torch.allclose(got, want, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *up.parameters()])
+                      for y in (got, want)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 def test_any_subset_of_classes_in_any_order_is_the_same_as_a_slice():
