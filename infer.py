@@ -22,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # else a busy neighbour costs
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +33,15 @@ import model as M
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
 THRESHOLD = 0.5         # on the probability (release)
+
+# post-processing, in physical units (ours; the release's deletes touching lungs)
+SOLID = frozenset((             # one piece each; of every other organ all pieces of MIN_PART_ML
+    "Spleen", "Right Kidney", "Left Kidney", "Gall Bladder", "Liver", "Stomach", "Pancreas",
+    "Right Adrenal Gland", "Left Adrenal Gland", "Right Lung", "Left Lung", "Bladder", "Prostate",
+    "Left Head of Femur", "Right Head of Femur"))
+MIN_PART_ML = 0.5
+MIN_LESION_ML = 0.1
+CLOSE_MM, DILATE_MM = 10.0, 5.0     # a lesion lies in its host, closed and dilated by these
 
 
 # ---- windows -----------------------------------------------------------------------------------
@@ -123,6 +133,12 @@ def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH, overlap
     return torch.cat(parts, 3)[(slice(None), *where)]
 
 
+def enclose(*boxes) -> tuple[slice, ...]:
+    """The smallest box around boxes."""
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis))
+                 for axis in zip(*boxes, strict=True))
+
+
 # ---- a whole scan ------------------------------------------------------------------------------
 class Segmentation:
     """What is kept per native voxel: a bit per class (packed in uint32 words) and the winner.
@@ -135,12 +151,14 @@ class Segmentation:
         self.K = K
         self.bits = np.zeros((-(-K // 32), W, D, H), np.uint32).transpose(0, 2, 3, 1)
         self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
+        self.midline = (D - 1) / 2                     # of the body, in voxels of the first axis
+        self.boxes: dict[int, tuple] = {}              # what encloses a class that was put
 
-    def mask(self, k: int) -> np.ndarray:
-        return (self.bits[k // 32] >> np.uint32(k % 32)) & 1 > 0
+    def mask(self, k: int, box=...) -> np.ndarray:
+        return (self.bits[k // 32][box] >> np.uint32(k % 32)) & 1 > 0
 
-    def set_mask(self, k: int, mask: np.ndarray) -> None:
-        word, bit = self.bits[k // 32], np.uint32(1 << (k % 32))
+    def set_mask(self, k: int, mask: np.ndarray, box=...) -> None:
+        word, bit = self.bits[k // 32][box], np.uint32(1 << (k % 32))
         word &= ~bit
         word |= np.where(mask, bit, np.uint32(0))
 
@@ -177,6 +195,8 @@ class Segmentation:
                 prob > THRESHOLD, np.uint32(1 << (k % 32)), np.uint32(0))
             self.winner[:, :, window][box][won] = k
             view[won] = prob[won]
+            whole = (*box[:2], slice(planes[box[2].start], planes[box[2].stop - 1] + 1))
+            self.boxes[k] = enclose(whole, self.boxes.get(k, whole))
 
     def merge(self, classes) -> np.ndarray:
         """(D, H, W) class number (index + 1) or 0: a child over its parent, else the winner if its
@@ -218,6 +238,8 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
         np.clip(a, low, high, out=a, where=a > -1e8)
     x = torch.from_numpy(image).to(w.device)
     out = Segmentation(native, len(w))
+    middle = data.body_midline(image) - front[0] + box[0].start        # of the working grid
+    out.midline = middle * (native[0] - 1) / max(1, shape[0] - 1)
     bar = tqdm(total=count_windows(image.shape, patch), desc="windows", unit="window",
                leave=False, disable=not progress)
     carry, W = None, image.shape[2]
@@ -232,6 +254,96 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
                 out.put(logits, (at[0], at[1], at[2][planes] - start), planes)
             carry = logits[..., -1:].clone()
     return out
+
+
+# ---- post-processing ---------------------------------------------------------------------------
+def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """26-connected pieces 1 ... n of a mask and their sizes in voxels; sizes[0] is 0."""
+    parts = ndimage.label(mask, np.ones((3, 3, 3)))[0]
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return parts, sizes
+
+
+def settle_sides(right: np.ndarray, left: np.ndarray, x_right: np.ndarray):
+    """Two masks of a paired organ -> the same two, each on its side; nothing is deleted.
+
+    x_right  (D,) bool, planes of the first axis on the patient's right of the body's midline
+
+    A piece on one side of the midline belongs to that side. Of a piece on both (touching lungs) the
+    labels stay if they mostly agree with the sides, but for islands; else the midline cuts it.
+    """
+    where = x_right[:, None, None]
+    parts, sizes = components(right | left)
+    share = np.bincount(np.where(where, parts, 0).ravel(), minlength=len(sizes)) / np.maximum(
+        sizes, 1)                                                      # of a piece on the right
+    said = right & (~left | where)
+    agrees = np.bincount(np.where(said == where, parts, 0).ravel(), minlength=len(sizes)) / \
+        np.maximum(sizes, 1)
+    whole = np.where(share > 0.9, 1, np.where(share < 0.1, 0, np.where(agrees > 0.75, 2, 3)))
+    kind = whole[parts]                 # 1 right, 0 left, 2 as labelled, 3 by position
+    new_right = (kind == 1) | (kind == 2) & said | (kind == 3) & where
+    new_right &= parts > 0
+    new_left = (parts > 0) & ~new_right
+    for mine, other, home in ((new_right, new_left, where), (new_left, new_right, ~where)):
+        pieces, n = components(mine)
+        astray = (np.bincount(np.where(home, pieces, 0).ravel(), minlength=len(n)) == 0) & (n > 0)
+        move = astray[pieces]
+        mine[move], other[move] = False, True
+    return new_right, new_left
+
+
+def host_region(host: np.ndarray, spacing_mm) -> np.ndarray:
+    """The host organ closed by CLOSE_MM and dilated by DILATE_MM, on a grid of about 3 mm."""
+    step = [max(1, round(3 / s)) for s in spacing_mm]
+    mm = np.multiply(step, spacing_mm)
+    coarse = host[tuple(slice(None, None, s) for s in step)]
+    pad = [int((CLOSE_MM + DILATE_MM) / s) + 2 for s in mm]
+    region = np.pad(coarse, [(p, p) for p in pad])
+    for reach, inward in ((CLOSE_MM, False), (CLOSE_MM, True), (DILATE_MM, False)):
+        if inward:
+            region = ndimage.distance_transform_edt(region, mm) > reach
+        elif region.any():
+            region = ndimage.distance_transform_edt(~region, mm) <= reach
+    region = region[tuple(slice(p, p + n) for p, n in zip(pad, coarse.shape, strict=True))]
+    for axis, s in enumerate(step):
+        region = region.repeat(s, axis)
+    return region[tuple(slice(n) for n in host.shape)]
+
+
+def postprocess(seg: Segmentation, classes, spacing_mm) -> None:
+    """Clean every class inside its box, in place: sides, then organs, then lesions in their host.
+
+    classes  those of seg, in its order. A class of which nothing was found is left alone.
+    """
+    names = [c.name for c in classes]
+    ml = float(np.prod(spacing_mm)) / 1000
+    for i, c in enumerate(classes):
+        j = next((j for j, d in enumerate(classes) if c.side == "right" and d.side == "left" and
+                  d.name.replace("Left", "") == c.name.replace("Right", "")), None)
+        found = [seg.boxes[k] for k in (i, j) if k in seg.boxes]
+        if j is None or not found:
+            continue
+        box = enclose(*found)
+        sides = settle_sides(seg.mask(i, box), seg.mask(j, box),
+                             np.arange(box[0].start, box[0].stop) > seg.midline)
+        for k, mask in zip((i, j), sides, strict=True):
+            seg.set_mask(k, mask, box)
+            seg.boxes[k] = box
+    for k in sorted(seg.boxes, key=lambda k: classes[k].lesion):
+        c, box = classes[k], seg.boxes[k]
+        mask = seg.mask(k, box)
+        if c.lesion:
+            if c.parents and set(c.parents) <= set(names):     # else a host was not asked for
+                hosts = [names.index(p) for p in c.parents]
+                box = enclose(box, *(seg.boxes[h] for h in hosts if h in seg.boxes))
+                mask = seg.mask(k, box)
+                mask &= host_region(np.any([seg.mask(h, box) for h in hosts], 0), spacing_mm)
+        parts, sizes = components(mask)
+        keep = sizes * ml >= (MIN_LESION_ML if c.lesion else MIN_PART_ML)
+        if c.name in SOLID:
+            keep = (sizes > 0) & (np.arange(len(sizes)) == sizes.argmax())
+        seg.set_mask(k, keep[parts], box)
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -324,6 +436,8 @@ def main(argv=None) -> int:
     ap.add_argument("--classes", nargs="+", metavar="NAME",
                     help="only these (default: all it was trained on)")
     ap.add_argument("--masks", action="store_true", help="one overlapping mask per class as well")
+    ap.add_argument("--postprocess", action=argparse.BooleanOptionalAction, default=True,
+                    help="one piece per solid organ, no specks, lesions inside their host, sides")
     ap.add_argument("--preview", action="store_true", help="a PNG per scan (needs matplotlib)")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                     help="compute in bf16 (default: where the hardware has it)")
@@ -346,6 +460,8 @@ def main(argv=None) -> int:
         volume = data.load_volume(scan)
         seg = segment(volume, model, w, spacing_mm=config["spacing_mm"], patch=config["patch"],
                       batch=args.batch, amp=amp, progress=True)
+        if args.postprocess:
+            postprocess(seg, [classes[k] for k in ks], volume.spacing_mm)
         rows = write_results(data.case_name(scan), args.output, scan, seg, classes, ks,
                              masks=args.masks, preview=args.preview, volume=volume)
     found = [r for r in rows if r["volume_ml"] > 0]
