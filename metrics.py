@@ -177,7 +177,8 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
     return Surfaces(nearest(p, r), pa, nearest(r, p), ra)
 
 
-def _nsd(s: Surfaces, tolerance_mm: float, empty=EMPTY) -> float:
+def nsd_of(s: Surfaces, tolerance_mm: float, empty=EMPTY) -> float:
+    """`nsd` of distances that are already there."""
     a, b = len(s.pred_mm), len(s.ref_mm)
     if not (a and b):
         return empty[0 if a == b else 1 if b == 0 else 2]
@@ -190,11 +191,12 @@ def nsd(pred, ref, *, spacing_mm, tolerance_mm: float, empty=EMPTY) -> float:
 
     empty  the score if (both, only ref, only pred) are empty: nan, 0, 0
     """
-    return _nsd(surface_distances(pred, ref, spacing_mm=spacing_mm, limit_mm=tolerance_mm),
+    return nsd_of(surface_distances(pred, ref, spacing_mm=spacing_mm, limit_mm=tolerance_mm),
                 tolerance_mm, empty)
 
 
-def _hd(s: Surfaces, percent: float) -> float:
+def hd_of(s: Surfaces, percent: float = 95) -> float:
+    """`hd95` of distances that are already there."""
     def one(mm, area):
         if not len(mm):
             return math.nan
@@ -208,7 +210,7 @@ def _hd(s: Surfaces, percent: float) -> float:
 def hd95(pred, ref, *, spacing_mm, percent: float = 95) -> float:
     """Robust Hausdorff distance in mm: the larger of the two directions' 95th percentile, weighted
     by area. both empty: nan   one empty: inf"""
-    return _hd(surface_distances(pred, ref, spacing_mm=spacing_mm), percent)
+    return hd_of(surface_distances(pred, ref, spacing_mm=spacing_mm), percent)
 
 
 def assd(pred, ref, *, spacing_mm) -> float:
@@ -310,8 +312,8 @@ def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) ->
         s = surface_distances(p, r, spacing_mm=spacing)
         ml = float(np.prod(spacing)) / 1000
         rows.append({"case": name, "class": title, "lesion": classes[g[0]].lesion,
-                     "dice": dice(p, r), "nsd": math.nan if math.isnan(mm) else _nsd(s, mm),
-                     "tolerance_mm": mm, "hd95_mm": _hd(s, 95),
+                     "dice": dice(p, r), "nsd": math.nan if math.isnan(mm) else nsd_of(s, mm),
+                     "tolerance_mm": mm, "hd95_mm": hd_of(s, 95),
                      "pred_ml": np.count_nonzero(p) * ml, "ref_ml": np.count_nonzero(r) * ml})
     return rows
 
