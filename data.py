@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Volume:
     """A scan in RAS+ axes: array (D, H, W) in the file's own type, affine (4, 4) voxel -> mm."""
     array: np.ndarray
     affine: np.ndarray
+    modality: str = "ct"     # ct or mri: how grey values are scaled
 
     @property
     def spacing_mm(self) -> np.ndarray:
@@ -174,19 +176,31 @@ def resample_nearest(array: np.ndarray, shape) -> np.ndarray:
                           for n, m in zip(array.shape, shape, strict=True)))]
 
 
-def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
-    """A scan as the network sees it.
+def grey_range(volume: Volume) -> tuple[float, float]:
+    """What is shown and fed: the HU window of a CT, percentiles 0.5 and 99.5 of an MRI."""
+    if volume.modality == "ct":
+        return HU_WINDOW
+    some = volume.array[tuple(slice(None, None, max(1, n // 128)) for n in volume.array.shape)]
+    low, high = np.percentile(some.astype(np.float32), (0.5, 99.5))
+    return float(low), float(max(high, low + 1e-6))
 
-    returns  image (d, h, w) float32 in 0..1, cropped to the box of all that is not air
+
+def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
+    """A scan as the network sees it: clipped to `grey_range`, a CT scaled to 0..1, an MRI to unit
+    standard deviation (a z-score, shifted so that air stays 0).
+
+    returns  image (d, h, w) float32, cropped to the box of all that is not air
              shape (D, H, W) of the whole scan at the new spacing
              box   three slices of that shape: where image lies in it
     """
     shape = target_shape(volume.array.shape, volume.spacing_mm, spacing_mm)
-    low, high = HU_WINDOW
+    low, high = grey_range(volume)
     x = resample(volume.array, shape)
     x -= low
     x /= high - low
     np.clip(x, 0.0, 1.0, out=x)
+    if volume.modality != "ct":
+        x /= max(float(x.std()), 1e-6)
     box = []
     for axis in range(3):
         hit = np.flatnonzero(x.max(axis=tuple(a for a in range(3) if a != axis)) > 0)
@@ -220,6 +234,7 @@ class Case:
     label: Path
     lm: L.LabelMap
     annotated: np.ndarray    # (K,) bool, the dataset's or this case's own
+    modality: str = "ct"     # ct or mri
 
 
 def find_datasets(roots) -> list[Path]:
@@ -231,7 +246,7 @@ def find_datasets(roots) -> list[Path]:
                                     "--out DIR` makes a toy set")
         here = [root] if (root / "dataset.json").is_file() else \
             sorted(p.parent for p in root.glob("*/dataset.json")
-                   if (p.parent / "imagesTr").is_dir())
+                   if (p.parent / "imagesTr").is_dir() or "training" in read_json(p))
         if not here:
             raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
                              "labelsTr (nnU-Net raw), or a folder of such folders")
@@ -249,31 +264,57 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_dataset(folder: Path, classes) -> list[Case]:
-    """All training cases of an nnU-Net raw folder.
+def pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
+    """(image, label) files: MSD's list `training` in dataset.json, or nnU-Net's two folders."""
+    listed = info.get("training")
+    if isinstance(listed, list) and listed and all(isinstance(t, dict) for t in listed):
+        try:
+            found = [(folder / t["image"], folder / t["label"]) for t in listed]
+        except (KeyError, TypeError):
+            raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
+                             '{"image": FILE, "label": FILE}') from None
+    else:
+        found = [(image, folder / "labelsTr" / f"{case_name(image)}{ending}") for ending in ENDINGS
+                 for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}"))
+                 if not image.name.startswith(".")]
+    for image, label in found:
+        if not image.is_file():
+            raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it")
+        if not label.is_file():
+            raise FileNotFoundError(f"{label}: no label for {image.name}")
+    return found
 
-    raises ValueError  for a malformed dataset.json, no matching class, no case, a missing label
+
+def read_dataset(folder: Path, classes) -> list[Case]:
+    """All training cases of an nnU-Net raw folder or an MSD task.
+
+    raises ValueError  for a malformed dataset.json, no matching class, no case, a missing file
     """
     where, info = folder / "dataset.json", read_json(folder / "dataset.json")
     lm = L.label_map(info.get("labels"), classes, str(where))
     own = info.get("annotated", {})
+    channel = info.get("channel_names") or info.get("modality") or {}
+    first = str(next(iter(channel.values()), "ct") if isinstance(channel, dict) else channel)
+    modality = "mri" if re.search(r"mr|t1|t2|flair|dess", first.lower()) else "ct"
     cases = []
-    for ending in ENDINGS:
-        for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}")):
-            if image.name.startswith("."):
-                continue
-            name = case_name(image)
-            label = folder / "labelsTr" / f"{name}{ending}"
-            if not label.is_file():
-                raise FileNotFoundError(f"{label}: no label for {image.name}")
-            annotated = lm.annotated
-            if name in own:
-                annotated = np.zeros_like(lm.annotated)
-                annotated[L.select(own[name], classes)] = True
-            cases.append(Case(f"{folder.name}/{name}", folder.name, image, label, lm, annotated))
+    for image, label in pairs(folder, info):
+        name = case_name(image)
+        if name in ("imaging", "image", "ct", "img"):                  # one folder a case
+            name = image.parent.name
+        annotated = lm.annotated
+        if name in own:
+            annotated = np.zeros_like(lm.annotated)
+            annotated[L.select(own[name], classes)] = True
+        cases.append(Case(f"{folder.name}/{name}", folder.name, image, label, lm, annotated,
+                          modality))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
+
+
+def median_spacing(cases: list[Case]) -> float:
+    """One number in mm for a collection whose spacing nobody has fixed: the median of all axes."""
+    return float(np.median([load_volume(c.image).spacing_mm for c in cases]))
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -298,7 +339,7 @@ class Scan:
 def _key(case: Case, spacing_mm: float) -> str:
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
               for p in (case.image, case.label)]
-    what = [stamps, spacing_mm, HU_WINDOW, CACHE_VERSION, case.lm.values,
+    what = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.lm.values,
             case.lm.regions.astype(int).tolist(), sorted(case.lm.known)]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
@@ -326,6 +367,7 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
             raise ValueError(f"{case.label}: label and image {case.image.name} lie {off:.1f} mm "
                              "apart; their affines must agree")
         rows = case.lm.rows(label.array, str(case.label))
+        volume.modality = case.modality
         image, shape, box = preprocess(volume, spacing_mm)
         rows = resample_nearest(rows, shape)[box]
         rows = L.split_sides(rows, case.lm, body_midline(image))
@@ -356,15 +398,24 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
     return Scan(case, entry, json.loads((entry / "meta.json").read_text()))
 
 
-def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM) -> list[Scan]:
-    """Preprocess every case once, in threads, with a progress bar."""
+def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
+              skip_bad: bool = False, quiet: bool = False) -> list[Scan]:
+    """Preprocess every case once, in threads, with a progress bar.
+
+    skip_bad  print what is wrong with a scan and go on, instead of raising
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
-            tqdm(total=len(cases), desc="preprocess", unit="scan") as bar:
+            tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
         jobs = [pool.submit(build, c, cache, spacing_mm) for c in cases]
         scans = []
         try:
             for job in jobs:
-                scans.append(job.result())
+                try:
+                    scans.append(job.result())
+                except (ValueError, OSError) as e:
+                    if not skip_bad:
+                        raise
+                    bar.write(f"skipped: {e}")
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -372,11 +423,21 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM) ->
     return scans
 
 
-def split_scans(scans: list[Scan], val_fraction: float, seed: int) -> tuple[list, list]:
-    """(training, validation); copies of one scan in several datasets stay on one side."""
+def split_scans(scans: list[Scan], val_fraction: float, seed: int,
+                fold: str = "") -> tuple[list, list]:
+    """(training, validation); copies of one scan in several datasets stay on one side.
+
+    fold  "i/k" holds out part i of k equal parts, 0 first, instead of a share
+    """
     prints = sorted({s.meta["fingerprint"] for s in scans})
-    n = round(val_fraction * len(prints))
-    held = set(np.random.default_rng(seed).permutation(prints)[:n].tolist())
+    order = np.random.default_rng(seed).permutation(prints).tolist()
+    held = set(order[:round(val_fraction * len(prints))])
+    if fold:
+        try:
+            i, k = map(int, fold.split("/"))
+            held = set(order[range(k)[i]::k])
+        except (ValueError, IndexError):
+            raise ValueError(f"--fold is i/k with i from 0 to k - 1, got {fold!r}") from None
     return ([s for s in scans if s.meta["fingerprint"] not in held],
             [s for s in scans if s.meta["fingerprint"] in held])
 

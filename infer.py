@@ -387,7 +387,7 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     size, spacing = label.shape, volume.spacing_mm
     centre = [int(np.argmax(np.bincount(np.nonzero(label)[a], minlength=n)))
               if label.any() else n // 2 for a, n in enumerate(size)]
-    low, high = data.HU_WINDOW
+    low, high = data.grey_range(volume)
     fig = Figure(figsize=(12, 8), facecolor="black")
     FigureCanvasAgg(fig)
     lut = np.array([(0, 0, 0), *COLOURS[:max(int(label.max()), 1)]]) / 255
@@ -438,6 +438,7 @@ def main(argv=None) -> int:
     ap.add_argument("--masks", action="store_true", help="one overlapping mask per class as well")
     ap.add_argument("--postprocess", action=argparse.BooleanOptionalAction, default=True,
                     help="one piece per solid organ, no specks, lesions inside their host, sides")
+    ap.add_argument("--modality", choices=("ct", "mri"), help="default: what it was trained on")
     ap.add_argument("--preview", action="store_true", help="a PNG per scan (needs matplotlib)")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                     help="compute in bf16 (default: where the hardware has it)")
@@ -458,6 +459,7 @@ def main(argv=None) -> int:
     for scan in (bar := tqdm(scans, "segment", unit="scan")):
         bar.set_postfix_str(scan.name)
         volume = data.load_volume(scan)
+        volume.modality = args.modality or rest.get("modality", "ct")
         seg = segment(volume, model, w, spacing_mm=config["spacing_mm"], patch=config["patch"],
                       batch=args.batch, amp=amp, progress=True)
         if args.postprocess:

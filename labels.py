@@ -2,6 +2,8 @@
 
     python labels.py                        the 32 classes of the paper, with prompts and parents
     python labels.py --classes my.json      the same for a class table of your own
+    python labels.py kits                   a public dataset's dataset.json
+    python labels.py kits DIR               the same with its pairs of files, written to DIR
 
 A class is an index 0..K-1 here and the value index + 1 in a segmentation file. A scan's label stays
 one integer map; `LabelMap.regions` says which raw value belongs to which classes (a tumour voxel is
@@ -333,6 +335,102 @@ def split_sides(rows: np.ndarray, lm: LabelMap, midline: float) -> np.ndarray:
     return out
 
 
+# ---- public datasets ---------------------------------------------------------------------------
+def _in_order(names: str) -> dict:
+    """ "liver, -, spleen" -> {"liver": 1, "spleen": 3}"""
+    return {n: i for i, n in enumerate(names.split(", "), 1) if n != "-"}
+
+
+_BTCV = ("spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, aorta, "
+         "postcava, portal vein and splenic vein, pancreas, right adrenal gland, left adrenal "
+         "gland, duodenum")
+_NNUNET, _MSD = ("imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz"), ("imagesTr/{}.nii.gz",
+                                                                     "labelsTr/{}.nii.gz")
+# name: (labels, image pattern, label pattern); the raw values are those of the release's table
+PUBLIC = {
+    "btcv": (_in_order(_BTCV), "img/img{}.nii.gz", "label/label{}.nii.gz"),
+    "lits": ({"liver": [1, 2], "liver tumor": 2}, "volume-{}.nii", "segmentation-{}.nii"),
+    "kits": ({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3},
+             "{}/imaging.nii.gz", "{}/segmentation.nii.gz"),
+    "word": (_in_order("liver, spleen, left kidney, right kidney, stomach, gallbladder, esophagus, "
+                       "pancreas, duodenum, colon, intestine, adrenal gland, rectum, bladder, left "
+                       "head of femur, right head of femur"), *_MSD),
+    "abdomenct-1k": (_in_order("liver, kidney, spleen, pancreas"),
+                     "Images/{}_0000.nii.gz", "Masks/{}.nii.gz"),
+    "amos": (_in_order("spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, "
+                       "aorta, postcava, pancreas, right adrenal gland, left adrenal gland, "
+                       "duodenum, bladder, prostate"), *_MSD),
+    "ct-org": (_in_order("liver, bladder, lung, kidney, bone, brain"),
+               "volume-{}.nii.gz", "labels-{}.nii.gz"),
+    "abdomenct-12organ": (_in_order("liver, kidney, spleen, pancreas, aorta, postcava, stomach, "
+                                    "gallbladder, esophagus, right adrenal gland, left adrenal "
+                                    "gland, celiac trunk"), *_NNUNET),
+    "msd-liver": ({"liver": [1, 2], "liver tumor": 2}, *_MSD),
+    "msd-lung": ({"lung tumor": 1}, *_MSD),
+    "msd-pancreas": ({"pancreas": [1, 2], "pancreas tumor": 2}, *_MSD),
+    "msd-hepaticvessel": ({"hepatic vessel": 1, "hepatic vessel tumor": 2}, *_MSD),
+    "msd-spleen": ({"spleen": 1}, *_MSD), "msd-colon": ({"colon tumor": 1}, *_MSD),
+    "totalsegmentator": ({}, "{}/ct.nii.gz", "{}/labels.nii.gz"),
+}
+_DICOM = ("pancreas-ct", "chaos", "3d-ircadb")
+
+
+def public_json(name: str, folder: Path | None = None) -> dict:
+    """The dataset.json of a public dataset; with its folder also the pairs of files in it.
+
+    TotalSegmentator's masks, one file a structure, are first merged into CASE/labels.nii.gz.
+    raises ValueError  for an unknown dataset, one that is not NIfTI, or no pair of files
+    """
+    name = name.lower()
+    if name in _DICOM:
+        raise ValueError(f"{name} is not NIfTI as distributed; convert it first (`dcm2niix -z y -f "
+                         "%i_0000 -o imagesTr DICOM_FOLDER`), put the label maps into labelsTr, "
+                         "and write a dataset.json with their values")
+    if name not in PUBLIC:
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join([*PUBLIC, *_DICOM])}")
+    names, image, label = PUBLIC[name]
+    content = {"name": name, "channel_names": {"0": "CT"}, "labels": {"background": 0, **names}}
+    if folder is None:
+        return content
+    start, end = image.split("{}")
+    found = {str(p.relative_to(folder))[len(start):-len(end)]: p
+             for p in sorted(folder.glob(image.replace("{}", "*")))}
+    if name == "totalsegmentator":
+        content["labels"] |= _merge_masks(folder, list(found))
+    if name == "amos":
+        found = {k: p for k, p in found.items() if int(k.split("_")[-1]) <= 500}   # the rest is MR
+    content["training"] = [{"image": image.replace("{}", k), "label": label.replace("{}", k)}
+                           for k in found if (folder / label.replace("{}", k)).is_file()]
+    if not content["training"]:
+        raise ValueError(f"{folder}: no pair {image} and {label} in it")
+    if name == "btcv":
+        content["annotated"] = {f"img{k}": [_BTCV.split(", ")[i - 1] for i in
+                                            (1, 3, 4, 5, 6, 7, 11, 14)]
+                                for k in found if int(k) >= 60}
+    return content
+
+
+def _merge_masks(folder: Path, cases: list[str]) -> dict:
+    """CASE/segmentations/STRUCTURE.nii.gz -> CASE/labels.nii.gz; returns {structure: value}."""
+    import nibabel as nib
+    names = sorted({p.name.removesuffix(".nii.gz") for c in cases
+                    for p in (folder / c / "segmentations").glob("*.nii.gz")
+                    if match(p.name.removesuffix(".nii.gz"))})
+    for c in cases:
+        img, out = nib.load(folder / c / "ct.nii.gz"), None
+        for value, n in enumerate(names, 1):
+            file = folder / c / "segmentations" / f"{n}.nii.gz"
+            if file.is_file():
+                mask = np.asarray(nib.load(file).dataobj) > 0
+                out = np.zeros(mask.shape, np.uint8) if out is None else out
+                out[mask] = value
+        if out is not None:
+            part = folder / c / "labels.part.nii.gz"
+            nib.save(nib.Nifti1Image(out, img.affine), part)
+            part.replace(folder / c / "labels.nii.gz")
+    return {n: value for value, n in enumerate(names, 1)}
+
+
 def run(main, argv=None) -> int:
     """Run a command: what a user can cause ends in one line and exit status 2, no traceback."""
     try:
@@ -346,11 +444,24 @@ def run(main, argv=None) -> int:
 
 
 def main(argv=None) -> int:
-    ap = argparse.ArgumentParser(description="Print the class table.")
+    ap = argparse.ArgumentParser(description="Print the class table, or prepare a public dataset.")
+    ap.add_argument("dataset", nargs="?", help=f"print its dataset.json: {', '.join(PUBLIC)}")
+    ap.add_argument("folder", nargs="?", type=Path, help="write it here, with the pairs of files; "
+                    "touches nothing else (totalsegmentator: and one merged map per case)")
     ap.add_argument("--classes", metavar="FILE", help="a class table of your own (JSON)")
     ap.add_argument("--prompt-template", default="V3", help=f"{', '.join(TEMPLATES)} or a text "
                     "with {} (default V3)")
     args = ap.parse_args(argv)
+    if args.dataset:
+        text = json.dumps(public_json(args.dataset, args.folder), indent=1) + "\n"
+        if args.folder is None:
+            print(text, end="")
+        else:
+            part = args.folder / ".dataset.json.part"
+            part.write_text(text)
+            part.replace(args.folder / "dataset.json")
+            print(f"written: {args.folder / 'dataset.json'}")
+        return 0
     classes = load_classes(args.classes)
     print(f"{'value':>5}  {'name':29} {'parents':25} prompt")
     for i, c in enumerate(classes, 1):

@@ -2,10 +2,11 @@
 
     python train.py --data phantom --out run --text onehot --spacing-mm 4 --patch 64 --width 8
     python train.py --data Dataset001 Dataset002 --out run --backbone unet
-    python train.py --data Dataset001 Dataset002 --out run --resume
+    torchrun --nproc-per-node 8 train.py --data Dataset001 Dataset002 --out run --resume
 
 Randomness is a pure function of (seed, sample number): a resumed run ends bit-identical to an
-undisturbed one. OUT gets last.pt, best.pt (with a validation set), log.jsonl and config.json.
+undisturbed one, on another number of processes if the crops of a step stay the same. OUT gets
+last.pt, best.pt (with a validation set), log.jsonl and config.json.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # else a busy neighbour costs
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -49,23 +52,26 @@ class Config:
     clip_weights: str = ""        # a CLIP file (default: ViT-B/32, downloaded on first use)
     classes: str = ""             # a class table of your own (JSON)
     resume: bool = False          # go on from OUT/last.pt
-    spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5)
+    spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5; 0: the data's median)
     patch: int = PATCH       # side of a crop, voxels (release: 96)
     width: int = 0                # channels of the decoder feature (0: 64 U-Net, 48 Swin UNETR)
     pretrained: str = ""          # start the backbone from MONAI's Swin or a Models Genesis file
     recompute: bool = False       # activations again in backward: less memory, a third more time
     steps: int = 100_000          # optimiser steps in all
-    batch: int = 2                # crops a step
+    batch: int = 2                # crops a step and process
     lr: float = 1e-4              # AdamW, highest rate (release: 1e-4)
-    head_lr: float = 1.0          # the controller's share of lr (release: 1); short runs: 0.1
     weight_decay: float = 1e-5    # AdamW (release)
     warmup: float = 0.05          # share of the steps with a rising rate (release: 100 of 2000)
     clip_grad: float = 1.0        # largest norm of the whole gradient
+    unmasked: bool = False        # ablation: count what a dataset does not label as background
     val_fraction: float = 0.1     # share of the scans held out; 5 scans or fewer: none
+    fold: str = ""                # i/k: hold out part i of k (0 first) instead of a share
     val_every: int = 1000         # steps between validations
     val_scans: int = 20           # at most this many scans a validation
     save_every: int = 500         # steps between checkpoints
     workers: int = 0              # processes that cut crops
+    skip_bad: bool = False        # leave out scans that cannot be read instead of stopping
+    dry_run: bool = False         # report on the data and stop
     cache: str = ""               # preprocessed scans (default: cache beside OUT)
     seed: int = 0
     amp: bool | None = None       # bf16 (default: where the hardware computes in it)
@@ -93,8 +99,13 @@ def text_rows(cfg: Config, classes) -> torch.Tensor:
     return rows
 
 
-def save(path: Path, model, opt, classes, w, spec: dict, trained, step: int, best: float,
-         cfg: Config) -> None:
+def world() -> int:
+    """How many processes train together (torchrun says so)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def save(path: Path, model, opt, classes, w, spec: dict, trained, modality: str, step: int,
+         best: float, cfg: Config) -> None:
     """All that inference and resume need, as plain tensors, numbers and strings; atomic.
 
     trained  names of the classes that some training scan annotates: infer.py offers only these
@@ -102,8 +113,10 @@ def save(path: Path, model, opt, classes, w, spec: dict, trained, step: int, bes
     content = {"format": M.FORMAT, "spec": spec, "model": model.state_dict(), "w": w.cpu(),
                "classes": [{k: list(v) if isinstance(v, tuple) else v
                             for k, v in dataclasses.asdict(c).items()} for c in classes],
-               "config": {**dataclasses.asdict(cfg), "data": list(cfg.data)},
-               "trained": trained, "optimizer": opt.state_dict(), "step": step, "best": best}
+               "config": {**dataclasses.asdict(cfg), "data": list(cfg.data),
+                          "batch": cfg.batch * world()},
+               "trained": trained, "modality": modality, "optimizer": opt.state_dict(),
+               "step": step, "best": best}
     with data.whole_file(path) as part:
         torch.save(content, part)
 
@@ -117,19 +130,35 @@ def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[i
     if names != [c.name for c in classes] or content["spec"] != spec:
         raise ValueError(f"{path}: other classes or another model than asked for now "
                          f"({content['spec']}); start a new --out instead")
-    same = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay",
-            "seed")
-    for key in same:
-        if content["config"][key] != getattr(cfg, key):
+    now = {**dataclasses.asdict(cfg), "batch": cfg.batch * world()}
+    for key in ("spacing_mm", "patch", "batch", "steps", "lr", "warmup", "weight_decay", "seed",
+                "unmasked"):
+        if content["config"][key] != now[key]:
             raise ValueError(f"{path}: was made with --{key.replace('_', '-')} "
-                             f"{content['config'][key]}, now {getattr(cfg, key)}; a resumed run "
-                             "must have the same")
+                             f"{content['config'][key]}, now {now[key]}; a resumed run must have "
+                             "the same (crops of all processes together)")
     if not torch.equal(content["w"], w.cpu()):
         raise ValueError(f"{path}: was made with other text rows (--text "
                          f"{content['config']['text']}); a resumed run must have the same")
     model.load_state_dict(content["model"])
     opt.load_state_dict(content["optimizer"])
     return content["step"], content["best"]
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end a run after the step under way, with its checkpoint."""
+
+    def __enter__(self):
+        self.asked = 0
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = 1
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
 
 @torch.no_grad()
@@ -151,15 +180,22 @@ def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, floa
 
 def describe(scans, val, classes, trained) -> None:
     """What the data covers, before anything is trained."""
+    seen: dict[str, str] = {}
     for name in sorted({s.case.dataset for s in scans + val}):
-        own = [s for s in scans if s.case.dataset == name]
-        held = [s for s in val if s.case.dataset == name]
+        own, held = ([s for s in part if s.case.dataset == name] for part in (scans, val))
         case = (own + held)[0].case
+        low, high = (f(s.meta["spacing_mm"] for s in own + held) for f in (min, max))
         covered = [c.name for c, a in zip(classes, case.annotated, strict=True) if a]
         print(f"{name}: {len(own)} scans" + (f" + {len(held)} validation" if held else "")
-              + f"; annotated: {', '.join(covered)}"
+              + f", {case.modality}, spacing {' x '.join(f'{v:.2g}' for v in low)}"
+              + (f" to {' x '.join(f'{v:.2g}' for v in high)}" if high != low else "")
+              + f" mm; annotated: {', '.join(covered)}"
               + (f"; {len(case.lm.unmatched)} names are no class here, left out"
                  if case.lm.unmatched else ""))
+        for s in own + held:
+            twin = seen.setdefault(s.meta["fingerprint"], s.case.name)
+            if twin != s.case.name:
+                print(f"  {s.case.name} is the same scan as {twin}")
     nobody = [c.name for c in classes if c.name not in trained]
     if nobody:
         print(f"annotated by no dataset: {', '.join(nobody)}")
@@ -174,19 +210,35 @@ def train(cfg: Config) -> dict[str, float]:
     last = out / "last.pt"
     if last.exists() and not cfg.resume:
         raise ValueError(f"{last} exists; pass --resume to go on, or another --out")
+    rank, n = int(os.environ.get("RANK", 0)), world()
+    if n > 1:
+        if cfg.device == "cuda":
+            cfg = dataclasses.replace(cfg, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(cfg.device)
+        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
 
     # data
     classes = L.load_classes(cfg.classes or None)
     w = text_rows(cfg, classes).to(cfg.device)
     cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, classes)]
+    if not cfg.spacing_mm:
+        cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
     cache = Path(cfg.cache) if cfg.cache else out.parent / "cache"
-    scans, val = data.split_scans(data.build_all(cases, cache, cfg.spacing_mm),
-                                  cfg.val_fraction, cfg.seed)
+    if n > 1 and rank > 0:
+        dist.barrier()                             # rank 0 fills the cache, the others find it
+    built = data.build_all(cases, cache, cfg.spacing_mm, skip_bad=cfg.skip_bad, quiet=rank > 0)
+    if n > 1 and rank == 0:
+        dist.barrier()
+    scans, val = data.split_scans(built, cfg.val_fraction, cfg.seed, cfg.fold)
     if not scans:
         raise ValueError("no scan left to train on; lower --val-fraction")
-    trained = [c.name for k, c in enumerate(classes) if any(s.case.annotated[k] for s in scans)]
-    describe(scans, val, classes, trained)
+    covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))       # (K,)
+    trained = [c.name for c, a in zip(classes, covered, strict=True) if a]
+    if rank == 0:
+        describe(scans, val, classes, trained)
+    if cfg.dry_run:
+        return {}
 
     # model and optimiser
     size = {"unet": "width", "swin_unetr": "feature_size"}[cfg.backbone]
@@ -194,52 +246,60 @@ def train(cfg: Config) -> dict[str, float]:
             **({size: cfg.width} if cfg.width else {})}
     model = M.build_model(spec).to(cfg.device).train()
     model.backbone.recompute = cfg.recompute
+    net = model if n == 1 else nn.parallel.DistributedDataParallel(model)
     if cfg.pretrained:
         filled, left = M.load_pretrained(model, cfg.pretrained)
         print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
               f"the backbone filled; not used: {', '.join(left) or 'none'}")
-    heads = list(model.controller.parameters())    # a step moves theta by a sum over 512 inputs
-    rest = [p for p in model.parameters() if not any(p is h for h in heads)]
-    opt = torch.optim.AdamW([{"params": rest, "share": 1.0}, {"params": heads, "share":
-                             cfg.head_lr}], lr=cfg.lr, weight_decay=cfg.weight_decay)
+    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # resume
     step, best = load(last, model, opt, classes, w, spec, cfg) if cfg.resume and last.exists() \
         else (0, -1.0)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
-    kept = [] if not log.exists() else log.read_text().splitlines(keepends=True)
-    with data.whole_file(log) as part:
-        part.write_text("".join(r for r in kept if r.endswith("\n")
-                                and json.loads(r)["step"] < step))
-    with data.whole_file(out / "config.json") as part:
-        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    if rank == 0:
+        kept = [] if not log.exists() else log.read_text().splitlines(keepends=True)
+        with data.whole_file(log) as part:
+            part.write_text("".join(r for r in kept if r.endswith("\n")
+                                    and json.loads(r)["step"] < step))
+        with data.whole_file(out / "config.json") as part:
+            part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
-    run = model, opt, classes, w, spec, trained
+    modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
+    run = model, opt, classes, w, spec, trained, modality
 
     # loop
-    crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch)
+    crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
+    order = np.arange(len(crops)).reshape(-1, n, cfg.batch)[step:, rank].ravel().tolist()
     loader = torch.utils.data.DataLoader(
-        crops, cfg.batch, sampler=range(step * cfg.batch, len(crops)), collate_fn=data.collate,
-        num_workers=cfg.workers, pin_memory=cfg.device.startswith("cuda"))
+        crops, cfg.batch, sampler=order, collate_fn=data.collate, num_workers=cfg.workers,
+        pin_memory=cfg.device.startswith("cuda"))
     scores: dict[str, float] = {}
-    with open(log, "a") as file, tqdm(total=cfg.steps, initial=step, desc="train",
-                                      unit="step") as bar:
+    with open(log if rank == 0 else os.devnull, "a") as file, Stop() as stop, tqdm(
+            total=cfg.steps, initial=step, desc="train", unit="step", disable=rank > 0) as bar:
         for batch in loader:
             t = time.perf_counter()
             for group in opt.param_groups:
-                group["lr"] = lr_at(step, cfg) * group["share"]
+                group["lr"] = lr_at(step, cfg)
             annotated = batch["annotated"]                              # (B, K)
+            if cfg.unmasked:
+                annotated = covered.expand_as(annotated)
             ks = torch.nonzero(annotated.any(0))[:, 0]                  # classes of this batch
+            ks = ks if len(ks) else torch.zeros(1, dtype=torch.long)    # nothing: a zero gradient
             x, rows, regions, annotated, ks_ = (
                 v.to(cfg.device, non_blocking=True) for v in
                 (batch["image"], batch["rows"], batch["regions"], annotated[:, ks], ks))
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                logits = model(x, w[ks_])                               # (B, |ks|, D, H, W)
+                logits = net(x, w[ks_])                                 # (B, |ks|, D, H, W)
             y = data.targets(rows, regions, ks_)
             bce = losses.masked_bce(logits, y, annotated)
             dice = losses.masked_dice(logits, y, annotated)
-            loss = bce + dice
+            here = torch.tensor([annotated.sum().item(), stop.asked], device=x.device)
+            total = here.clone()
+            if n > 1:                              # mean over all pairs; DDP averages over ranks
+                dist.all_reduce(total)
+            loss = (bce + dice) * (here[0] * n / total[0].clamp_min(1))
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {step}, scans "
                                  f"{batch['name']}; last.pt holds the state before")
@@ -251,9 +311,10 @@ def train(cfg: Config) -> dict[str, float]:
                                    "dice": dice.item(), "lr": lr_at(step, cfg),
                                    "seconds": round(time.perf_counter() - t, 3)}) + "\n")
             step += 1
+            leave = bool(total[1])
             bar.update()
             bar.set_postfix(bce=f"{bce.item():.3f}", dice=f"{dice.item():.3f}", refresh=False)
-            if val and (step % cfg.val_every == 0 or step == cfg.steps):
+            if rank == 0 and val and (step % cfg.val_every == 0 or step == cfg.steps):
                 scores = evaluate(model, w, val, classes, cfg, amp)
                 mean = sum(scores.values()) / max(1, len(scores))
                 file.write(json.dumps({"step": step - 1, "val": mean, "classes": scores}) + "\n")
@@ -261,9 +322,16 @@ def train(cfg: Config) -> dict[str, float]:
                 if mean > best:
                     best = mean
                     save(out / "best.pt", *run, step, best, cfg)
-            if step % cfg.save_every == 0 or step == cfg.steps:
+            if rank == 0 and (leave or step % cfg.save_every == 0 or step == cfg.steps):
                 file.flush()
                 save(last, *run, step, best, cfg)
+            if leave:
+                raise KeyboardInterrupt
+    if n > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return scores
     draw_curve(log, out / "curve.png")
     print(f"done: {step} steps, {last}" + (f", best validation Dice {best:.3f}" if val else ""))
     return scores

@@ -136,7 +136,7 @@ class _Body:
         self.hu = np.full([len(a) for a in axes], -1000, np.float32)
         self.truth = np.zeros(self.hu.shape, np.uint8)
         # One smooth warp of space for all shapes: neighbours bend together and do not collide.
-        self.p = [a.astype(np.float32) + np.float32(4.5) * self.noise(75)
+        self.p = [a.astype(np.float32) + np.float32(3.5) * self.noise(75)
                   + np.float32(1.2) * self.noise(28) for a in np.ix_(*axes)]
 
     def noise(self, step_mm, box=ALL):
@@ -282,8 +282,8 @@ def _paint_gut(body, rng, belly):
 
 
 def _paint_abdomen(body, rng, hu, cavity, below):
-    near = lambda *c: np.array(c) + rng.normal(0, 3.5, 3)                       # noqa: E731
-    size = lambda *r: np.array(r) * rng.uniform(0.9, 1.1, 3)                    # noqa: E731
+    near = lambda *c: np.array(c) + rng.normal(0, 2.5, 3)                       # noqa: E731
+    size = lambda *r: np.array(r) * rng.uniform(0.93, 1.07, 3)                    # noqa: E731
     grain = lambda box: 4 * body.noise(14, box) + 3 * body.noise(6, box)        # noqa: E731
     belly = np.maximum(cavity + 3, 3 - below)                   # the cavity under the diaphragm
     wall = _paint_gut(body, rng, belly)
@@ -306,10 +306,10 @@ def _paint_abdomen(body, rng, hu, cavity, below):
     path = [near(-58, -8, 76), near(-66, 22, 46), near(-38, 56, 14), near(8, 52, 0)]
     box, sd = body.sd(_tube(path, np.array([33, 29, 23, 15]) * rng.uniform(0.88, 1.12)),
                       bumps=2.2, bump_mm=26, within=belly)
-    food = rng.uniform(5, 40)
+    food = rng.uniform(10, 30)
     body.paint((box, sd), wall, 6, gap=2)
     body.paint((box, sd + rng.uniform(4, 7)), food + (4 + food / 6) * body.noise(9, box))
-    body.paint((box, np.maximum(sd + 6, rng.uniform(15, 45) - body.p[1][box])), -930)
+    body.paint((box, np.maximum(sd + 6, rng.uniform(40, 62) - body.p[1][box])), -930)
 
     box, sd = body.sd(_ball(near(-100, -34, 52), size(30, 50, 52), (-12, 0, -18)),
                       bumps=3, bump_mm=32, within=belly)
@@ -323,7 +323,7 @@ def _paint_abdomen(body, rng, hu, cavity, below):
     body.paint((box, sd + 3.5), 25)
     path = [near(30, 8, -24), near(26, 12, -4), near(4, 24, 6), near(-24, 18, 14),
             near(-66, -12, 30)]
-    box, sd = body.sd(_tube(path, np.array([13, 14, 11.5, 12, 11.5]) * rng.uniform(1, 1.15)),
+    box, sd = body.sd(_tube(path, np.array([15, 16, 13.5, 14, 13.5]) * rng.uniform(1, 1.15)),
                       bumps=1.2, bump_mm=9, within=belly)
     clefts = 35 * np.clip(body.noise(7, box) - 1.1, 0, 1)
     body.paint((box, sd), hu["pancreas"] + grain(box) - clefts, 9, gap=2)
@@ -339,7 +339,7 @@ def _paint_abdomen(body, rng, hu, cavity, below):
         body.put(FAT + 20, _ball(c + (-s * 17, 9, 0), (15, 12, 25)), bumps=2, value=0)
         body.put(15, _tube([c + (-s * 9, 4, 0), c + (-s * 28, 12, -8)], (6, 3)), value=0)
         body.put(hu["vein"], _tube([c + (-s * 12, 8, 6), (s * 14, -22, z + 12)], 4))
-    body.put(rng.uniform(4, 22), _ball(near(50, 48, 0), np.maximum(size(18, 18, 29), 16),
+    body.put(rng.uniform(4, 22), _ball(near(50, 48, 0), size(21, 21, 31),
                                        (25, -8, 0)), bumps=0.8, value=4, gap=0.8)
 
 
@@ -391,17 +391,17 @@ def _paint_vessels(body, rng, hu):
 def _paint_lesions(body, rng, hu, mm):
     """mm is the size of a body-frame unit, so that a lesion's radius is in true mm."""
     plan = []       # (host, truth value, radius, HU, share of the radius that must lie inside)
-    sides = rng.integers(2, size=3)
-    if rng.random() < 0.8:
-        plan += [(5, 12, rng.uniform(14, 26), hu["liver"] - rng.uniform(55, 70), 0.8)
+    if rng.random() < 0.9:
+        plan += [(5, 12, rng.uniform(15, 26), hu["liver"] - rng.uniform(55, 70), 0.8)
                  for _ in range(rng.integers(1, 4))]
-    if rng.random() < 0.7:
-        plan.append((2 + sides[0], 15 + sides[0], rng.uniform(14, 20), rng.uniform(0, 15), 0.3))
-    if rng.random() < 0.7:
-        plan.append((2 + sides[1], 13 + sides[1], rng.uniform(15, 22),
-                     hu["cortex"] - rng.uniform(90, 115), 0.4))
-    if rng.random() < 0.7:
-        plan.append((10 + sides[2], 17 + sides[2], rng.uniform(14, 24), rng.uniform(30, 70), 0.8))
+    for side in (0, 1):
+        if rng.random() < 0.5:
+            plan.append((2 + side, 13 + side, rng.uniform(16, 23),
+                         hu["cortex"] - rng.uniform(90, 115), 0.4))
+        if rng.random() < 0.5:
+            plan.append((2 + side, 15 + side, rng.uniform(15, 21), rng.uniform(0, 15), 0.3))
+        if rng.random() < 0.6:
+            plan.append((10 + side, 17 + side, rng.uniform(15, 26), rng.uniform(30, 70), 0.8))
     if rng.random() < 0.3:
         plan.append((9, 19, rng.uniform(8, 13), hu["pancreas"] - rng.uniform(35, 50), 0.5))
 
