@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, affine_of, needs_shared, write_nifti
+from conftest import SHARED, affine_of, body, needs_shared, write_nifti
 
 import data
 import labels as L
@@ -228,3 +228,45 @@ def test_shared_real_volumes_are_read_as_they_are():
     assert np.flatnonzero(lung.annotated).tolist() == [15, 16, 29]
     v = data.load_volume(lung.image)
     assert v.array.shape == (125, 125, 100) and np.allclose(v.spacing_mm, 4)
+
+
+def test_an_mri_is_clipped_at_percentiles_and_scaled_to_unit_deviation():
+    """0 ... 999 in shuffled order: percentiles 0.5 and 99.5 are 5.0 and 994.0 (linear)."""
+    values = np.random.default_rng(0).permutation(1000).reshape(10, 10, 10).astype(np.int16)
+    v = data.Volume(values, np.diag([1.5, 1.5, 1.5, 1]), "mri")
+    low, high = data.grey_range(v)
+    assert (low, high) == (pytest.approx(4.995), pytest.approx(994.005))
+    image, _, box = data.preprocess(v)
+    want = np.clip(values.astype(np.float32), low, high) - low
+    assert np.allclose(image, (want / want.std())[box], atol=1e-3)
+
+
+def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
+    import shutil
+    folder = tmp_path / "Dataset905_MR"
+    shutil.copytree(tiny / "raw" / "Dataset901_Liver", folder)
+    info = json.loads((folder / "dataset.json").read_text())
+    for key, value, want in (("channel_names", {"0": "MRI"}, "mri"), ("channel_names", {}, "ct"),
+                             ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct")):
+        (folder / "dataset.json").write_text(json.dumps(
+            {k: v for k, v in info.items() if k != "channel_names"} | {key: value}))
+        assert {c.modality for c in data.read_dataset(folder, L.CLASSES)} == {want}
+    cases = data.read_dataset(folder, L.CLASSES)
+    assert data.median_spacing(cases) == pytest.approx(4.5)
+
+
+def test_a_list_of_pairs_as_msd_writes_it(tiny, tmp_path):
+    folder = tmp_path / "Task42"
+    hu, label = body(5)
+    write_nifti(folder / "imagesTr/a.nii.gz", hu, affine_of("LPS", (4, 4, 5)))
+    write_nifti(folder / "labelsTr/a.nii.gz", label, affine_of("LPS", (4, 4, 5)))
+    info = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "3": "kidney",
+                                                "2": "liver tumour", "4": "kidney"},
+            "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    case, = data.read_dataset(folder, L.CLASSES)
+    assert case.name == "Task42/a" and case.annotated.sum() == 4
+    info["training"] = [{"image": "./imagesTr/a.nii.gz"}]
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match='"training" must be'):
+        data.read_dataset(folder, L.CLASSES)

@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import write_nifti
 
 import labels as L
 
@@ -159,3 +160,89 @@ def test_command_prints_the_table(capsys):
     assert L.main([]) == 0
     out = capsys.readouterr().out
     assert "Celiac Trunk" in out and "Kidney Cyst" in out and out.count("\n") == 33
+
+
+# ---- public datasets ---------------------------------------------------------------------------
+REPLICAS = {    # dataset: (files of one case, raw value, classes it belongs to, some annotated)
+    "btcv": (("img/img0007.nii.gz", "label/label0007.nii.gz"), 8, {"Aorta"}, "Duodenum"),
+    "lits": (("volume-3.nii", "segmentation-3.nii"), 2, {"Liver", "Liver Tumor"}, "Liver"),
+    "kits": (("case_00001/imaging.nii.gz", "case_00001/segmentation.nii.gz"), 3,
+             {"Kidney Cyst", "Right Kidney"}, "Left Kidney"),
+    "word": (("imagesTr/word_0002.nii.gz", "labelsTr/word_0002.nii.gz"), 16,
+             {"Right Head of Femur"}, "Right Adrenal Gland"),
+    "abdomenct-1k": (("Images/Case_00001_0000.nii.gz", "Masks/Case_00001.nii.gz"), 4,
+                     {"Pancreas"}, "Left Kidney"),
+    "amos": (("imagesTr/amos_0001.nii.gz", "labelsTr/amos_0001.nii.gz"), 14, {"Bladder"},
+             "Prostate"),
+    "ct-org": (("volume-0.nii.gz", "labels-0.nii.gz"), 3, {"Right Lung"}, "Bladder"),
+    "abdomenct-12organ": (("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"), 12, {"Celiac Trunk"},
+                          "Stomach"),
+    "msd-hepaticvessel": (("imagesTr/hv_001.nii.gz", "labelsTr/hv_001.nii.gz"), 2,
+                          {"Hepatic Vessel Tumor", "Liver"}, "Hepatic Vessel"),
+    "msd-colon": (("imagesTr/colon_001.nii.gz", "labelsTr/colon_001.nii.gz"), 1,
+                  {"Colon Tumor", "Colon"}, "Colon Tumor"),
+}
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_a_miniature_replica_gives_the_right_regions(name, tmp_path, capsys):
+    import data
+    (image, label), value, belongs, annotated = REPLICAS[name]
+    for file in (image, label):
+        write_nifti(tmp_path / name / file, np.full((4, 4, 4), value, np.int16), np.eye(4))
+    before = {p for p in (tmp_path / name).rglob("*")}
+    assert L.main([name, str(tmp_path / name)]) == 0
+    assert {p for p in (tmp_path / name).rglob("*")} - before == {tmp_path / name / "dataset.json"}
+    case, = data.read_dataset(tmp_path / name, L.CLASSES)
+    row = case.lm.rows(np.array([value]), "x")[0]
+    assert {c.name for k, c in enumerate(L.CLASSES) if case.lm.regions[row, k]} == belongs
+    assert case.annotated[[c.name for c in L.CLASSES].index(annotated)]
+    assert case.image == tmp_path / name / image and not case.lm.unmatched or name == "ct-org"
+    assert data.find_datasets([tmp_path]) == [tmp_path / name]
+
+
+def test_remarks_on_single_scans(tmp_path):
+    """BTCV from 60 on has eight classes; AMOS above 500 is MR and left out."""
+    import data
+    for n in ("0007", "0061"):
+        for file in (f"img/img{n}.nii.gz", f"label/label{n}.nii.gz"):
+            write_nifti(tmp_path / "btcv" / file, np.ones((4, 4, 4), np.int16), np.eye(4))
+    L.main(["btcv", str(tmp_path / "btcv")])
+    whole, part = data.read_dataset(tmp_path / "btcv", L.CLASSES)
+    assert whole.annotated.sum() == 14 and part.annotated.sum() == 8
+    for n in ("0500", "0507"):
+        for part in ("imagesTr", "labelsTr"):
+            write_nifti(tmp_path / f"amos/{part}/amos_{n}.nii.gz", np.ones((4, 4, 4), np.int16),
+                        np.eye(4))
+    L.main(["amos", str(tmp_path / "amos")])
+    assert [c.name for c in data.read_dataset(tmp_path / "amos", L.CLASSES)] == ["amos/amos_0500"]
+
+
+def test_totalsegmentators_masks_become_one_map(tmp_path):
+    import data
+    write_nifti(tmp_path / "s0001/ct.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
+    for i, name in enumerate(("liver", "kidney_left", "rib_left_1")):
+        mask = np.zeros((4, 4, 4), np.uint8)
+        mask[i] = 1
+        write_nifti(tmp_path / f"s0001/segmentations/{name}.nii.gz", mask, np.eye(4))
+    assert L.main(["totalsegmentator", str(tmp_path)]) == 0
+    case, = data.read_dataset(tmp_path, L.CLASSES)
+    assert {c.name for c, a in zip(L.CLASSES, case.annotated, strict=True) if a} == \
+        {"Liver", "Left Kidney"}
+    raw = data.load_volume(case.label).array
+    assert raw[:, 0, 0].tolist() == [2, 1, 0, 0] and case.name.endswith("/s0001")
+
+
+def test_every_public_dataset_prints_a_table_that_is_understood(capsys):
+    for name in L.PUBLIC:
+        if name != "totalsegmentator":
+            L.main([name])
+            lm = L.label_map(json.loads(capsys.readouterr().out)["labels"], L.CLASSES)
+            assert lm.unmatched in ([], ["bone", "brain"]), name
+
+
+@pytest.mark.parametrize("args, what", [(["chaos"], "dcm2niix"), (["nonsense"], "unknown dataset"),
+                                        (["kits", "{tmp}"], "no pair")])
+def test_a_dataset_that_cannot_be_prepared_is_one_line(tmp_path, capsys, args, what):
+    assert L.run(L.main, [a.format(tmp=tmp_path) for a in args]) == 2
+    assert what in capsys.readouterr().err and not list(tmp_path.iterdir())
