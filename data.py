@@ -9,8 +9,10 @@ V rows of a label map   K classes   D, H, W voxels
 """
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -66,8 +68,20 @@ def _open(path: str | Path) -> nib.Nifti1Image:
     if img.get_data_dtype().names or img.get_data_dtype().kind == "c":
         raise ValueError(f"{path}: expected one number a voxel, its type is colour or complex")
     M = img.affine[:3, :3]
-    if not np.isfinite(img.affine).all() or not abs(np.linalg.det(M)) > 1e-9:
+    if not np.isfinite(img.affine).all() or not abs(np.linalg.det(M)) > 1e-12 \
+            or np.isnan(nib.io_orientation(img.affine)).any():
         raise ValueError(f"{path}: its affine is not invertible; repair the header (sform/qform)")
+    spacing = np.linalg.norm(M, axis=0)
+    if spacing.min() < 0.02 or spacing.max() > 50:
+        raise ValueError(f"{path}: a spacing of {' x '.join(f'{s:.3g}' for s in spacing)} mm is no "
+                         "body scan's; repair the header (is its unit the millimetre?)")
+    angles = (M / spacing).T @ (M / spacing)
+    if abs(angles - np.eye(3)).max() > 0.1:
+        raise ValueError(f"{path}: its axes are sheared by more than 5 degrees; resample it first")
+    need, have = math.prod(img.shape) * img.get_data_dtype().itemsize, path.stat().st_size
+    if need > have * (1032 if path.name.endswith(".gz") else 1):     # what gzip can hold at most
+        raise ValueError(f"{path}: its header speaks of more voxels ({img.shape}) than the file "
+                         "holds; it is cut off or damaged")
     return img
 
 
@@ -79,11 +93,18 @@ def load_volume(path: str | Path) -> Volume:
     """
     img = _open(path)
     try:
+        if str(path).endswith(".gz"):       # to its end, so that the checksum is compared
+            limit = img.dataobj.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
+            with gzip.open(path) as file:
+                img = type(img).from_bytes(file.read(limit + (1 << 20)))
         plain = (img.dataobj.slope, img.dataobj.inter) == (1, 0)
         raw = np.asarray(img.dataobj, dtype=None if plain else np.float32)
     except Exception as e:
         raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({e})") \
             from None
+    if raw.dtype.kind == "f" and not np.isfinite(raw.sum(dtype=np.float64)):
+        raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
+                         "them first")
     ornt = nib.io_orientation(img.affine)
     array = nib.apply_orientation(raw.reshape(raw.shape[:3]), ornt)
     affine = img.affine @ nib.orientations.inv_ornt_aff(ornt, raw.shape[:3])
@@ -293,6 +314,8 @@ def read_dataset(folder: Path, classes) -> list[Case]:
     where, info = folder / "dataset.json", read_json(folder / "dataset.json")
     lm = L.label_map(info.get("labels"), classes, str(where))
     own = info.get("annotated", {})
+    if not isinstance(own, dict):
+        raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
     channel = info.get("channel_names") or info.get("modality") or {}
     first = str(next(iter(channel.values()), "ct") if isinstance(channel, dict) else channel)
     modality = "mri" if re.search(r"mr|t1|t2|flair|dess", first.lower()) else "ct"

@@ -351,8 +351,9 @@ COLOURS = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(   # hues by the gold
     k * 0.618034 % 1, 0.9 - 0.35 * (k % 2), 1.0 - 0.3 * (k // 2 % 2))) for k in range(1024)]
 
 
-def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes, ks, *,
-                  masks: bool, preview: bool, volume: data.Volume) -> list[dict]:
+def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes, ks,
+                  made_with: dict | None = None, *, masks: bool, preview: bool,
+                  volume: data.Volume) -> list[dict]:
     """Label map, names/values/volumes, and what else was asked for; JSON last: it marks done."""
     number = np.array([0, *(k + 1 for k in ks)], np.uint8 if len(classes) < 256 else np.uint16)
     label = number[seg.merge([classes[k] for k in ks])]
@@ -373,7 +374,8 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
             '{:5d} {:5d} {:4d} {:4d}        1  1  1    "{}"\n'.format(
                 k + 1, *COLOURS[k % 1024], c.name) for k, c in enumerate(classes)))
     with data.whole_file(out_dir / f"{name}.json") as part:
-        part.write_text(json.dumps({"scan": str(scan), "classes": rows}, indent=1) + "\n")
+        part.write_text(json.dumps({"scan": str(scan), "classes": rows,
+                                    "made_with": made_with}, indent=1) + "\n")
     return rows
 
 
@@ -416,6 +418,14 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
         fig.savefig(part, dpi=80, facecolor="black")
 
 
+def _made(file: Path) -> dict | None:
+    """What a result says it was made with; None if it cannot be read."""
+    try:
+        return json.loads(file.read_text()).get("made_with")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def find_scans(path: Path) -> list[Path]:
     """A scan, or all scans of a folder (imagesTs of nnU-Net included)."""
     if path.is_dir():
@@ -440,6 +450,7 @@ def main(argv=None) -> int:
                     help="one piece per solid organ, no specks, lesions inside their host, sides")
     ap.add_argument("--modality", choices=("ct", "mri"), help="default: what it was trained on")
     ap.add_argument("--preview", action="store_true", help="a PNG per scan (needs matplotlib)")
+    ap.add_argument("--overwrite", action="store_true", help="redo scans whose result is there")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                     help="compute in bf16 (default: where the hardware has it)")
     ap.add_argument("--batch", type=int, default=1, help="windows at a time (default 1)")
@@ -456,20 +467,42 @@ def main(argv=None) -> int:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it knows {trained}")
     model, w = model.to(args.device), w[ks].to(args.device)
     amp = use_amp(args.device) if args.amp is None else args.amp
-    for scan in (bar := tqdm(scans, "segment", unit="scan")):
-        bar.set_postfix_str(scan.name)
-        volume = data.load_volume(scan)
-        volume.modality = args.modality or rest.get("modality", "ct")
-        seg = segment(volume, model, w, spacing_mm=config["spacing_mm"], patch=config["patch"],
-                      batch=args.batch, amp=amp, progress=True)
-        if args.postprocess:
-            postprocess(seg, [classes[k] for k in ks], volume.spacing_mm)
-        rows = write_results(data.case_name(scan), args.output, scan, seg, classes, ks,
-                             masks=args.masks, preview=args.preview, volume=volume)
-    found = [r for r in rows if r["volume_ml"] > 0]
-    print(f"{len(scans)} scan(s) -> {args.output}; in {scan.name}: " + ", ".join(
-        f"{r['name']} {r['volume_ml']:.1f} ml" for r in found))
-    return 0
+    # a result is done when its JSON is there; it says what it was made with
+    made_with = {"checkpoint": str(Path(args.checkpoint).resolve()),
+                 "changed": Path(args.checkpoint).stat().st_mtime_ns, "classes": ks,
+                 "postprocess": args.postprocess, "files": [args.masks, args.preview]}
+    failed, kept, rows = [], 0, []
+    with tqdm(scans, "segment", unit="scan") as bar:
+        for scan in bar:
+            bar.set_postfix_str(scan.name)
+            name = data.case_name(scan)
+            file = args.output / f"{name}.json"
+            if not args.overwrite and file.is_file() and _made(file) == made_with:
+                kept += 1
+                continue
+            try:
+                volume = data.load_volume(scan)
+                volume.modality = args.modality or rest.get("modality", "ct")
+                seg = segment(volume, model, w, spacing_mm=config["spacing_mm"],
+                              patch=config["patch"], batch=args.batch, amp=amp, progress=True)
+                if args.postprocess:
+                    postprocess(seg, [classes[k] for k in ks], volume.spacing_mm)
+                rows = write_results(name, args.output, scan, seg, classes, ks, made_with,
+                                     masks=args.masks, preview=args.preview, volume=volume)
+            except (ValueError, OSError) as e:
+                if len(scans) == 1:
+                    raise
+                failed.append(str(e))
+                bar.write(f"failed: {e}")
+    done = len(scans) - len(failed) - kept
+    print(f"{done} scan(s) -> {args.output}" + (f", {kept} there already (--overwrite redoes)"
+                                                if kept else ""))
+    if rows:
+        print(f"in {name}: " + ", ".join(f"{r['name']} {r['volume_ml']:.1f} ml" for r in rows
+                                         if r["volume_ml"] > 0))
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

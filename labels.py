@@ -185,6 +185,8 @@ def select(names: list[str], classes: tuple[Class, ...]) -> list[int]:
 
     raises ValueError  if a name matches nothing
     """
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"expected a list of class names, got {names!r}")
     found = {n: match(n, classes) for n in names}
     missing = [n for n, ks in found.items() if not ks]
     if missing:

@@ -274,7 +274,10 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Label values and affine in closest RAS+ axes."""
     try:
         img = nib.as_closest_canonical(nib.load(path))
-        return np.asanyarray(img.dataobj), img.affine
+        array = np.asanyarray(img.dataobj)
+        if array.ndim != 3:
+            raise ValueError(f"expected a 3D map, its shape is {array.shape}")
+        return array, img.affine
     except Exception as e:
         raise ValueError(f"{path}: not a readable NIfTI file ({e})") from None
 
