@@ -2,14 +2,13 @@
 
     python -m experiments.phantom --out data/raw --scans 60 --seed 0 --picture assets/phantom.png
 
-deals 60 scans round-robin over six nnU-Net raw folders, each labelling only its part, plus six
+deals 60 scans round-robin over five nnU-Net raw folders, each labelling only its part, plus six
 fully labelled test scans that nobody trains on:
     Dataset101_PhantomKidney    kidney (both sides together), its tumours and cysts
     Dataset102_PhantomLiver     liver and its tumours
     Dataset103_PhantomOrgans    eleven organs, lesions counted as their organ
     Dataset104_PhantomSpleen    spleen
-    Dataset105_PhantomLung      left lung, right lung, their tumours
-    Dataset106_PhantomAbdomen   the nine of the abdomen, lesions counted as their organ
+    Dataset105_PhantomTrunk     lungs, aorta, inferior vena cava, stomach, pancreas, gall bladder
     Dataset199_PhantomTest      all sixteen classes, in imagesTs and labelsTs
 
 Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
@@ -63,11 +62,8 @@ DATASETS = {    # "labels" of each dataset.json: a value, or the list of values 
             "spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "aorta",
             "inferior_vena_cava", "pancreas", "lung_right", "lung_left"))},
     "Dataset104_PhantomSpleen": {"spleen": 1},
-    "Dataset105_PhantomLung": {"lung_left": [1, 3], "lung_right": [2, 4], "lung tumor": [3, 4]},
-    "Dataset106_PhantomAbdomen": {
-        name: i + 1 for i, name in enumerate((
-            "aorta", "postcava", "pancreas", "stomach", "gall bladder", "liver", "spleen",
-            "kidney_right", "kidney_left"))},
+    "Dataset105_PhantomTrunk": {"lung_left": 1, "lung_right": 2, "aorta": 3, "postcava": 4,
+                                "stomach": 5, "pancreas": 6, "gall bladder": 7},
     TEST: {SPELLING[c][0]: [v for v, names in TRUTH.items() if c in names] for c in SPELLING},
 }
 
@@ -302,13 +298,13 @@ def _paint_abdomen(body, rng, hu, cavity, below):
         body.put(hu["vein"], _tube(path, radii), bumps=0.5, over=[5])
     body.paint((box, body.threads(2.2, 26, box)), hu["vein"] - 5, over=[5])
 
-    # stomach: enhancing wall, fluid or food, gas on top
+    # stomach: enhancing wall, a drink of contrast medium, gas on top
     path = [near(-58, -8, 76), near(-66, 22, 46), near(-38, 56, 14), near(8, 52, 0)]
     box, sd = body.sd(_tube(path, np.array([33, 29, 23, 15]) * rng.uniform(0.88, 1.12)),
                       bumps=2.2, bump_mm=26, within=belly)
-    food = rng.uniform(10, 30)
+    food = rng.uniform(225, 270)
     body.paint((box, sd), wall, 6, gap=2)
-    body.paint((box, sd + rng.uniform(4, 7)), food + (4 + food / 6) * body.noise(9, box))
+    body.paint((box, sd + rng.uniform(4, 7)), food + 8 * body.noise(9, box))
     body.paint((box, np.maximum(sd + 6, rng.uniform(40, 62) - body.p[1][box])), -930)
 
     box, sd = body.sd(_ball(near(-100, -34, 52), size(30, 50, 52), (-12, 0, -18)),
