@@ -449,6 +449,33 @@ class Controller(nn.Module):
         return self.out(both)                                          # (B, K, 153)
 
 
+class Extension(nn.Module):
+    """New classes beside a frozen model (the 2024 extension): one MLP each, stacked in (n, ...).
+
+    rows  (n, E)  their text rows, by which they are recognised among the rows of a call
+    """
+
+    def __init__(self, rows: Tensor, image_dim: int = 256, hidden: int = 512, out_dim: int = 153):
+        super().__init__()
+        n, width = len(rows), image_dim + rows.shape[1]
+        self.register_buffer("rows", rows.clone())
+        self.w1 = nn.Parameter(torch.randn(n, width, hidden) * math.sqrt(2 / width))
+        self.b1 = nn.Parameter(torch.zeros(n, 1, hidden))
+        self.w2 = nn.Parameter(torch.randn(n, hidden, out_dim) / math.sqrt(hidden))
+        self.b2 = nn.Parameter(torch.zeros(n, 1, out_dim))
+
+    def place(self, w: Tensor) -> Tensor:
+        """w (K, E) -> which new class a row is, -1 for an old one."""
+        same = (w[:, None] == self.rows).all(2)                        # (K, n)
+        return torch.where(same.any(1), same.int().argmax(1), -1)
+
+    def forward(self, which: Tensor, f: Tensor) -> Tensor:
+        both = torch.cat([f[None].expand(len(which), -1, -1),
+                          self.rows[which, None].expand(-1, len(f), -1)], 2)   # (K, B, 768)
+        h = torch.baddbmm(self.b1[which], both, self.w1[which]).relu()
+        return torch.baddbmm(self.b2[which], h, self.w2[which]).transpose(0, 1)    # (B, K, 153)
+
+
 def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """theta (K, 153) -> weights (K, 8, 8), (K, 8, 8), (K, 1, 8) and biases (K, 8), (K, 8), (K, 1).
 
@@ -537,14 +564,26 @@ class UniversalModel(nn.Module):
         self.pool_norm, self.pool = GroupNormReLU(deep), nn.Linear(deep, 256)
         self.controller = Controller(text_dim=text_dim)
         self.reduce_norm, self.reduce = GroupNormReLU(fine), nn.Conv3d(fine, HEAD[0], 1)
+        self.extension: Extension | None = None
         self.to(memory_format=_CL)
+
+    def extend(self, rows: Tensor) -> None:
+        """Freeze everything there is and add classes with these text rows (n, E)."""
+        self.requires_grad_(False)
+        self.extension = Extension(rows).to(rows.device)
 
     def theta(self, deep: Tensor, w: Tensor) -> Tensor:
         """deep (B, C, D/s, H/s, W/s), w (K, E) -> theta (B, K, 153)."""
         if not torch.is_grad_enabled():
             deep = deep.clone()                            # the norm overwrites; callers keep deep
         f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))            # (B, 256)
-        return self.controller(w, f)
+        if self.extension is None:
+            return self.controller(w, f)
+        which = self.extension.place(w)                                # (K,)
+        out = f.new_empty(len(f), len(w), 153)
+        out[:, which < 0] = self.controller(w[which < 0], f)
+        out[:, which >= 0] = self.extension(which[which >= 0], f)
+        return out
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         check_side(x.shape[2:])
@@ -568,10 +607,13 @@ FORMAT = "universal-model/1"
 def build_model(spec: dict) -> UniversalModel:
     """{"backbone": "unet", "width": 64, "text_dim": 512} -> an untrained model."""
     spec = dict(spec)
-    backbone, text_dim = spec.pop("backbone"), spec.pop("text_dim")
+    backbone, text_dim, new = spec.pop("backbone"), spec.pop("text_dim"), spec.pop("extension", 0)
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
-    return UniversalModel(BACKBONES[backbone](**spec), text_dim)
+    model = UniversalModel(BACKBONES[backbone](**spec), text_dim)
+    if new:
+        model.extend(torch.zeros(new, text_dim))
+    return model
 
 
 BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
@@ -637,8 +679,8 @@ _UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_p
 
 def _public_names(content: dict, where: str) -> dict[str, Tensor]:
     """A public payload -> {our name: tensor}, without the buffers that the release never uses."""
-    state = next((content[k] for k in ("net", "state_dict") if isinstance(content.get(k), dict)),
-                 content)
+    inner = [content.get(k) for k in ("net", "state_dict", "model")]
+    state = next((c for c in inner if isinstance(c, dict)), content)
     out = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -690,7 +732,8 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
 
 
 def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
-    """Fill the backbone from MONAI's self-supervised Swin file or from Models Genesis (U-Net).
+    """Fill the backbone from MONAI's self-supervised Swin file, Models Genesis (U-Net), or a
+    checkpoint of train.py (transfer to other classes).
 
     returns  (names filled, names in the file that are no part of this backbone)
     raises   ValueError  if a tensor has another shape, or nothing fits

@@ -52,10 +52,11 @@ class Config:
     clip_weights: str = ""        # a CLIP file (default: ViT-B/32, downloaded on first use)
     classes: str = ""             # a class table of your own (JSON)
     resume: bool = False          # go on from OUT/last.pt
+    extend: str = ""              # add the classes of --classes to this checkpoint, the old frozen
     spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5; 0: the data's median)
     patch: int = PATCH       # side of a crop, voxels (release: 96)
     width: int = 0                # channels of the decoder feature (0: 64 U-Net, 48 Swin UNETR)
-    pretrained: str = ""          # start the backbone from MONAI's Swin or a Models Genesis file
+    pretrained: str = ""          # start the backbone from MONAI's Swin, Genesis, or a last.pt
     recompute: bool = False       # activations again in backward: less memory, a third more time
     steps: int = 100_000          # optimiser steps in all
     batch: int = 2                # crops a step and process
@@ -221,6 +222,21 @@ def train(cfg: Config) -> dict[str, float]:
     # data
     classes = L.load_classes(cfg.classes or None)
     w = text_rows(cfg, classes).to(cfg.device)
+    base = None
+    if cfg.extend:
+        base, old_w, old = M.load_checkpoint(cfg.extend)
+        old_trained = old.get("trained", [c.name for c in L.CLASSES])
+        old = L.table_from_rows(old["classes"]) if old else L.CLASSES
+        known = [c.name for c in old]
+        if cfg.text == "onehot":                   # rows that no old class has
+            w = -torch.eye(len(classes), old_w.shape[1]).to(w) * ONEHOT_NORM
+        new = [k for k, c in enumerate(classes) if c.name not in known]
+        if not new or w.shape[1] != old_w.shape[1]:
+            raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in "
+                             f"it, with text rows of width {old_w.shape[1]} (--text)")
+        w = torch.cat([old_w.to(w), w[new]])
+        classes = L.table_from_rows([dataclasses.asdict(c) for c in
+                                     (*old, *(classes[k] for k in new))])
     cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, classes)]
     if not cfg.spacing_mm:
         cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
@@ -234,6 +250,8 @@ def train(cfg: Config) -> dict[str, float]:
     if not scans:
         raise ValueError("no scan left to train on; lower --val-fraction")
     covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))       # (K,)
+    if base is not None:
+        covered[:len(old)] = torch.tensor([c.name in old_trained for c in old])
     trained = [c.name for c, a in zip(classes, covered, strict=True) if a]
     if rank == 0:
         describe(scans, val, classes, trained)
@@ -244,14 +262,17 @@ def train(cfg: Config) -> dict[str, float]:
     size = {"unet": "width", "swin_unetr": "feature_size"}[cfg.backbone]
     spec = {"backbone": cfg.backbone, "text_dim": w.shape[1],
             **({size: cfg.width} if cfg.width else {})}
-    model = M.build_model(spec).to(cfg.device).train()
+    if base is not None:
+        spec = {**M.read_checkpoint(cfg.extend).get("spec", spec), "extension": len(new)}
+        base.extend(w[-len(new):].cpu())
+    model = (base or M.build_model(spec)).to(cfg.device).train()
     model.backbone.recompute = cfg.recompute
     net = model if n == 1 else nn.parallel.DistributedDataParallel(model)
     if cfg.pretrained:
         filled, left = M.load_pretrained(model, cfg.pretrained)
         print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
               f"the backbone filled; not used: {', '.join(left) or 'none'}")
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # resume
     step, best = load(last, model, opt, classes, w, spec, cfg) if cfg.resume and last.exists() \
@@ -285,6 +306,8 @@ def train(cfg: Config) -> dict[str, float]:
             annotated = batch["annotated"]                              # (B, K)
             if cfg.unmasked:
                 annotated = covered.expand_as(annotated)
+            if base is not None:                                        # the old ones are frozen
+                annotated = annotated & (torch.arange(len(classes)) >= len(old))
             ks = torch.nonzero(annotated.any(0))[:, 0]                  # classes of this batch
             ks = ks if len(ks) else torch.zeros(1, dtype=torch.long)    # nothing: a zero gradient
             x, rows, regions, annotated, ks_ = (

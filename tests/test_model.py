@@ -381,3 +381,27 @@ def test_wrong_sides_are_named():
     for size in [(64, 64, 65), (32, 64, 64), (96, 80, 96)]:
         with pytest.raises(ValueError, match="multiples of 32 and at least 64"):
             tiny_model()(torch.zeros(1, 1, *size), torch.zeros(1, 5))
+
+
+# ---- extension -----------------------------------------------------------------------------------
+def test_an_extension_leaves_old_logits_bit_identical_and_has_its_own_mlp():
+    """472,217 parameters a class at the paper's size: 768 -> 512 -> 153."""
+    assert sum(p.numel() for p in M.Extension(torch.ones(2, 512)).parameters()) == 2 * 472_217
+    model = tiny_model(text_dim=5).eval()
+    x, old, new = torch.rand(2, 1, 64, 64, 64), torch.randn(3, 5), torch.randn(2, 5)
+    with torch.no_grad():
+        before = model(x, old)
+        model.extend(new)
+        assert torch.equal(model(x, old), before)
+        both = model(x, torch.cat([new[1:], old, new[:1]]))            # any order
+        assert torch.equal(both[:, 1:4], before)
+        deep, _ = model.backbone(x)
+        f = model.pool(model.pool_norm(deep.clone()).mean((2, 3, 4)))
+        e = model.extension
+        for k in range(2):                                             # by hand
+            h = torch.relu(torch.cat([f, new[k].expand(2, -1)], 1) @ e.w1[k] + e.b1[k])
+            want = h @ e.w2[k] + e.b2[k]
+            assert torch.allclose(model.theta(deep, new)[:, k], want, atol=1e-5)
+    model.train()(x, torch.cat([old, new])).square().mean().backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if "extension" not in n)
+    assert all(p.grad.abs().sum() > 0 for p in model.extension.parameters())

@@ -314,3 +314,25 @@ def test_folds_hold_out_every_scan_once(tiny, tmp_path):
     for wrong in ("3/3", "x", "1"):
         with pytest.raises(ValueError, match="--fold is i/k"):
             data.split_scans(scans, 0.5, 3, wrong)
+
+
+def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path):
+    """Kidneys are learned first, then the liver is added from a table that names only it."""
+    kidney = str(tiny / "raw" / "Dataset902_Kidney")
+    liver = str(tiny / "raw" / "Dataset901_Liver")
+    (tmp_path / "old.json").write_text('[{"name": "Right Kidney", "side": "right"}, '
+                                       '{"name": "Left Kidney", "side": "left"}]')
+    (tmp_path / "new.json").write_text('["Liver"]')
+    train.train(config(tiny, tmp_path / "a", data=(kidney,), classes=str(tmp_path / "old.json")))
+    cfg = config(tiny, tmp_path / "b", data=(liver,), classes=str(tmp_path / "new.json"),
+                 extend=str(tmp_path / "a/last.pt"))
+    train.train(cfg)
+    (old, w, _), (new, v, rest) = (M.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
+    assert [c["name"] for c in rest["classes"]] == ["Right Kidney", "Left Kidney", "Liver"]
+    assert rest["trained"] == ["Right Kidney", "Left Kidney", "Liver"] and len(v) == 3
+    x = torch.rand(1, 1, 64, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(old(x, w), new(x, v)[:, :2])
+    assert new.extension.b2.abs().sum() > 0                            # it has learned something
+    assert L.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
+                                    classes=str(tmp_path / "old.json"))) == 2
