@@ -56,7 +56,7 @@ def dice(pred: np.ndarray, ref: np.ndarray, *, empty=EMPTY) -> float:
     a, b = np.count_nonzero(pred), np.count_nonzero(ref)
     if not (a and b):
         return empty[0 if a == b else 1 if b == 0 else 2]
-    return 2 * np.count_nonzero(pred & ref) / (a + b)
+    return float(2 * np.count_nonzero(pred & ref) / (a + b))
 
 
 # ---- surfaces ----------------------------------------------------------------------------------
@@ -232,8 +232,9 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def detection(found: list[bool], truth: list[bool]) -> dict:
     """Per patient: sensitivity, specificity, their harmonic mean 2ab / (a + b), with counts."""
-    tp, p = sum(f and t for f, t in zip(found, truth, strict=True)), sum(truth)
-    tn, n = sum(not (f or t) for f, t in zip(found, truth, strict=True)), len(truth) - sum(truth)
+    both = [(bool(f), bool(t)) for f, t in zip(found, truth, strict=True)]
+    tp, p = sum(f and t for f, t in both), sum(t for _, t in both)
+    tn, n = sum(not (f or t) for f, t in both), len(both) - p
     a, b = tp / p if p else math.nan, tn / n if n else math.nan
     return {"sensitivity": a, "true positive": tp, "positive": p, "sensitivity 95": wilson(tp, p),
             "specificity": b, "true negative": tn, "negative": n, "specificity 95": wilson(tn, n),
@@ -317,7 +318,7 @@ def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) ->
         rows.append({"case": name, "class": title, "lesion": classes[g[0]].lesion,
                      "dice": dice(p, r), "nsd": math.nan if math.isnan(mm) else nsd_of(s, mm),
                      "tolerance_mm": mm, "hd95_mm": hd_of(s, 95),
-                     "pred_ml": np.count_nonzero(p) * ml, "ref_ml": np.count_nonzero(r) * ml})
+                     "pred_ml": float(p.sum() * ml), "ref_ml": float(r.sum() * ml)})
     return rows
 
 

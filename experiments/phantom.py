@@ -4,12 +4,12 @@
 
 deals 60 scans round-robin over five nnU-Net raw folders, each labelling only its part, plus six
 fully labelled test scans that nobody trains on:
-    Dataset101_PhantomKidney    kidney (both sides together), its tumours and cysts
+    Dataset101_PhantomKidney    kidney (both sides together) and its cysts
     Dataset102_PhantomLiver     liver and its tumours
     Dataset103_PhantomOrgans    eleven organs, lesions counted as their organ
     Dataset104_PhantomSpleen    spleen
     Dataset105_PhantomTrunk     lungs, aorta, inferior vena cava, stomach, pancreas, gall bladder
-    Dataset199_PhantomTest      all sixteen classes, in imagesTs and labelsTs
+    Dataset199_PhantomTest      all fifteen classes, in imagesTs and labelsTs
 
 Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
 and the voxel grid only samples them, so spacing and field of view do not change the anatomy (but
@@ -35,10 +35,9 @@ from tqdm import tqdm
 TRUTH = {
     1: {"Spleen"}, 2: {"Right Kidney"}, 3: {"Left Kidney"}, 4: {"Gall Bladder"}, 5: {"Liver"},
     6: {"Stomach"}, 7: {"Aorta"}, 8: {"Postcava"}, 9: {"Pancreas"}, 10: {"Right Lung"},
-    11: {"Left Lung"}, 12: {"Liver", "Liver Tumor"}, 13: {"Right Kidney", "Kidney Tumor"},
-    14: {"Left Kidney", "Kidney Tumor"}, 15: {"Right Kidney", "Kidney Cyst"},
-    16: {"Left Kidney", "Kidney Cyst"}, 17: {"Right Lung", "Lung Tumor"},
-    18: {"Left Lung", "Lung Tumor"}, 19: {"Pancreas", "Pancreas Tumor"},
+    11: {"Left Lung"}, 12: {"Liver", "Liver Tumor"}, 13: {"Right Kidney", "Kidney Cyst"},
+    14: {"Left Kidney", "Kidney Cyst"}, 15: {"Right Lung", "Lung Tumor"},
+    16: {"Left Lung", "Lung Tumor"}, 17: {"Pancreas", "Pancreas Tumor"},
 }
 
 # How the datasets spell a class; a dataset.json uses one of the spellings, or does not label it.
@@ -48,14 +47,14 @@ SPELLING = {
     "Liver": ("liver",), "Stomach": ("stomach",), "Aorta": ("aorta",),
     "Postcava": ("inferior_vena_cava", "postcava"), "Pancreas": ("pancreas",),
     "Right Lung": ("lung_right",), "Left Lung": ("lung_left",), "Liver Tumor": ("liver tumor",),
-    "Kidney Tumor": ("kidney tumor",), "Kidney Cyst": ("kidney cyst",),
+    "Kidney Cyst": ("kidney cyst",),
     "Lung Tumor": ("lung tumor",), "Pancreas Tumor": ("pancreas tumor",),
 }
 
 PICTURE_SEED = 29               # a scan that shows most classes
 TEST = "Dataset199_PhantomTest"
 DATASETS = {    # "labels" of each dataset.json: a value, or the list of values a region is made of
-    "Dataset101_PhantomKidney": {"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3},
+    "Dataset101_PhantomKidney": {"kidney": [1, 2], "kidney cyst": 2},
     "Dataset102_PhantomLiver": {"liver": [1, 2], "liver tumor": 2},
     "Dataset103_PhantomOrgans": {
         name: i + 1 for i, name in enumerate((
@@ -69,9 +68,9 @@ DATASETS = {    # "labels" of each dataset.json: a value, or the list of values 
 
 FAT = -100.0
 TISSUES = ("aorta", "vein", "liver", "spleen", "pancreas", "cortex", "medulla", "heart")
-PHASES = {"portal": (205, 165, 100, 140, 78, 215, 180, 190),           # mean HU of the TISSUES
-          "delayed": (185, 155, 94, 128, 74, 195, 175, 170),
-          "arterial": (265, 105, 74, 120, 100, 200, 120, 205)}
+PHASES = {"portal": (205, 165, 100, 145, 122, 215, 180, 190),           # mean HU of the TISSUES
+          "delayed": (185, 155, 94, 132, 114, 195, 175, 170),
+          "arterial": (265, 105, 74, 130, 118, 200, 120, 205)}
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "PIR", "LPI", "SAR", "ASL")
 
 
@@ -391,18 +390,15 @@ def _paint_lesions(body, rng, hu, mm):
         plan += [(5, 12, rng.uniform(15, 26), hu["liver"] - rng.uniform(55, 70), 0.8)
                  for _ in range(rng.integers(1, 4))]
     for side in (0, 1):
-        if rng.random() < 0.5:
-            plan.append((2 + side, 13 + side, rng.uniform(16, 23),
-                         hu["cortex"] - rng.uniform(90, 115), 0.4))
-        if rng.random() < 0.5:
-            plan.append((2 + side, 15 + side, rng.uniform(15, 21), rng.uniform(0, 15), 0.3))
         if rng.random() < 0.6:
-            plan.append((10 + side, 17 + side, rng.uniform(15, 26), rng.uniform(30, 70), 0.8))
+            plan.append((2 + side, 13 + side, rng.uniform(15, 22), rng.uniform(0, 15), 0.3))
+        if rng.random() < 0.3:
+            plan.append((10 + side, 15 + side, rng.uniform(15, 26), rng.uniform(30, 70), 0.8))
     if rng.random() < 0.3:
-        plan.append((9, 19, rng.uniform(8, 13), hu["pancreas"] - rng.uniform(35, 50), 0.5))
+        plan.append((9, 17, rng.uniform(8, 13), hu["pancreas"] - rng.uniform(35, 50), 0.5))
 
     for host, value, radius, level, inside in plan:
-        radius, cyst = radius / mm, value in (15, 16)
+        radius, cyst = radius / mm, value in (13, 14)
         probes = np.vstack([np.zeros(3), np.eye(3), -np.eye(3)]) * radius * inside
         for c in rng.uniform((-125, -85, -110), (125, 85, 200), (4000, 3)):
             index = [np.searchsorted(a, c[i] + probes[:, i]) for i, a in enumerate(body.axes)]
@@ -416,7 +412,7 @@ def _paint_lesions(body, rng, hu, mm):
         spots = 0 if cyst else 7 * body.noise(7, box)
         over = [host] if host in (5, 10, 11) else [host, 0]     # a kidney's may bulge into the fat
         body.paint((box, sd), level + spots, value, over=over)
-        if value in (12, 13, 14) and radius > 13:               # a necrotic core
+        if value == 12 and radius > 13:               # a necrotic core
             body.paint((box, sd + 0.55 * radius), level - 18, over=[value])
 
 
@@ -568,7 +564,7 @@ def draw(path, seed):
     # slices through as much as possible: the axial one with most classes, the others by the organs
     kinds = [len(np.unique(truth[:, :, k])) for k in range(truth.shape[2])]
     at = [int(np.median(np.argwhere(np.isin(truth, v))[:, axis]))
-          for axis, v in ((0, (3, 14, 16)), (1, (7, 8)))] + [int(np.argmax(kinds))]
+          for axis, v in ((0, (3, 14)), (1, (7, 8)))] + [int(np.argmax(kinds))]
     colours = [plt.get_cmap("tab20")(v % 20) for v in range(max(TRUTH) + 1)]
     colours[14:16] = (1, 1, 0, 1), (0, 1, 1, 1)         # two greys there
     figure, panels = plt.subplots(2, 3, figsize=(12, 7.6), facecolor="black", layout="constrained")
