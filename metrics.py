@@ -121,11 +121,15 @@ def _normals() -> list[np.ndarray]:
     return table
 
 
+@lru_cache(16)
+def _areas(a: float, b: float, c: float) -> np.ndarray:
+    scale = np.array([b * c, a * c, a * b])                            # of a cross product
+    return np.array([np.linalg.norm(n * scale, axis=1).sum() / 2 for n in _normals()])
+
+
 def surface_areas(spacing_mm) -> np.ndarray:
     """Area in mm2 of each of the 256 codes. Cube of 1 mm: one corner inside, sqrt(3) / 8."""
-    s = np.asarray(spacing_mm, float)
-    scale = np.array([s[1] * s[2], s[0] * s[2], s[0] * s[1]])          # of a cross product
-    return np.array([np.linalg.norm(n * scale, axis=1).sum() / 2 for n in _normals()])
+    return _areas(*map(float, spacing_mm))
 
 
 def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +174,7 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
         if len(a) and len(b):
             bound = limit_mm * (1 + 1e-9) + 1e-9
             i = cKDTree(b * spacing, balanced_tree=False, compact_nodes=False).query(
-                a * spacing, distance_upper_bound=bound)[1]
+                a * spacing, distance_upper_bound=bound, workers=-1)[1]
             hit = i < len(b)           # exact again from the indices: ties at a tolerance must hold
             d[hit] = np.sqrt((((a[hit] - b[i[hit]]) * spacing) ** 2).sum(1))
         return d
