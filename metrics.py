@@ -280,8 +280,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         img = nib.as_closest_canonical(nib.load(path))
         array = np.asanyarray(img.dataobj)
-        if array.ndim != 3:
-            raise ValueError(f"expected a 3D map, its shape is {array.shape}")
+        if array.ndim != 3 or array.dtype.kind not in "iubf":
+            raise ValueError(f"expected one number a voxel, it is {array.shape} {array.dtype}")
         return array, img.affine
     except Exception as e:
         raise ValueError(f"{path}: not a readable NIfTI file ({e})") from None
@@ -399,11 +399,15 @@ def main(argv=None) -> int:
     extra = sorted({p.name for p in preds} - {r.name for r in refs})
     if extra:
         print(f"not scored, no reference: {', '.join(extra[:5])} ({len(extra)})")
-    with ProcessPoolExecutor(min(len(refs), os.cpu_count() or 1), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(refs), os.cpu_count() or 1), get_context("spawn")) as pool, \
+            tqdm(total=len(refs), desc="score", unit="case") as bar:
         jobs = [pool.submit(score_case, args.pred / r.name, r, classes, ks, tolerance)
                 for r in refs]
+        rows = []
         try:
-            rows = [row for job in tqdm(jobs, "score", unit="case") for row in job.result()]
+            for job in jobs:
+                rows += job.result()
+                bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
