@@ -25,10 +25,12 @@ _CL = torch.channels_last_3d
 
 # ---- normalisation -----------------------------------------------------------------------------
 def _slabs(*tensors: Tensor):
-    """Views (B, n, C) of channels-last tensors (B, C, D, H, W), slab by slab, fit for the cache."""
+    """Views (B, n, C) of channels-last tensors (B, C, D, H, W), slab by slab, fit for the cache of
+    a processor; a GPU gets one slab."""
     B, C = tensors[0].shape[:2]
     rows = [t.permute(0, 2, 3, 4, 1).reshape(B, -1, C) for t in tensors]
-    return zip(*(r.split(max(1, (1 << 18) // (B * C)), 1) for r in rows), strict=True)
+    step = max(1, (1 << 18) // (B * C)) if rows[0].device.type == "cpu" else rows[0].shape[1]
+    return zip(*(r.split(step, 1) for r in rows), strict=True)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -498,8 +500,8 @@ def _heads(feat: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blocks(feat: Tensor, K: int):
-    """Slices of voxels whose inner values fit the cache."""
-    step = max(1024, (1 << 16) // K)
+    """Slices of voxels whose inner values fit the cache of a processor, or a GPU's memory."""
+    step = max(1024, (1 << (16 if feat.device.type == "cpu" else 23)) // K)
     return [slice(i, i + step) for i in range(0, feat.shape[1], step)]
 
 

@@ -10,14 +10,15 @@ import infer
 import labels
 import metrics
 import train
-from experiments import bench, phantom
+from experiments import bench, claims, phantom
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
 MAINS = {"train.py": train.parse, "infer.py": infer.main, "metrics.py": metrics.main,
          "clip_text.py": clip_text.main, "labels.py": labels.main,
-         "experiments.phantom": phantom.main, "experiments.bench": bench.main}
+         "experiments.phantom": phantom.main, "experiments.bench": bench.main,
+         "experiments.claims": claims.main}
 
 
 def commands():
