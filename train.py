@@ -388,12 +388,12 @@ def draw_curve(log: Path, png: Path) -> None:
 
 def parse(argv=None) -> Config:
     """Flags from the fields of Config."""
-    ap = argparse.ArgumentParser(description="Train the universal model on partial labels.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = argparse.ArgumentParser(description="Train the universal model on partial labels.")
     lines = Path(__file__).read_text().splitlines()
     for f in dataclasses.fields(Config):
         line = next(s for s in lines if s.startswith(f"    {f.name}: "))
         about = line.split("#", 1)[1].strip() if "#" in line else f.name
+        about += f" (default: {f.default})" if f.default not in ("", (), None, False) else ""
         flag = "--" + f.name.replace("_", "-")
         if f.name == "data":
             ap.add_argument(flag, nargs="+", required=True, metavar="DIR", help=about)
