@@ -390,7 +390,7 @@ def _paint_lesions(body, rng, hu, mm):
         plan += [(5, 12, rng.uniform(15, 26), hu["liver"] - rng.uniform(55, 70), 0.8)
                  for _ in range(rng.integers(1, 4))]
     for side in (0, 1):
-        if rng.random() < 0.9:
+        if rng.random() < 0.7:
             plan.append((2 + side, 13 + side, rng.uniform(18, 25), rng.uniform(0, 15), 0.3))
         if rng.random() < 0.3:
             plan.append((10 + side, 15 + side, rng.uniform(15, 26), rng.uniform(30, 70), 0.8))
