@@ -41,7 +41,8 @@ SOLID = frozenset((             # one piece each; of every other organ all piece
     "Left Head of Femur", "Right Head of Femur"))
 MIN_PART_ML = 0.5
 MIN_LESION_ML = 0.1
-CLOSE_MM, DILATE_MM = 10.0, 5.0     # a lesion lies in its host, closed and dilated by these
+CLOSE_MM, DILATE_MM = 10.0, 5.0     # a lesion lies in its host, closed and dilated by these:
+INSIDE = 0.2                        # at least this share of every piece, which then stays whole
 
 
 # ---- windows -----------------------------------------------------------------------------------
@@ -332,15 +333,18 @@ def postprocess(seg: Segmentation, classes, spacing_mm) -> None:
             seg.boxes[k] = box
     for k in sorted(seg.boxes, key=lambda k: classes[k].lesion):
         c, box = classes[k], seg.boxes[k]
-        mask = seg.mask(k, box)
+        mask, inside = seg.mask(k, box), None
         if c.lesion:
             if c.parents and set(c.parents) <= set(names):     # else a host was not asked for
                 hosts = [names.index(p) for p in c.parents]
                 box = enclose(box, *(seg.boxes[h] for h in hosts if h in seg.boxes))
                 mask = seg.mask(k, box)
-                mask &= host_region(np.any([seg.mask(h, box) for h in hosts], 0), spacing_mm)
+                inside = host_region(np.any([seg.mask(h, box) for h in hosts], 0), spacing_mm)
         parts, sizes = components(mask)
         keep = sizes * ml >= (MIN_LESION_ML if c.lesion else MIN_PART_ML)
+        if inside is not None:          # what grows out of its organ is not cut in two
+            keep &= np.bincount(parts[inside], minlength=len(sizes)) >= INSIDE * sizes
+        keep[0] = False
         if c.name in SOLID:
             keep = (sizes > 0) & (np.arange(len(sizes)) == sizes.argmax())
         seg.set_mask(k, keep[parts], box)
