@@ -455,7 +455,7 @@ def draw(names: list[str], w: Tensor, png: str | Path) -> None:
     fig = Figure(figsize=(17, 8), layout="constrained")
     FigureCanvasAgg(fig)
     left, right = fig.subplots(1, 2)
-    image = left.imshow(c.numpy(), vmin=c.min(), vmax=1)
+    image = left.imshow(c.numpy(), vmin=c.min(), vmax=1, aspect="auto")
     left.set_xticks(range(len(names)), names, rotation=90)
     left.set_yticks(range(len(names)), names)
     fig.colorbar(image, ax=left, shrink=0.7, label="cosine")
