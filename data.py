@@ -36,7 +36,7 @@ SHIFT, SHIFT_P = 0.1, 0.2       # intensity shift and its probability (release)
 ROTATE_P = 0.1                  # 90-degree rotation about the third axis (release); never a flip
 POINTS = 10_000                 # foreground voxels remembered per class and scan
 ENDINGS = (".nii.gz", ".nii")
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -395,7 +395,8 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
         rows = resample_nearest(rows, shape)[box]
         rows = L.split_sides(rows, case.lm, body_midline(image))
         points, offsets, n = [], {}, 0
-        rng = np.random.default_rng(int(entry.name, 16))
+        found = fingerprint(volume.array)          # not the path: the same data, the same crops
+        rng = np.random.default_rng(int(found, 16))
         for k in np.flatnonzero(case.lm.annotated):
             where = np.argwhere(case.lm.regions[:, k][rows])
             if len(where):
@@ -408,7 +409,7 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
         np.save(part / "rows.npy", rows)
         np.save(part / "points.npy", np.concatenate(points) if points else
                 np.zeros((0, 3), np.uint16))
-        meta = {"points": offsets, "fingerprint": fingerprint(volume.array),
+        meta = {"points": offsets, "fingerprint": found,
                 "shape": rows.shape, "spacing_mm": volume.spacing_mm.tolist()}
         (part / "meta.json").write_text(json.dumps(meta))
         try:
