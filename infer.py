@@ -334,12 +334,11 @@ def postprocess(seg: Segmentation, classes, spacing_mm) -> None:
     for k in sorted(seg.boxes, key=lambda k: classes[k].lesion):
         c, box = classes[k], seg.boxes[k]
         mask, inside = seg.mask(k, box), None
-        if c.lesion:
-            if c.parents and set(c.parents) <= set(names):     # else a host was not asked for
-                hosts = [names.index(p) for p in c.parents]
-                box = enclose(box, *(seg.boxes[h] for h in hosts if h in seg.boxes))
-                mask = seg.mask(k, box)
-                inside = host_region(np.any([seg.mask(h, box) for h in hosts], 0), spacing_mm)
+        if c.lesion and c.parents and set(c.parents) <= set(names):    # else no host was asked for
+            hosts = [names.index(p) for p in c.parents]
+            box = enclose(box, *(seg.boxes[h] for h in hosts if h in seg.boxes))
+            mask = seg.mask(k, box)
+            inside = host_region(np.any([seg.mask(h, box) for h in hosts], 0), spacing_mm)
         parts, sizes = components(mask)
         keep = sizes * ml >= (MIN_LESION_ML if c.lesion else MIN_PART_ML)
         if inside is not None:          # what grows out of its organ is not cut in two

@@ -224,9 +224,9 @@ def train(cfg: Config) -> dict[str, float]:
     w = text_rows(cfg, classes).to(cfg.device)
     base = None
     if cfg.extend:
-        base, old_w, old = M.load_checkpoint(cfg.extend)
-        old_trained = old.get("trained", [c.name for c in L.CLASSES])
-        old = L.table_from_rows(old["classes"]) if old else L.CLASSES
+        base, old_w, rest = M.load_checkpoint(cfg.extend)
+        old = L.table_from_rows(rest["classes"]) if rest else L.CLASSES
+        old_trained = rest.get("trained", [c.name for c in old])
         known = [c.name for c in old]
         if cfg.text == "onehot":                   # rows that no old class has
             w = -torch.eye(len(classes), old_w.shape[1]).to(w) * ONEHOT_NORM
@@ -263,7 +263,7 @@ def train(cfg: Config) -> dict[str, float]:
     spec = {"backbone": cfg.backbone, "text_dim": w.shape[1],
             **({size: cfg.width} if cfg.width else {})}
     if base is not None:
-        spec = {**M.read_checkpoint(cfg.extend).get("spec", spec), "extension": len(new)}
+        spec = {**rest.get("spec", spec), "extension": len(new)}
         base.extend(w[-len(new):].cpu())
     model = (base or M.build_model(spec)).to(cfg.device).train()
     model.backbone.recompute = cfg.recompute
