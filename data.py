@@ -34,6 +34,8 @@ PATCH = 96                      # side of a training crop and of an inference wi
 FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (2:1, release)
 SHIFT, SHIFT_P = 0.1, 0.2       # intensity shift and its probability (release)
 ROTATE_P = 0.1                  # 90-degree rotation about the third axis (release); never a flip
+ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnified crops, of MSD tasks only (release)
+TUMOUR = (5, 1, 1)              # tumour : organ : background crops of MSD tasks (release)
 POINTS = 10_000                 # foreground voxels remembered per class and scan
 ENDINGS = (".nii.gz", ".nii")
 CACHE_VERSION = 2
@@ -256,6 +258,8 @@ class Case:
     lm: L.LabelMap
     annotated: np.ndarray    # (K,) bool, the dataset's or this case's own
     modality: str = "ct"     # ct or mri
+    msd: bool = False        # an MSD task: zoomed, and more crops on tumours (release)
+    tumours: frozenset[int] = frozenset()       # classes that are lesions
 
 
 def find_datasets(roots) -> list[Path]:
@@ -318,6 +322,7 @@ def read_dataset(folder: Path, classes) -> list[Case]:
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
     channel = info.get("channel_names") or info.get("modality") or {}
     first = str(next(iter(channel.values()), "ct") if isinstance(channel, dict) else channel)
+    tumours = frozenset(k for k, c in enumerate(classes) if c.lesion)
     modality = "mri" if re.search(r"mr|t1|t2|flair|dess", first.lower()) else "ct"
     cases = []
     for image, label in pairs(folder, info):
@@ -329,7 +334,7 @@ def read_dataset(folder: Path, classes) -> list[Case]:
             annotated = np.zeros_like(lm.annotated)
             annotated[L.select(own[name], classes)] = True
         cases.append(Case(f"{folder.name}/{name}", folder.name, image, label, lm, annotated,
-                          modality))
+                          modality, "tensorImageSize" in info, tumours))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
@@ -375,10 +380,20 @@ def fingerprint(array: np.ndarray) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
+def _whole(scan: Scan) -> bool:
+    """Whether an entry is there and its files are as long as they say."""
+    try:
+        scan.meta = json.loads((scan.entry / "meta.json").read_text())
+        return list(scan.image().shape) == list(scan.rows().shape) == scan.meta["shape"] and all(
+            len(scan.points(int(k))) == b - a for k, (a, b) in scan.meta["points"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return False
+
+
 def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
-    """Preprocess one case into cache/<key>/, or find it there."""
-    entry = cache / _key(case, spacing_mm)
-    if not (entry / "meta.json").is_file():
+    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again."""
+    scan = Scan(case, entry := cache / _key(case, spacing_mm), {})
+    if not _whole(scan):
         volume, label = load_volume(case.image), load_volume(case.label)
         if volume.array.shape != label.array.shape:
             raise ValueError(f"{case.label}: label has shape {label.array.shape} in RAS axes, its "
@@ -389,6 +404,8 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
         if off > 1.0:
             raise ValueError(f"{case.label}: label and image {case.image.name} lie {off:.1f} mm "
                              "apart; their affines must agree")
+        if off > 0.01:
+            tqdm.write(f"note: {case.label}: label and image lie {off:.2g} mm apart; taken as one")
         rows = case.lm.rows(label.array, str(case.label))
         volume.modality = case.modality
         image, shape, box = preprocess(volume, spacing_mm)
@@ -415,11 +432,12 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
         try:
             os.rename(part, entry)
         except OSError:                      # another process was first, or a damaged entry is here
-            if not (entry / "meta.json").is_file():
+            if not _whole(scan):
                 shutil.rmtree(entry, ignore_errors=True)
                 os.rename(part, entry)
             shutil.rmtree(part, ignore_errors=True)
-    return Scan(case, entry, json.loads((entry / "meta.json").read_text()))
+        scan.meta = json.loads((entry / "meta.json").read_text())
+    return scan
 
 
 def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
@@ -471,7 +489,8 @@ class Crops(torch.utils.data.Dataset):
     """Crop number i of a run: a pure function of (seed, i), whatever the number of workers.
 
     A dataset is drawn first, uniformly, then a scan of it (release); two of three crops are
-    centred on a labelled voxel, the class drawn uniformly among those annotated and present.
+    centred on a labelled voxel, the class drawn uniformly among those annotated and present. Of an
+    MSD task some crops are magnified, and most are centred on a tumour (release).
     """
 
     def __init__(self, scans: list[Scan], *, patch: int = PATCH, seed: int = 0, length: int = 0,
@@ -487,7 +506,12 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, i])
         scans = self.datasets[rng.integers(len(self.datasets))]
         scan = scans[rng.integers(len(scans))]
-        image, rows = crop(scan, self.patch, rng)
+        zoom = self.augment and scan.case.msd and rng.random() < ZOOM_P
+        side = round(self.patch / rng.uniform(*ZOOM)) if zoom else self.patch
+        image, rows = crop(scan, side, rng)
+        if zoom:
+            image, rows = (f(a, (self.patch,) * 3) for f, a in
+                           ((resample, image), (resample_nearest, rows)))
         if self.augment:
             if rng.random() < ROTATE_P:
                 turns = int(rng.integers(1, 4))
@@ -504,7 +528,13 @@ def crop(scan: Scan, patch: int, rng) -> tuple[np.ndarray, np.ndarray]:
     """image (p, p, p) float32 and rows (p, p, p); outside the scan there is air and background."""
     image, rows = scan.image(), scan.rows()
     present = [k for k in np.flatnonzero(scan.case.annotated) if len(scan.points(k))]
-    if present and rng.random() < FOREGROUND:
+    tumours = [k for k in present if k in scan.case.tumours]
+    kind, foreground = rng.random() if present else 1.0, FOREGROUND
+    if scan.case.msd and tumours:
+        tumour, foreground = np.cumsum(TUMOUR[:2]) / sum(TUMOUR)
+        others = [k for k in present if k not in tumours]
+        present = others if others and kind >= tumour else tumours
+    if kind < foreground:
         points = scan.points(present[rng.integers(len(present))])
         centre = points[rng.integers(len(points))].astype(int)
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -163,20 +164,28 @@ class Stop:
 
 
 @torch.no_grad()
-def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, float]:
-    """Mean Dice per class on whole validation scans, on the working grid."""
+def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, dict[str, float]]:
+    """Mean Dice per dataset and class on whole validation scans, on the working grid.
+
+    At most cfg.val_scans scans, of every dataset in turn.
+    """
     model.eval()
-    scores: dict[str, list[float]] = {}
-    for scan in scans[:cfg.val_scans]:
+    by_dataset: dict[str, list] = {}
+    for scan in scans:
+        by_dataset.setdefault(scan.case.dataset, []).append(scan)
+    turns = itertools.chain(*itertools.zip_longest(*by_dataset.values()))
+    scores: dict[str, dict[str, list[float]]] = {}
+    for scan in [s for s in turns if s is not None][:cfg.val_scans]:
         ks = np.flatnonzero(scan.case.annotated)
         logits = infer.sliding_window(scan.image(), model, w[ks], patch=cfg.patch, amp=amp)
         rows = scan.rows()
         for i, k in enumerate(ks):
             d = metrics.dice(logits[i].cpu().numpy() > 0, scan.case.lm.regions[:, k][rows])
             if not math.isnan(d):
-                scores.setdefault(classes[k].name, []).append(d)
+                scores.setdefault(scan.case.dataset, {}).setdefault(classes[k].name, []).append(d)
     model.train()
-    return {name: sum(v) / len(v) for name, v in scores.items()}
+    return {dataset: {name: sum(v) / len(v) for name, v in part.items()}
+            for dataset, part in scores.items()}
 
 
 def describe(scans, val, classes, trained) -> None:
@@ -202,8 +211,8 @@ def describe(scans, val, classes, trained) -> None:
         print(f"annotated by no dataset: {', '.join(nobody)}")
 
 
-def train(cfg: Config) -> dict[str, float]:
-    """One run -> the last validation's Dice per class."""
+def train(cfg: Config) -> dict[str, dict[str, float]]:
+    """One run -> the last validation's Dice per dataset and class."""
     # seed and device
     torch.manual_seed(cfg.seed)
     M.check_side((cfg.patch,) * 3)
@@ -297,7 +306,7 @@ def train(cfg: Config) -> dict[str, float]:
     loader = torch.utils.data.DataLoader(
         crops, cfg.batch, sampler=order, collate_fn=data.collate, num_workers=cfg.workers,
         pin_memory=cfg.device.startswith("cuda"))
-    scores: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
     with open(log if rank == 0 else os.devnull, "a") as file, Stop() as stop, tqdm(
             total=cfg.steps, initial=step, desc="train", unit="step", disable=rank > 0) as bar:
         for batch in loader:
@@ -340,9 +349,11 @@ def train(cfg: Config) -> dict[str, float]:
             bar.set_postfix(bce=f"{bce.item():.3f}", dice=f"{dice.item():.3f}", refresh=False)
             if rank == 0 and val and (step % cfg.val_every == 0 or step == cfg.steps):
                 scores = evaluate(model, w, val, classes, cfg, amp)
-                mean = sum(scores.values()) / max(1, len(scores))
-                file.write(json.dumps({"step": step - 1, "val": mean, "classes": scores}) + "\n")
-                bar.write(f"step {step}: validation Dice {mean:.3f}")
+                means = {d: sum(v.values()) / len(v) for d, v in scores.items()}
+                mean = sum(means.values()) / max(1, len(means))
+                file.write(json.dumps({"step": step - 1, "val": mean, "dice": scores}) + "\n")
+                bar.write(f"step {step}: validation Dice {mean:.3f} (" + ", ".join(
+                    f"{d} {m:.3f}" for d, m in means.items()) + ")")
                 if mean > best:
                     best = mean
                     save(out / "best.pt", *run, step, best, cfg)

@@ -1,4 +1,5 @@
 """Files, geometry, datasets, the cache and the crops."""
+import dataclasses
 import gzip
 import json
 import shutil
@@ -151,6 +152,63 @@ def test_two_of_three_crops_are_centred_on_a_class_and_each_gets_its_turn(tiny, 
     share = counts / n
     assert abs(share[0] - 1 / 3) < 0.1
     assert share[1] > 0.15 and share[2] > 0.3        # tumour: its turn, and its part of the liver's
+
+
+def test_msd_tasks_show_their_tumours_more_often_and_magnified(tiny, tmp_path, monkeypatch):
+    """5 : 1 : 1 crops on tumour, organ, background; zoom 1.3 to 1.5 of image and rows alike."""
+    ds = crops(tiny, tmp_path, seed=0, augment=False)
+    scan = ds.datasets[0][0]
+    scan.case = dataclasses.replace(scan.case, msd=True)
+    tumours, n = 0, 600
+    for i in range(n):
+        _, rows = data.crop(scan, 16, np.random.default_rng(i))
+        tumours += rows[8, 8, 8] == 2
+    # 5/7 on a tumour voxel; 1/7 on the liver, of which the tumour is a part
+    part = np.mean(scan.rows()[scan.rows() > 0] == 2)
+    assert abs(tumours / n - (5 + part) / 7) < 0.06
+
+    for name, value in (("ZOOM_P", 1.0), ("ROTATE_P", 0.0), ("SHIFT_P", 0.0)):
+        monkeypatch.setattr(data, name, value)
+    big, plain = crops(tiny, tmp_path, seed=0), crops(tiny, tmp_path, seed=0, augment=False)
+    for d in big.datasets[0]:
+        d.case = dataclasses.replace(d.case, msd=True)
+    at = [i for i in range(60) if big[i]["name"].startswith("Dataset901")]
+    liver = [sum(int((d[i]["rows"] > 0).sum()) for i in at) for d in (big, plain)]
+    assert 1.2 ** 3 < liver[0] / liver[1] < 1.6 ** 3
+    item = big[at[0]]
+    bright = item["image"][0].numpy() > 0.52                      # the liver has 110 HU: 0.67
+    assert item["image"].shape == (1, 64, 64, 64)
+    assert bright[item["rows"].numpy() == 1].mean() > 0.9
+    kidney = next(i for i in range(60) if plain[i]["name"].startswith("Dataset902"))
+    assert not big.datasets[1][0].case.msd and \
+        torch.equal(big[kidney]["rows"], crops(tiny, tmp_path, seed=0)[kidney]["rows"])
+
+
+@pytest.mark.parametrize("file, damage", [
+    ("image.npy", lambda b: b[:-7]), ("rows.npy", lambda b: None), ("rows.npy", lambda b: b""),
+    ("points.npy", lambda b: b[:200]), ("meta.json", lambda b: b""), ("meta.json", lambda b: b"[]")])
+def test_a_damaged_cache_entry_is_made_again(tiny, tmp_path, file, damage):
+    case = data.read_dataset(tiny / "raw/Dataset901_Liver", L.CLASSES)[0]
+    scan = data.build(case, tmp_path, 4.0)
+    whole = {p.name: p.read_bytes() for p in scan.entry.iterdir()}
+    content = damage(whole[file])
+    (scan.entry / file).unlink()
+    if content is not None:
+        (scan.entry / file).write_bytes(content)
+    again = data.build(case, tmp_path, 4.0)
+    assert {p.name: p.read_bytes() for p in scan.entry.iterdir()} == whole
+    assert again.meta == scan.meta and len(list(tmp_path.iterdir())) == 1
+
+
+def test_label_and_image_a_twentieth_of_a_mm_apart_are_taken_as_one(tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
+    file = folder / "labelsTr/c0.nii.gz"
+    img = nib.load(file)
+    array, affine = np.asarray(img.dataobj), img.affine.copy()
+    affine[1, 3] += 0.05
+    nib.save(nib.Nifti1Image(array, affine), file)
+    data.build(data.read_dataset(folder, L.CLASSES)[0], tmp_path / "cache", 4.0)
+    assert "note:" in (said := capsys.readouterr().out) and "0.05 mm apart" in said
 
 
 def test_batch_targets_are_the_rows_looked_up(tiny, tmp_path):

@@ -1,4 +1,5 @@
 """The training command: it learns, it can be killed and resumed, it says what is wrong."""
+import dataclasses
 import json
 import math
 import os
@@ -9,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED, needs_shared
 
+import data
 import labels as L
 import model as M
 import train
@@ -52,6 +55,26 @@ def test_four_steps_train_and_the_log_has_a_line_each(tiny, tmp_path, capsys):
         {p.name for p in (tmp_path / "run").iterdir()}
     out = capsys.readouterr().out
     assert "annotated: Liver, Liver Tumor" in out and "annotated: Right Kidney, Left Kidney" in out
+
+
+def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
+    """A model that says yes everywhere has a Dice of 2 n / (N + n)."""
+    class Yes(torch.nn.Module):
+        def forward(self, x, w):
+            return x.new_ones(len(x), len(w), *x.shape[2:])
+    cfg = config(tiny, tmp_path, val_scans=3)
+    cases = [c for f in data.find_datasets(cfg.data) for c in data.read_dataset(f, L.CLASSES)]
+    scans = data.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
+    scores = train.evaluate(Yes(), torch.eye(len(L.CLASSES)), scans, L.CLASSES, cfg, False)
+    assert {d: set(v) for d, v in scores.items()} == {
+        "Dataset901_Liver": {"Liver", "Liver Tumor"},
+        "Dataset902_Kidney": {"Right Kidney", "Left Kidney"}}
+    ns = [(np.count_nonzero(s.rows() == 2), s.rows().size) for s in scans[:2]]
+    assert scores["Dataset901_Liver"]["Liver Tumor"] == pytest.approx(
+        sum(2 * n / (N + n) for n, N in ns) / 2)
+    rows = scans[2].rows()                                     # of the kidneys only the first scan
+    n = np.count_nonzero(scans[2].case.lm.regions[:, 1][rows])
+    assert scores["Dataset902_Kidney"]["Right Kidney"] == pytest.approx(2 * n / (rows.size + n))
 
 
 def test_resume_equals_uninterrupted(tiny, tmp_path):
@@ -266,7 +289,6 @@ def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
     cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True,
                  cache=str(tmp_path / "cache"))
     assert L.run(train.main, cfg) == 2 and "c1_0000.nii.gz" in capsys.readouterr().err
-    import dataclasses
     assert train.train(dataclasses.replace(cfg, skip_bad=True)) == {}
     out = capsys.readouterr()
     assert "skipped: " in out.out + out.err and "Dataset901_Liver: 1 scans" in out.out
@@ -307,7 +329,6 @@ def test_clip_rows_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
 
 
 def test_folds_hold_out_every_scan_once(tiny, tmp_path):
-    import data
     cases = [c for d in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(d, L.CLASSES)]
     scans = data.build_all(cases, tiny / "cache", 4.0)
     held = [data.split_scans(scans, 0.5, 3, f"{i}/3")[1] for i in range(3)]
