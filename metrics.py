@@ -21,9 +21,10 @@ import json
 import math
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -326,6 +327,14 @@ def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) ->
     return rows
 
 
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    def wait():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _mean(values, of=np.mean) -> float:
     values = [v for v in values if math.isfinite(v)]
     return float(of(values)) if values else math.nan
@@ -399,7 +408,8 @@ def main(argv=None) -> int:
     extra = sorted({p.name for p in preds} - {r.name for r in refs})
     if extra:
         print(f"not scored, no reference: {', '.join(extra[:5])} ({len(extra)})")
-    with ProcessPoolExecutor(min(len(refs), os.cpu_count() or 1), get_context("spawn")) as pool, \
+    with ProcessPoolExecutor(min(len(refs), os.cpu_count() or 1), get_context("spawn"),
+                             initializer=_leave_with_parent) as pool, \
             tqdm(total=len(refs), desc="score", unit="case") as bar:
         jobs = [pool.submit(score_case, args.pred / r.name, r, classes, ks, tolerance)
                 for r in refs]

@@ -1,6 +1,9 @@
 """Small inputs for all tests: two tiny nnU-Net datasets whose every number differs."""
+import http.server
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -70,3 +73,39 @@ def tiny(tmp_path_factory):
             {"channel_names": {"0": "CT"}, "labels": names, "numTraining": 2,
              "file_ending": ".nii.gz"}))
     return root
+
+
+@pytest.fixture
+def server():
+    """A file on the loopback address that honours Range, can break off and be slow."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        content, stop_after, ranges, pause, asked = b"", None, True, 0.0, []
+
+        def do_GET(self):
+            start = 0
+            Handler.asked.append(self.headers.get("Range"))
+            if self.headers.get("Range") and Handler.ranges:
+                start = int(self.headers["Range"].split("=")[1].split("-")[0])
+                if start >= len(Handler.content):
+                    return self.send_error(416)
+            body = Handler.content[start:]
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            body = body[:Handler.stop_after]
+            try:
+                for i in range(0, len(body), 1 << 16):
+                    self.wfile.write(body[i:i + (1 << 16)])
+                    time.sleep(Handler.pause)
+            except OSError:                          # the client is gone
+                pass
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    Handler.asked = []
+    yield Handler, f"http://127.0.0.1:{httpd.server_address[1]}/file.bin"
+    httpd.shutdown()
+    httpd.server_close()

@@ -2,14 +2,12 @@
 import gzip
 import hashlib
 import html
-import http.server
 import itertools
 import json
 import os
 import pickle
 import struct
 import sys
-import threading
 import zipfile
 
 import ftfy
@@ -295,36 +293,6 @@ def test_a_missing_tensor_another_shape_and_another_model_are_named(tmp_path):
 
 
 # ---- download ------------------------------------------------------------------------------------
-@pytest.fixture
-def server():
-    """A file on the loopback address that honours Range and can break off."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        content, stop_after, ranges, asked = b"", None, True, []
-
-        def do_GET(self):
-            start = 0
-            Handler.asked.append(self.headers.get("Range"))
-            if self.headers.get("Range") and Handler.ranges:
-                start = int(self.headers["Range"].split("=")[1].split("-")[0])
-                if start >= len(Handler.content):
-                    return self.send_error(416)
-            body = Handler.content[start:]
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[:Handler.stop_after])
-
-        def log_message(self, *args):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    Handler.asked = []
-    yield Handler, f"http://127.0.0.1:{httpd.server_address[1]}/file.bin"
-    httpd.shutdown()
-    httpd.server_close()
-
-
 CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 

@@ -1,9 +1,12 @@
 """Whatever a user feeds it: damaged and strange files, one exact outcome each."""
 import gzip
+import hashlib
 import json
+import multiprocessing
 import random
 import shutil
 import struct
+import time
 
 import nibabel as nib
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 import torch
 from conftest import affine_of, body, write_nifti
 
+import clip_text
 import data
 import infer
 import labels as L
 import metrics
+import model as M
 import train
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
@@ -314,7 +319,6 @@ def test_mutated_tables_never_give_a_traceback(tmp_path):
 
 
 def test_mutated_checkpoints_never_give_a_traceback(checkpoint, tmp_path):
-    import model as M
     rng = random.Random(2)
     good = open(checkpoint, "rb").read()
     for _ in range(60):
@@ -367,3 +371,112 @@ def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint,
         results.append((v.array, v.affine, {r["name"]: r["volume_ml"] for r in rows}))
     assert np.array_equal(results[0][0], results[1][0]) and results[0][2] == results[1][2]
     assert np.allclose(results[0][1], results[1][1])
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------
+def files(folder):
+    """What a user sees: every file but parts (.*, *.part) and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and not any(s[0] == "." or s.endswith(".part")
+                                       for s in p.relative_to(folder).parts)}
+
+
+def killed(kills, make_folder, target, args, check):
+    """Run target(*args(folder)) undisturbed in one folder; in another kill it `kills` times at
+    random moments, look at every file after each kill, and let it finish: the same files.
+
+    check(name, bytes, reference bytes)  asserts that a file is whole and what it should be
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clip_text", "infer", "metrics", "train"])
+
+    def start(folder):
+        p = context.Process(target=target, args=args(folder))
+        p.start()
+        return p
+    reference = make_folder("reference")
+    begun = time.perf_counter()
+    p = start(reference)
+    p.join()
+    seconds, whole = time.perf_counter() - begun, files(reference)
+    assert p.exitcode == 0 and whole
+    rng, done, folder = random.Random(time.time_ns()), 0, None
+    while done < kills:
+        folder = folder or make_folder(f"killed{done}")
+        p = start(folder)
+        p.join(rng.uniform(0, seconds))
+        if p.is_alive():
+            p.kill()
+            done += 1
+        p.join()
+        for name, content in files(folder).items():
+            check(name, content, whole[name])
+        if p.exitcode == 0:                     # it was faster: from the start again
+            folder = None
+    folder = folder or make_folder("last")
+    p = start(folder)
+    p.join()
+    assert p.exitcode == 0 and files(folder).keys() == whole.keys()
+    for name, content in files(folder).items():
+        check(name, content, whole[name])
+    return reference, folder
+
+
+def same_bytes(name, content, reference):
+    assert content == reference, name
+
+
+@pytest.mark.slow
+def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
+    def args(folder):
+        return (["--data", str(tiny / "raw"), "--out", str(folder / "run"), "--cache",
+                 str(folder / "cache"), "--text", "onehot", "--spacing-mm", "2.5", "--patch", "64",
+                 "--width", "8", "--steps", "6", "--batch", "1", "--val-fraction", "0",
+                 "--save-every", "1", "--resume"],)
+
+    def check(name, content, reference):
+        if name.startswith("cache/"):
+            assert content == reference, name
+        elif name.endswith(".pt"):
+            (tmp_path / "look.pt").write_bytes(content)
+            M.load_checkpoint(tmp_path / "look.pt")
+        elif name.endswith("config.json"):
+            json.loads(content)
+    a, b = killed(14, lambda n: tmp_path / n, train.main, args, check)
+    states = [torch.load(d / "run/last.pt", weights_only=True)["model"] for d in (a, b)]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    logs = [[json.loads(r)["loss"] for r in (d / "run/log.jsonl").read_text().splitlines()]
+            for d in (a, b)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+@pytest.mark.slow
+def test_fourteen_kills_of_inference(checkpoint, tmp_path):
+    for i in range(3):
+        write_nifti(tmp_path / f"in/s{i}.nii.gz", body(i)[0], affine_of("LPS", (4, 4, 5)))
+    killed(14, lambda n: tmp_path / n, infer.main, lambda folder: (
+        ["--checkpoint", checkpoint, "--input", str(tmp_path / "in"), "--output", str(folder),
+         "--masks"],), same_bytes)
+
+
+@pytest.mark.slow
+def test_eleven_kills_of_evaluation(tmp_path):
+    for i in range(3):
+        write_nifti(tmp_path / f"ref/s{i}.nii.gz", body(i)[1], EYE)
+
+    def make_folder(name):
+        for i in range(3):
+            write_nifti(tmp_path / name / f"s{i}.nii.gz", np.roll(body(i)[1], 1, 0), EYE)
+        return tmp_path / name
+    killed(11, make_folder, metrics.main, lambda folder: (
+        ["--pred", str(folder), "--ref", str(tmp_path / "ref"), "--tolerance", "3"],), same_bytes)
+
+
+@pytest.mark.slow
+def test_eleven_kills_of_a_download(server, tmp_path):
+    handler, url = server
+    handler.content, handler.pause = bytes(i * 7 % 251 for i in range(3_000_000)), 0.02
+    digest = hashlib.sha256(handler.content).hexdigest()
+    killed(11, lambda n: tmp_path / n, clip_text.fetch, lambda folder: (url, digest, folder),
+           same_bytes)
+    assert any(handler.asked)                   # some went on where the killed one had stopped
