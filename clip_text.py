@@ -384,6 +384,17 @@ def fetch(url: str, digest: str, folder: Path | None = None, alternative: str = 
 
 
 # ---- prompt -> w -------------------------------------------------------------------------------
+def _save(content, path: Path) -> None:
+    """The whole file or none; through a Python file, or a full disk were a RuntimeError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
                    merges: str | Path | None = None) -> Tensor:
     """names -> w (K, E) float32, not normalised; `template` is a text with {} for the name.
@@ -417,9 +428,7 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
             new = encoder(tokenizer.tokenize(todo, encoder.position.shape[0]))
         rows |= dict(zip(todo, new.clone(), strict=True))
         store.parent.mkdir(parents=True, exist_ok=True)
-        part = store.with_name(f".{store.name}.{os.getpid()}.part")
-        torch.save({k: v.clone() for k, v in rows.items()}, part)
-        os.replace(part, store)
+        _save({k: v.clone() for k, v in rows.items()}, store)
     return torch.stack([rows[p] for p in prompts])
 
 
@@ -494,9 +503,7 @@ def main(argv=None) -> int:
     norms = w.norm(dim=1)
     print(f"{len(w)} rows of {w.shape[1]}, norms {norms.min():.2f} to {norms.max():.2f}")
     if args.out:
-        part = Path(f"{args.out}.part")
-        torch.save(w.clone(), part)
-        os.replace(part, args.out)
+        _save(w.clone(), Path(args.out))
     if args.similarity:
         names = [c.name for c in classes]
         host = [max([names.index(p) for p in c.parents if p in names], default=i)

@@ -383,7 +383,10 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
 
 
 def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str = "") -> None:
-    """Axial, coronal and sagittal plane through the labelled middle, grey and coloured, as PNG."""
+    """Axial, coronal and sagittal plane where most is labelled, grey and coloured, as PNG.
+
+    As radiologists see it, with orientation letters, a bar of 5 cm and a legend.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -396,7 +399,8 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     fig = Figure(figsize=(12, 8), facecolor="black")
     FigureCanvasAgg(fig)
     lut = np.array([(0, 0, 0), *COLOURS[:max(int(label.max()), 1)]]) / 255
-    for col, (axis, name) in enumerate([(2, "axial"), (1, "coronal"), (0, "sagittal")]):
+    for col, (axis, name, sides) in enumerate([(2, "axial", "RLAP"), (1, "coronal", "RLSI"),
+                                               (0, "sagittal", "PASI")]):
         a, b = (i for i in range(3) if i != axis)
         grey = np.take(volume.array, centre[axis], axis).astype(np.float32)
         grey = np.clip((grey - low) / (high - low), 0, 1)
@@ -410,8 +414,15 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
             flip = rgb[::-1] if axis != 0 else rgb
             ax.imshow(flip.transpose(1, 0, 2), origin="lower", aspect=spacing[b] / spacing[a])
             ax.set_axis_off()
+            for letter, x, y in zip(sides, (0.03, 0.97, 0.5, 0.5), (0.5, 0.5, 0.96, 0.04),
+                                    strict=True):
+                ax.text(x, y, letter, color="yellow", fontsize=9, ha="center", va="center",
+                        transform=ax.transAxes)
+            start, bar = 0.04 * flip.shape[0], 50 / spacing[a]
+            ax.plot([start, start + bar], [0.04 * flip.shape[1]] * 2, color="yellow")
             if not row:
-                ax.set_title(f"{title} {name}" if col == 0 else name, color="white", fontsize=10)
+                ax.set_title(f"{title} {name}, bar 5 cm" if col == 0 else name, color="white",
+                             fontsize=10)
     shown = [int(v) for v in np.unique(label) if v][:40]
     for i, v in enumerate(shown):
         fig.text(0.02 + 0.24 * (i % 4), 0.1 - 0.022 * (i // 4), "\u25a0 ", color=lut[v], fontsize=9)

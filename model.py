@@ -234,7 +234,7 @@ class UNet(nn.Module):
 
 # ---- Swin UNETR --------------------------------------------------------------------------------
 WINDOW = 7                         # side of an attention window, in tokens
-_CHUNK = 1 << 24                   # attention weights computed at once, where gradients need them
+_CHUNK, _CACHE = 1 << 24, 1 << 20  # attention weights at once in backward: on a GPU, a processor
 
 
 @lru_cache(1)
@@ -259,10 +259,33 @@ def _mask(window: tuple, shift: tuple, last: tuple, device) -> Tensor | None:
     return torch.where((place[:, None] != place[None]).any(2), -100.0, 0.0)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """q, k, v (n, heads, N, c), bias (heads, N, N) -> (n, heads, N, c)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
-    return scores.softmax(-1) @ v
+class _Attention(torch.autograd.Function):
+    """softmax(q k' / sqrt(c) + bias) v; q, k, v (n, heads, N, c), one bias (heads, N, N) for all.
+
+    Fused kernels refuse a bias with a gradient. Nothing of size N x N is kept: backward computes
+    the weights again, a few windows at a time, so that they stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        free = bias.detach()[None].expand(len(q), -1, -1, -1)
+        out = F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), free)
+        ctx.save_for_backward(q, k, v, out, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *each, bias = ctx.saved_tensors
+        each.append(grad)
+        step = max(1, (_CHUNK if grad.is_cuda else _CACHE) // bias.numel())
+        scale, g_bias, parts = grad.shape[-1] ** -0.5, 0, []
+        for q, k, v, out, g in zip(*(t.split(step) for t in each), strict=True):
+            q = q * scale
+            p = (q @ k.transpose(-2, -1)).add_(bias).softmax(-1)
+            s = (g @ v.transpose(-2, -1)).sub_((g * out).sum(-1, keepdim=True)).mul_(p)
+            g_bias = g_bias + s.sum(0)
+            parts.append((s @ k * scale, s.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g))
+        return *(torch.cat(part) for part in zip(*parts, strict=True)), g_bias
 
 
 class WindowAttention(nn.Module):
@@ -315,14 +338,7 @@ class WindowAttention(nn.Module):
     def _windows(self, qkv: Tensor, bias: Tensor) -> Tensor:
         """qkv (n, N, 3, heads, c) -> (n, N, C); one bias for all, never repeated."""
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (n, heads, N, c)
-        if not (torch.is_grad_enabled() and bias.requires_grad):
-            bias = bias.to(q.dtype)[None]
-            y = F.scaled_dot_product_attention(q, k, v, bias.expand(len(q), -1, -1, -1))
-            return y.transpose(1, 2).flatten(2)
-        step = max(1, _CHUNK // (bias.numel()))      # fused kernels refuse a bias with a gradient
-        parts = [checkpoint(_attend, *p, bias.to(q.dtype), use_reentrant=False)
-                 for p in zip(q.split(step), k.split(step), v.split(step), strict=True)]
-        return torch.cat(parts).transpose(1, 2).flatten(2)
+        return _Attention.apply(q, k, v, bias.to(q.dtype)).transpose(1, 2).flatten(2)
 
 
 class SwinBlock(nn.Module):

@@ -119,8 +119,8 @@ def save(path: Path, model, opt, classes, w, spec: dict, trained, modality: str,
                           "batch": cfg.batch * world()},
                "trained": trained, "modality": modality, "optimizer": opt.state_dict(),
                "step": step, "best": best}
-    with data.whole_file(path) as part:
-        torch.save(content, part)
+    with data.whole_file(path) as part, open(part, "wb") as file:     # a path would turn a full
+        torch.save(content, file)                                     # disk into a RuntimeError
 
 
 def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[int, float]:
@@ -196,7 +196,8 @@ def describe(scans, val, classes, trained) -> None:
         case = (own + held)[0].case
         low, high = (f(s.meta["spacing_mm"] for s in own + held) for f in (min, max))
         covered = [c.name for c, a in zip(classes, case.annotated, strict=True) if a]
-        print(f"{name}: {len(own)} scans" + (f" + {len(held)} validation" if held else "")
+        print(f"{name}: {len(own)} scan" + "s" * (len(own) != 1)
+              + (f" + {len(held)} validation" if held else "")
               + f", {case.modality}, spacing {' x '.join(f'{v:.2g}' for v in low)}"
               + (f" to {' x '.join(f'{v:.2g}' for v in high)}" if high != low else "")
               + f" mm; annotated: {', '.join(covered)}"
@@ -272,7 +273,9 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     spec = {"backbone": cfg.backbone, "text_dim": w.shape[1],
             **({size: cfg.width} if cfg.width else {})}
     if base is not None:
-        spec = {**rest.get("spec", spec), "extension": len(new)}
+        own = next(n for n, b in M.BACKBONES.items() if isinstance(base.backbone, b))
+        spec = {**rest.get("spec", {"backbone": own, "text_dim": w.shape[1]}),    # as released
+                "extension": len(new)}
         base.extend(w[-len(new):].cpu())
     model = (base or M.build_model(spec)).to(cfg.device).train()
     model.backbone.recompute = cfg.recompute

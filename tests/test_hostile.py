@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import shutil
 import struct
+import subprocess
 import time
 
 import nibabel as nib
@@ -371,6 +372,59 @@ def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint,
         results.append((v.array, v.affine, {r["name"]: r["volume_ml"] for r in rows}))
     assert np.array_equal(results[0][0], results[1][0]) and results[0][2] == results[1][2]
     assert np.allclose(results[0][1], results[1][1])
+
+
+# ---- a full disk ---------------------------------------------------------------------------------
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 4 MB: fill(left) leaves so many bytes free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)],
+                          capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {done.stderr.strip()}")
+
+    def fill(left):
+        (folder / "ballast").write_bytes(b"")
+        (folder / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(folder).free - left)))
+    yield folder, fill
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 8192, 65536])
+def test_a_full_disk_is_one_line_and_no_half_file(left, disk, checkpoint, tiny, tmp_path, capsys):
+    folder, fill = disk
+    scan, ref = tmp_path / "s0.nii.gz", tmp_path / "ref/s0.nii.gz"
+    rng = np.random.default_rng(0)
+    write_nifti(scan, body(0)[0], affine_of("LPS", (4, 4, 5)))
+    write_nifti(ref, rng.integers(0, 9, (60, 60, 60)).astype(np.uint8), EYE)   # 100 KB
+    write_nifti(folder / "pred/s0.nii.gz", rng.integers(0, 9, (60, 60, 60)).astype(np.uint8), EYE)
+    shutil.copytree(tmp_path / "run", folder / "run")
+    before = files(folder)
+    fill(left)
+    size = ["--text", "onehot", "--spacing-mm", "6", "--patch", "64", "--width", "8", "--batch",
+            "1", "--val-fraction", "0", "--data", str(tiny / "raw")]
+    for main, argv, needs in (
+            (infer.main, ["--checkpoint", checkpoint, "--input", str(scan), "--masks", "--output",
+                          str(folder / "out")], 20_000),
+            (metrics.main, ["--pred", str(folder / "pred"), "--ref", str(ref.parent)], 10_000),
+            (train.main, [*size, "--out", str(folder / "new"), "--cache", str(tiny / "cache"),
+                          "--steps", "1"], 500_000),
+            (train.main, [*size, "--out", str(tmp_path / "new"), "--cache", str(folder / "cache"),
+                          "--dry-run"], 100_000)):
+        status = L.run(main, argv)
+        err = lines(capsys.readouterr().err)
+        assert (status, len(err)) in (((2, 1),) if needs > left else ((2, 1), (0, 0))), (argv, err)
+        if status:
+            assert "No space left" in err[0]
+    now = files(folder)
+    assert {n: now[n] for n in before} == before      # above all the last good checkpoint
+    for name in now.keys() - before.keys() - {"ballast"}:
+        if name.endswith(".nii.gz"):
+            data.load_volume(folder / name)
+        elif name.endswith(".json"):
+            json.loads(now[name])
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------

@@ -212,6 +212,16 @@ def monai_pair(merging, size):
     return monai, ours.backbone, kept
 
 
+def test_attention_is_the_formula_and_its_gradient_the_numerical_one(monkeypatch):
+    monkeypatch.setattr(M, "_CACHE", 100)                     # two windows at a time, then one
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    want = (q @ k.transpose(-2, -1) / 3 ** 0.5 + bias).softmax(-1) @ v
+    assert torch.allclose(M._Attention.apply(q, k, v, bias), want, atol=1e-12)
+    assert torch.autograd.gradcheck(M._Attention.apply, (q, k, v, bias))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("merging", ["merging", "mergingv2"])
 @pytest.mark.parametrize("size", [(64, 64, 64), pytest.param((96, 96, 96), marks=pytest.mark.slow),

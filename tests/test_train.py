@@ -250,7 +250,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch,
 
     def full(content, file, *args, **kw):
         if content["step"] > 2:
-            open(file, "wb").write(b"half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
         return write(content, file, *args, **kw)
     monkeypatch.setattr(torch, "save", full)
@@ -291,7 +291,7 @@ def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
     assert L.run(train.main, cfg) == 2 and "c1_0000.nii.gz" in capsys.readouterr().err
     assert train.train(dataclasses.replace(cfg, skip_bad=True)) == {}
     out = capsys.readouterr()
-    assert "skipped: " in out.out + out.err and "Dataset901_Liver: 1 scans" in out.out
+    assert "skipped: " in out.out + out.err and "Dataset901_Liver: 1 scan, " in out.out
 
 
 @pytest.mark.parametrize("backbone", ["unet", "swin_unetr"])
