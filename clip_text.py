@@ -385,12 +385,13 @@ def fetch(url: str, digest: str, folder: Path | None = None, alternative: str = 
 
 # ---- prompt -> w -------------------------------------------------------------------------------
 def _save(content, path: Path) -> None:
-    """The whole file or none; through a Python file, or a full disk were a RuntimeError."""
+    """The whole file or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
+        torch.save(content, part)
         os.replace(part, path)
+    except RuntimeError as e:                                          # of torch's zip writer
+        raise OSError(f"{path}: cannot be written, is the disk full? ({e})") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -143,11 +143,13 @@ class whole_file:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.part
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         if kind is None:
             os.replace(self.part, self.path)
-        else:
-            self.part.unlink(missing_ok=True)
+            return
+        self.part.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):              # the latter is torch.save's
+            raise OSError(f"{self.path}: cannot be written, is the disk full? ({error})") from None
 
 
 def case_name(path: Path) -> str:
@@ -421,14 +423,18 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
                 offsets[str(k)] = (n, n := n + len(points[-1]))
         part = cache / f".{entry.name}.{os.getpid()}.part"
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        np.save(part / "image.npy", image.astype(np.float16))
-        np.save(part / "rows.npy", rows)
-        np.save(part / "points.npy", np.concatenate(points) if points else
-                np.zeros((0, 3), np.uint16))
         meta = {"points": offsets, "fingerprint": found,
                 "shape": rows.shape, "spacing_mm": volume.spacing_mm.tolist()}
-        (part / "meta.json").write_text(json.dumps(meta))
+        try:
+            part.mkdir(parents=True)
+            np.save(part / "image.npy", image.astype(np.float16))
+            np.save(part / "rows.npy", rows)
+            np.save(part / "points.npy", np.concatenate(points) if points else
+                    np.zeros((0, 3), np.uint16))
+            (part / "meta.json").write_text(json.dumps(meta))
+        except OSError as e:
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"{cache}: cannot be written, is the disk full? ({e})") from None
         try:
             os.rename(part, entry)
         except OSError:                      # another process was first, or a damaged entry is here

@@ -426,15 +426,19 @@ def main(argv=None) -> int:
     summary = {"protocol": args.protocol, **print_table(rows), "cases": rows}
     for ending in ("csv", "json"):
         part = args.pred / f".metrics.{os.getpid()}.part"
-        with open(part, "w", newline="") as file:
-            if ending == "csv":
-                table = csv.DictWriter(file, rows[0])
-                table.writeheader()
-                table.writerows(rows)
-            else:
-                plain = json.loads(json.dumps(summary), parse_constant=lambda _: None)
-                json.dump(plain, file, indent=1)                   # nan and inf are not JSON
-        part.replace(args.pred / f"metrics.{ending}")
+        try:
+            with open(part, "w", newline="") as file:
+                if ending == "csv":
+                    table = csv.DictWriter(file, rows[0])
+                    table.writeheader()
+                    table.writerows(rows)
+                else:
+                    plain = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+                    json.dump(plain, file, indent=1)               # nan and inf are not JSON
+            part.replace(args.pred / f"metrics.{ending}")
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise OSError(f"{args.pred}: cannot be written, is the disk full? ({e})") from None
     print(f"written: {args.pred / 'metrics.csv'}, {args.pred / 'metrics.json'}")
     return 0
 

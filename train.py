@@ -119,8 +119,8 @@ def save(path: Path, model, opt, classes, w, spec: dict, trained, modality: str,
                           "batch": cfg.batch * world()},
                "trained": trained, "modality": modality, "optimizer": opt.state_dict(),
                "step": step, "best": best}
-    with data.whole_file(path) as part, open(part, "wb") as file:     # a path would turn a full
-        torch.save(content, file)                                     # disk into a RuntimeError
+    with data.whole_file(path) as part:
+        torch.save(content, part)
 
 
 def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[int, float]:

@@ -377,10 +377,10 @@ def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint,
 # ---- a full disk ---------------------------------------------------------------------------------
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 4 MB: fill(left) leaves so many bytes free."""
+    """A disk of 32 MB: fill(left) leaves so many bytes free."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)],
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)],
                           capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no tmpfs may be mounted here: {done.stderr.strip()}")
@@ -417,7 +417,8 @@ def test_a_full_disk_is_one_line_and_no_half_file(left, disk, checkpoint, tiny, 
         err = lines(capsys.readouterr().err)
         assert (status, len(err)) in (((2, 1),) if needs > left else ((2, 1), (0, 0))), (argv, err)
         if status:
-            assert "No space left" in err[0]
+            assert "No space left" in err[0] or "is the disk full?" in err[0]
+            assert str(tmp_path) in err[0]
     now = files(folder)
     assert {n: now[n] for n in before} == before      # above all the last good checkpoint
     for name in now.keys() - before.keys() - {"ballast"}:

@@ -250,7 +250,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch,
 
     def full(content, file, *args, **kw):
         if content["step"] > 2:
-            file.write(b"half")
+            open(file, "wb").write(b"half")
             raise OSError(28, "No space left on device")
         return write(content, file, *args, **kw)
     monkeypatch.setattr(torch, "save", full)
