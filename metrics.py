@@ -329,10 +329,7 @@ def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) ->
 
 def _leave_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
-    def wait():
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _mean(values, of=np.mean) -> float:

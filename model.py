@@ -279,13 +279,14 @@ class _Attention(torch.autograd.Function):
         each.append(grad)
         step = max(1, (_CHUNK if grad.is_cuda else _CACHE) // bias.numel())
         scale, g_bias, parts = grad.shape[-1] ** -0.5, 0, []
+        total = torch.promote_types(grad.dtype, torch.float32)     # a long sum in bf16 is wrong
         for q, k, v, out, g in zip(*(t.split(step) for t in each), strict=True):
             q = q * scale
             p = (q @ k.transpose(-2, -1)).add_(bias).softmax(-1)
             s = (g @ v.transpose(-2, -1)).sub_((g * out).sum(-1, keepdim=True)).mul_(p)
-            g_bias = g_bias + s.sum(0)
+            g_bias = g_bias + s.sum(0, dtype=total)
             parts.append((s @ k * scale, s.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g))
-        return *(torch.cat(part) for part in zip(*parts, strict=True)), g_bias
+        return *(torch.cat(part) for part in zip(*parts, strict=True)), g_bias.to(bias.dtype)
 
 
 class WindowAttention(nn.Module):

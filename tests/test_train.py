@@ -69,6 +69,9 @@ def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
     assert {d: set(v) for d, v in scores.items()} == {
         "Dataset901_Liver": {"Liver", "Liver Tumor"},
         "Dataset902_Kidney": {"Right Kidney", "Left Kidney"}}
+    two = train.evaluate(Yes(), torch.eye(len(L.CLASSES)), scans, L.CLASSES,
+                         dataclasses.replace(cfg, val_scans=2), False)
+    assert two.keys() == scores.keys()                         # not two scans of the first
     ns = [(np.count_nonzero(s.rows() == 2), s.rows().size) for s in scans[:2]]
     assert scores["Dataset901_Liver"]["Liver Tumor"] == pytest.approx(
         sum(2 * n / (N + n) for n, N in ns) / 2)
