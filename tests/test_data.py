@@ -187,7 +187,8 @@ def test_msd_tasks_show_their_tumours_more_often_and_magnified(tiny, tmp_path, m
 @pytest.mark.parametrize("file, damage", [
     ("image.npy", lambda b: b[:-7]), ("rows.npy", lambda b: None), ("rows.npy", lambda b: b""),
     ("points.npy", lambda b: b[:200]), ("meta.json", lambda b: b""),
-    ("meta.json", lambda b: b"[]")])
+    ("meta.json", lambda b: b"[]"),
+    ("meta.json", lambda b: b.replace(b'"shape": [', b'"shape": [1'))])
 def test_a_damaged_cache_entry_is_made_again(tiny, tmp_path, file, damage):
     case = data.read_dataset(tiny / "raw/Dataset901_Liver", L.CLASSES)[0]
     scan = data.build(case, tmp_path, 4.0)

@@ -3,11 +3,14 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import struct
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -525,6 +528,30 @@ def test_eleven_kills_of_evaluation(tmp_path):
         return tmp_path / name
     killed(11, make_folder, metrics.main, lambda folder: (
         ["--pred", str(folder), "--ref", str(tmp_path / "ref"), "--tolerance", "3"],), same_bytes)
+
+
+def test_workers_of_metrics_leave_with_a_killed_parent(tmp_path):
+    """An idle worker of a pool would wait for ever."""
+    (tmp_path / "pool.py").write_text(
+        "import os, time, multiprocessing as m, metrics\n"
+        "from concurrent.futures import ProcessPoolExecutor as Pool\n"
+        "if __name__ == '__main__':\n"
+        "    p = Pool(1, m.get_context('spawn'), initializer=metrics._leave_with_parent)\n"
+        "    print(p.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n")
+    p = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE,
+                         env={**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parent)})
+    stat = Path(f"/proc/{int(p.stdout.readline())}/stat")
+
+    def alive():
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    assert alive()
+    p.kill()
+    p.wait()
+    until = time.monotonic() + 10
+    while alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive()
 
 
 @pytest.mark.slow
