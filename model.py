@@ -246,17 +246,35 @@ def _relative_index() -> Tensor:
 
 
 @lru_cache(64)
-def _mask(window: tuple, shift: tuple, last: tuple, device) -> Tensor | None:
-    """(N, N): -100 between places of a shifted window that are no neighbours in the volume.
+def _runs(size: int, shifted: bool) -> list[tuple]:
+    """Windows along an axis of tokens that look alike, in order, the axis shifted.
 
-    last  for each axis, whether the window is the last one there; only that one wraps round
+    (slice of their tokens, how many windows, which places of one hold a token, does it wrap round)
+    The other places are padding; as all of it is one and the same token, it is never made.
     """
-    if not any(ls and sh for ls, sh in zip(last, shift, strict=True)):
-        return None
-    parts = [torch.arange(w, device=device) >= (w - sh if ls else w)
-             for w, sh, ls in zip(window, shift, last, strict=True)]
-    place = torch.cartesian_prod(*[p.int() for p in parts])                    # (N, 3)
-    return torch.where((place[:, None] != place[None]).any(2), -100.0, 0.0)
+    side, shift = min(WINDOW, size), WINDOW // 2 if shifted and size > WINDOW else 0
+    n, runs, at = -(-size // side), [], 0
+    looks = [(tuple(p for p in range(side) if (i * side + p + shift) % (n * side) < size),
+              shift > 0 and i == n - 1) for i in range(n)]
+    for (places, wraps), same in itertools.groupby(looks):
+        m = len(list(same))
+        runs.append((slice(at, at := at + m * len(places)), m, places, wraps))
+    return runs
+
+
+@lru_cache(256)
+def _layout(window: tuple, places: tuple, wraps: tuple, device) -> tuple:
+    """Flat places of a window with a token, those without, and a mask (N, N) or None: -80 between
+    places that are no neighbours in the volume, as a shifted axis wraps round. (-100 as released
+    adds the same nothing, but its exponential is a denormal number, which costs six times more.)"""
+    grid = torch.cartesian_prod(*map(torch.arange, window)).to(device)         # (N, 3)
+    full = torch.stack([torch.isin(g, torch.tensor(p, device=device))
+                        for g, p in zip(grid.t(), places, strict=True)]).all(0)
+    late = torch.stack([(g >= w - WINDOW // 2) & r
+                        for g, w, r in zip(grid.t(), window, wraps, strict=True)], 1)
+    apart = (late[:, None] != late[None]).any(2)
+    mask = torch.where(apart, -80.0, 0.0) if any(wraps) else None
+    return full.nonzero()[:, 0], (~full).nonzero()[:, 0], mask
 
 
 class _Attention(torch.autograd.Function):
@@ -292,9 +310,9 @@ class _Attention(torch.autograd.Function):
 class WindowAttention(nn.Module):
     """Self-attention inside windows of 7^3 tokens, with a learned bias per relative position.
 
-    x (B, D, H, W, C); every second block shifts the windows by half a side. Sides are filled up
-    with zeros to whole windows; an axis shorter than a window is one window, unshifted. As in the
-    release the bias of such a smaller window is read from the first rows of the full index.
+    x (B, D, H, W, C); every second block shifts the windows by half a side. Sides count as filled
+    up with zeros to whole windows; an axis shorter than a window is one window, unshifted. As in
+    the release the bias of such a smaller window is read from the first rows of the full index.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -306,40 +324,32 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, shifted: bool) -> Tensor:
         B, *size, C = x.shape
         window = tuple(min(WINDOW, n) for n in size)
-        shift = tuple(WINDOW // 2 if shifted and n > WINDOW else 0 for n in size)
-        (d, h, w), N = window, math.prod(window)
-        pad = [-n % s for n, s in zip(size, window, strict=True)]
-        if any(pad):
-            x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
-        if any(shift):
-            x = x.roll([-s for s in shift], (1, 2, 3))
-        n = [s // t for s, t in zip(x.shape[1:4], window, strict=True)]        # windows per axis
-        x = x.view(B, n[0], d, n[1], h, n[2], w, C).permute(1, 3, 5, 0, 2, 4, 6, 7)
-        qkv = self.qkv(x.reshape(*n, B, N, C))                                 # (*n, B, N, 3C)
-        index = _relative_index()[:N, :N].to(x.device)
-        bias = self.bias_table[index].permute(2, 0, 1)                         # (heads, N, N)
-        out = torch.empty_like(qkv[..., :C])
-        # windows with the same mask together: inner ones, and the last ones of each shifted axis
-        cuts = [((slice(m - 1), False), (slice(m - 1, m), True)) if s else ((slice(m), False),)
-                for m, s in zip(n, shift, strict=True)]
-        for group in itertools.product(*cuts):
-            at, last = zip(*group, strict=True)
-            part = qkv[at]                                                     # (., ., ., B, N, 3C)
-            if part.numel():
-                mask = _mask(window, shift, last, x.device)
-                both = bias if mask is None else bias + mask
-                y = self._windows(part.reshape(-1, N, 3, self.heads, C // self.heads), both)
-                out[at] = y.reshape(*part.shape[:-1], C)
-        x = self.proj(out).view(*n, B, d, h, w, C).permute(3, 0, 4, 1, 5, 2, 6, 7)
-        x = x.reshape(B, n[0] * d, n[1] * h, n[2] * w, C)
-        if any(shift):
-            x = x.roll(shift, (1, 2, 3))
-        return x[:, :size[0], :size[1], :size[2]]
-
-    def _windows(self, qkv: Tensor, bias: Tensor) -> Tensor:
-        """qkv (n, N, 3, heads, c) -> (n, N, C); one bias for all, never repeated."""
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (n, heads, N, c)
-        return _Attention.apply(q, k, v, bias.to(q.dtype)).transpose(1, 2).flatten(2)
+        shift = [WINDOW // 2 if shifted and n > WINDOW else 0 for n in size]
+        x = x.roll([-s for s in shift], (1, 2, 3)) if any(shift) else x
+        N, qkv = math.prod(window), self.qkv(x)                                # (B, D, H, W, 3C)
+        bias = self.bias_table[_relative_index()[:N, :N].to(x.device)].permute(2, 0, 1).contiguous()
+        out, c = torch.empty_like(qkv[..., :C]), C // self.heads
+        for group in itertools.product(*(_runs(n, shifted) for n in size)):    # windows alike
+            at, n, places, wraps = zip(*group, strict=True)
+            at = (slice(None), *at)
+            real, void, mask = _layout(window, places, wraps, x.device)
+            r = [len(p) for p in places]
+            part = qkv[at].reshape(B, n[0], r[0], n[1], r[1], n[2], r[2], 3, self.heads, c)
+            q, k, v = part.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).reshape(3, -1, self.heads, len(
+                real), c)
+            both = bias if mask is None else bias + mask                       # (heads, N, N)
+            if len(void):      # all padding has one k and one v: a single key, its weights summed
+                both = both.index_select(1, real)
+                fill = both.index_select(2, void).logsumexp(2, keepdim=True)
+                both = torch.cat([both.index_select(2, real), fill], 2)
+                none = self.qkv.bias[C:].to(k.dtype).view(2, 1, self.heads, 1, c).expand(
+                    -1, len(k), -1, -1, -1)
+                k, v = torch.cat([k, none[0]], 2), torch.cat([v, none[1]], 2)
+            y = _Attention.apply(q, k, v, both.to(q.dtype))                    # (., heads, real, c)
+            y = y.view(B, *n, self.heads, *r, c).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+            out[at] = y.reshape(*out[at].shape)
+        x = self.proj(out)
+        return x.roll(shift, (1, 2, 3)) if any(shift) else x
 
 
 class SwinBlock(nn.Module):
