@@ -4,9 +4,9 @@
     python -m experiments.claims text --rows txt_encoding.pth
     python -m experiments.claims transfer --seeds 1
 
-Every claim writes CLAIM.json with all its numbers under --out (default claims/). A model that is
-there already is not trained again, so a broken-off run goes on. The phantom says whether an effect
-is there at all, nothing about its size on patients.
+Every claim writes CLAIM.json with all its numbers, and CLAIM.md, the README's table of them, under
+--out (default claims/). A model that is there already is not trained again, so a broken-off run
+goes on. The phantom says whether an effect is there at all, nothing about its size on patients.
 """
 import argparse
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import clip_text
 import data
@@ -29,6 +30,7 @@ import train
 from experiments import phantom
 
 CLAIMS = {}
+SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "lr": 1e-3}
 ROWS = Path(__file__).parents[2] / "shared/clip/txt_encoding.pth"     # the released rows, if there
 
 
@@ -38,12 +40,30 @@ def claim(f):
 
 
 # ---- a study, a model, a score -------------------------------------------------------------------
-def study(args) -> Path:
+KNEE_TEST = [*phantom.KNEE_DATASETS][-1]
+
+
+def study(args, anatomy: str = "abdomen") -> Path:
     """The training datasets and the test set; written once."""
-    folder = args.out / "phantom"
-    if not (folder / phantom.TEST / "dataset.json").is_file():
-        phantom.write_datasets(folder, scans=args.scans, seed=1, test_scans=args.test_scans)
+    folder = args.out / ("phantom" if anatomy == "abdomen" else anatomy)
+    test = [*phantom.ANATOMY[anatomy].datasets][-1]
+    if not (folder / test / "dataset.json").is_file():
+        phantom.write_datasets(folder, scans=args.scans, seed=1, test_scans=args.test_scans,
+                               anatomy=anatomy)
     return folder
+
+
+def first_scans(source: Path, n: int, to: Path) -> Path:
+    """A copy of a dataset with its first n scans; written once."""
+    few = to / source.name
+    if not (few / "dataset.json").is_file():
+        for image in infer.find_scans(source / "imagesTr")[:n]:
+            for file in (image, source / "labelsTr" / f"{data.case_name(image)}.nii.gz"):
+                copy = few / file.parent.name / file.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
+        shutil.copy(source / "dataset.json", few)
+    return few
 
 
 def test_set(args, name: str, **how) -> Path:
@@ -73,25 +93,66 @@ def fit(args, name: str, data, seed: int, **flags) -> Path:
     return out / "last.pt"
 
 
-def score(args, checkpoint: Path, test: Path, *more) -> dict:
-    """Segment and score a test set -> metrics.json, and the seconds it took to segment."""
+def score(args, checkpoint: Path, test: Path, *more, tolerance: float = 3, table=()) -> dict:
+    """Segment and score a test set -> metrics.json, and what the model and its training cost."""
     out = checkpoint.parent / ("_".join(["out", test.name, *(m.strip("-") for m in more)]))
     start = time.perf_counter()
     infer.main(["--checkpoint", str(checkpoint), "--input", str(test / "imagesTs"), "--output",
                 str(out), "--batch", "2", *more])
     seconds = time.perf_counter() - start
-    metrics.main(["--pred", str(out), "--ref", str(test / "labelsTs"), "--tolerance", "3"])
-    return {**json.loads((out / "metrics.json").read_text()), "seconds": seconds}
+    metrics.main(["--pred", str(out), "--ref", str(test / "labelsTs"), "--tolerance",
+                  str(tolerance), *table])
+    log = [json.loads(r) for r in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
+    log = [r for r in log if "loss" in r]
+    third = len(log) // 3
+    return {**json.loads((out / "metrics.json").read_text()), "seconds": seconds,
+            "training_s": sum(r["seconds"] for r in log),
+            "Dice loss, middle third": statistics.mean(r["dice"] for r in log[third:2 * third + 1]),
+            "parameters": sum(p.numel() for p in M.load_checkpoint(checkpoint)[0].parameters())}
 
 
-def parameters(checkpoint: Path) -> int:
-    return sum(p.numel() for p in M.load_checkpoint(checkpoint)[0].parameters())
-
-
-def spread(values) -> str:
+# ---- a table -------------------------------------------------------------------------------------
+def spread(values, digits: int = 3) -> str:
     values = [v for v in values if v is not None]
-    return "-" if not values else f"{statistics.mean(values):.3f} +- " \
-        f"{statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def table(content: dict) -> str:
+    """Markdown of a claim's JSON: a column per method, mean and standard deviation over seeds.
+
+    More than five methods get a row each, and no single classes.
+    """
+    methods = content["runs"]
+    classes = dict.fromkeys(c for runs in methods.values() for r in runs for c in r["classes"])
+    rows = {} if len(methods) > 5 else {
+        c: [spread([r["classes"].get(c, {}).get("dice") for r in runs])
+            for runs in methods.values()] for c in classes}
+    for kind in ("organ", "lesion"):
+        rows[f"mean Dice, {kind}s"] = [spread([r["mean"][kind] for r in runs])
+                                       for runs in methods.values()]
+    rows["mean NSD"] = [spread([statistics.mean(nsd) for r in runs if (nsd := [
+        c["nsd"] for c in r["classes"].values() if c.get("nsd") is not None])])
+        for runs in methods.values()]
+    for key, digits in (("Dice loss, middle third", 3), ("nearest is kin", 2), ("by chance", 2),
+                        ("old logits change by", 0), ("parameters", 0), ("GFLOP a window", 1),
+                        ("training_s", 0), ("seconds", 0)):
+        rows[key.replace("_s", ", s").replace("seconds", "inference, s")] = [
+            spread([r.get(key) for r in runs], digits) for runs in methods.values()]
+    for c in dict.fromkeys(c for runs in methods.values() for c in runs[0].get("detection", {})):
+        for title, hit, of in (("found in the sick", "true positive", "positive"),
+                               ("not found in the healthy", "true negative", "negative")):
+            found = [[sum(r["detection"][c][k] for r in runs) for k in (hit, of)]
+                     for runs in methods.values()]
+            rows[f"{c} {title}"] = [f"{a} of {b}" for a, b in found]
+    lines = [["", *methods], *([k, *v] for k, v in rows.items() if any(v))]
+    lines = lines if len(methods) <= 5 else [list(column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    note = "" if content["seeds"] > 1 else "One seed. "
+    return f"{note}{content['steps']} steps.\n\n" + "\n".join(
+        f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 # ---- the claims ----------------------------------------------------------------------------------
@@ -104,18 +165,22 @@ def partial_labels(args) -> dict:
     for seed in range(args.seeds):
         for name, flags in (("masked", {}), ("unmasked", {"unmasked": True})):
             ck = fit(args, name, [root], seed, **flags)
-            result.setdefault(name, []).append(
-                {**score(args, ck, root / phantom.TEST), "parameters": parameters(ck)})
-        alone = []
+            result.setdefault(name, []).append(score(args, ck, root / phantom.TEST))
+        alone, dice = [], {}
         for d in sets:
             ck = fit(args, f"alone_{d.name}", [d], seed, steps=max(1, args.steps // len(sets)))
-            alone.append({**score(args, ck, root / phantom.TEST), "parameters": parameters(ck)})
+            alone.append(score(args, ck, root / phantom.TEST))
+            for c, v in alone[-1]["classes"].items():
+                if v["dice"] is not None:
+                    dice.setdefault(c, []).append(v["dice"])
+        dice = {c: statistics.mean(v) for c, v in dice.items()}     # of the models that know it
+        lesion = {c.name for c in L.CLASSES if c.lesion}
         result.setdefault("one per dataset", []).append({
-            "mean": {kind: statistics.mean(
-                c["dice"] for a in alone for n, c in a["classes"].items() if c["dice"] is not None
-                and (kind == "lesion") == ("detection" in c)) for kind in ("organ", "lesion")},
-            "parameters": sum(a["parameters"] for a in alone),
-            "seconds": sum(a["seconds"] for a in alone)})
+            "classes": {c: {"dice": v} for c, v in dice.items()},
+            "mean": {kind: statistics.mean([v for c, v in dice.items()
+                                            if (c in lesion) == (kind == "lesion")] or [0])
+                     for kind in ("organ", "lesion")},
+            **{k: sum(a[k] for a in alone) for k in ("parameters", "seconds", "training_s")}})
     return result
 
 
@@ -153,19 +218,24 @@ def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
 @claim
 def text(args) -> dict:
     """One-hot rows of norm 1 and 8.8 against CLIP's rows, where a file of them is given; what the
-    controller makes of them: theta_CLAIM.png, and whether kin are neighbours."""
-    root, names = study(args), [c.name for c in L.CLASSES]
-    torch.save(torch.eye(len(names)), args.out / "onehot1.pt")
-    kinds = {"one-hot, norm 1": ("text_1", str(args.out / "onehot1.pt")),
-             "one-hot, norm 8.8": ("masked", "onehot")}
+    controller makes of them (theta_*.png), and whether kin are neighbours there. Few-shot: only two
+    scans show liver tumours; the liver, their neighbour in the text, has ten more."""
+    root, liver = study(args), "Dataset102_PhantomLiver"
+    torch.save(torch.eye(len(L.CLASSES)), args.out / "onehot1.pt")
+    few = [d for d in sorted(root.iterdir()) if (d / "imagesTr").is_dir() and d.name != liver]
+    few.append(first_scans(root / liver, 2, args.out / "few2"))
+    kinds = {"one-hot, norm 1": ("text_1", str(args.out / "onehot1.pt"), [root]),
+             "one-hot, norm 8.8": ("masked", "onehot", [root]),
+             "few-shot, one-hot 8.8": ("few_onehot", "onehot", few)}
     if args.rows:
-        kinds["CLIP rows"] = ("text_clip", str(args.rows))
+        kinds |= {"CLIP rows": ("text_clip", str(args.rows), [root]),
+                  "few-shot, CLIP rows": ("few_clip", str(args.rows), few)}
     else:
         print("CLIP rows: skipped, no file of rows given (--rows)")
     result = {}
-    for kind, (name, rows) in kinds.items():
+    for kind, (name, rows, sets) in kinds.items():
         for seed in range(args.seeds):
-            ck = fit(args, name, [root], seed, text=rows)
+            ck = fit(args, name, sets, seed, text=rows)
             known, theta = generated(args, ck, root / phantom.TEST)
             clip_text.draw(known, theta.mean(0), args.out / f"theta_{name}.png")
             result.setdefault(kind, []).append({**score(args, ck, root / phantom.TEST),
@@ -238,18 +308,23 @@ def generalisation(args) -> dict:
                    for seed in range(args.seeds)] for name, test in tests.items()}
 
 
+def gflop(checkpoint: Path) -> float:
+    """Arithmetic of one 64^3 window with the trained classes, in 10^9 additions and products."""
+    model, w, _ = M.load_checkpoint(checkpoint)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, 64, 64, 64), w)
+    return counter.get_total_flops() / 1e9
+
+
 @claim
 def backbones(args) -> dict:
-    """U-Net and a small Swin UNETR with the same number of steps; training seconds beside it."""
+    """U-Net and a small Swin UNETR with the same number of steps; time and arithmetic beside it."""
     root, result = study(args), {}
-    for name, flags in (("unet", {}), ("swin_unetr", {"backbone": "swin_unetr", "width": 12,
-                                                      "lr": 1e-3})):
+    for name, flags in (("unet", {}), ("swin_unetr", SMALL_SWIN)):
         for seed in range(args.seeds):
             ck = fit(args, "masked" if name == "unet" else name, [root], seed, **flags)
-            log = [json.loads(r) for r in (ck.parent / "log.jsonl").read_text().splitlines()]
             result.setdefault(name, []).append(
-                {**score(args, ck, root / phantom.TEST), "parameters": parameters(ck),
-                 "training_s": sum(r.get("seconds", 0) for r in log)})
+                {**score(args, ck, root / phantom.TEST), "GFLOP a window": gflop(ck)})
     return result
 
 
@@ -268,15 +343,7 @@ def transfer(args) -> dict:
         base = fit(args, "base", [root / d for d in phantom.DATASETS if d.startswith(
             ("Dataset101", "Dataset102", "Dataset104"))], seed, classes=str(old))
         for n in (1, 2, 4, 8):
-            few = args.out / f"few{n}" / source.name
-            if not few.is_dir():
-                for image in infer.find_scans(source / "imagesTr")[:n]:
-                    label = source / "labelsTr" / f"{data.case_name(image)}.nii.gz"
-                    for file in (image, label):
-                        to = few / file.parent.name / file.name
-                        to.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copy(file, to)
-                shutil.copy(source / "dataset.json", few)
+            few = first_scans(source, n, args.out / f"few{n}")
             for name, flags in (("extended", {"extend": str(base)}),
                                 ("transferred", {"pretrained": str(base)}), ("from scratch", {})):
                 ck = fit(args, f"{name.replace(' ', '_')}_{n}", [few], seed, classes=str(new),
@@ -288,6 +355,26 @@ def transfer(args) -> dict:
                         row["old logits change by"] = (a(window, w) - b(window, w)).abs().max(
                             ).item()
                 result.setdefault(f"{name}, {n} scans", []).append(row)
+    return result
+
+
+@claim
+def knee(args) -> dict:
+    """The paper's talk, another anatomy: partially labelled MR scans of knees, masked and unmasked,
+    U-Net and Swin UNETR; Dice and NSD at 1.5 mm. CLIP rows where CLIP's weights are at hand."""
+    root, result = study(args, "knee"), {}
+    table = str(root / "knee.json")
+    methods = {"masked": {}, "unmasked": {"unmasked": True}, "Swin UNETR": SMALL_SWIN}
+    if any(clip_text.cache_folder().glob("ViT-B-32*")):
+        methods["CLIP rows"] = {"text": "clip", "prompt_template": "A 3D MRI scan of the {}"}
+    else:
+        print(f"CLIP rows: skipped, no CLIP weights in {clip_text.cache_folder()}")
+    for name, flags in methods.items():
+        for seed in range(args.seeds):
+            ck = fit(args, f"knee_{name.split()[0]}", [root], seed, **{
+                "classes": table, "spacing_mm": 1.5, "steps": max(1, args.steps // 2), **flags})
+            result.setdefault(name, []).append(score(
+                args, ck, root / KNEE_TEST, tolerance=1.5, table=("--class-table", table)))
     return result
 
 
@@ -305,23 +392,12 @@ def main(argv=None) -> int:
     args = ap.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     result = json.loads(json.dumps(CLAIMS[args.claim](args)), parse_constant=lambda _: None)
-    part = args.out / f".{args.claim}.json.part"
-    part.write_text(json.dumps({"steps": args.steps, "seeds": args.seeds, "runs": result},
-                               indent=1) + "\n")
-    part.replace(args.out / f"{args.claim}.json")
-    print(f"\n{args.claim} ({args.seeds} seeds, {args.steps} steps): mean +- standard deviation")
-    for name, runs in result.items():
-        line = [f"organs {spread([r['mean']['organ'] for r in runs])}",
-                f"lesions {spread([r['mean']['lesion'] for r in runs])}"]
-        line += [f"{key} {spread([r[key] for r in runs])}" for key in
-                 ("nearest is kin", "by chance", "old logits change by", "training_s", "seconds")
-                 if key in runs[0]]
-        if "parameters" in runs[0]:
-            line.append(f"{runs[0]['parameters']:,} parameters")
-        print(f"{name:24} " + ", ".join(line))
-        for n, d in runs[0].get("detection", {}).items():
-            total = {k: sum(r["detection"][n][k] for r in runs) for k in d if isinstance(d[k], int)}
-            print(f"  {n}: " + ", ".join(f"{k} {v}" for k, v in total.items()))
+    content = {"steps": args.steps, "seeds": args.seeds, "runs": result}
+    for kind, text in (("json", json.dumps(content) + "\n"), ("md", table(content))):
+        part = args.out / f".{args.claim}.{kind}.part"
+        part.write_text(text)
+        part.replace(args.out / f"{args.claim}.{kind}")
+    print(f"\n{args.claim}, {args.seeds} seeds, {table(content)}")
     return 0
 
 

@@ -11,6 +11,9 @@ fully labelled test scans that nobody trains on:
     Dataset105_PhantomTrunk     lungs, aorta, inferior vena cava, stomach, pancreas, gall bladder
     Dataset199_PhantomTest      all fifteen classes, in imagesTs and labelsTs
 
+`--anatomy knee` deals MR scans of right knees over three datasets instead (bones; cartilages;
+menisci), and writes their class table, knee.json, beside them.
+
 Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
 and the voxel grid only samples them, so spacing and field of view do not change the anatomy (but
 a lesion looks on the grid for a place with room in its host).
@@ -22,6 +25,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -473,27 +477,130 @@ def make_scan(seed, *, healthy=False, hospital="a"):
     depth = np.exp(-(x ** 2 / 2.4e4 + y ** 2 / 1.4e4))            # more noise deep in the body
     image += grain / grain.std() * sigma_hu * (0.75 + 0.5 * depth)
 
+    return _store(np.clip(image, -1024, 3071), body.truth, spacing_mm, low, scanner)
+
+
+def _store(image, truth, spacing_mm, low, scanner):
+    """As a scanner of any make stores it: int16, with any origin and any order of the axes."""
     affine = np.diag([*spacing_mm, 1.0])
-    affine[:3, 3] = low + scanner.uniform(-60, 60, 3)             # the origin is anyone's choice
+    affine[:3, 3] = low + scanner.uniform(-60, 60, 3)
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(str(scanner.choice(ORIENTATIONS))))
     affine = affine @ inv_ornt_aff(turn, image.shape)
-    image = np.clip(np.round(image), -1024, 3071).astype(np.int16)
-    image, truth = (np.ascontiguousarray(apply_orientation(v, turn)) for v in (image, body.truth))
+    image = np.round(image).astype(np.int16)
+    image, truth = (np.ascontiguousarray(apply_orientation(v, turn)) for v in (image, truth))
     return image, truth, affine
+
+
+# ---------------------------------------------------------------- the knee
+
+KNEE = {1: "Femur", 2: "Femoral Cartilage", 3: "Tibia", 4: "Medial Tibial Cartilage",
+        5: "Lateral Tibial Cartilage", 6: "Medial Meniscus", 7: "Lateral Meniscus"}
+KNEE_DATASETS = {
+    "Dataset201_PhantomKneeBones": {"femur": 1, "tibia": 2},
+    "Dataset202_PhantomKneeCartilages": {
+        "femoral cartilage": 1, "medial tibial cartilage": 2, "lateral tibial cartilage": 3},
+    "Dataset203_PhantomKneeMenisci": {"medial meniscus": 1, "lateral meniscus": 2},
+    "Dataset299_PhantomKneeTest": {name.lower(): v for v, name in KNEE.items()},
+}
+
+
+def make_knee(seed):
+    """One MR scan of a right knee (grey values without unit), in the form of make_scan's.
+
+    x grows to the patient's right, so lateral is +x; z = 0 is the joint line. The patella with its
+    cartilage, the fibula and the ligaments are there, look like what is labelled, and are not.
+    """
+    scanner, anatomy, dots = (np.random.default_rng([seed, i]) for i in (10, 11, 12))
+    mm = anatomy.uniform(0.92, 1.1)
+    spacing_mm = np.append(scanner.uniform(1.4, 2.2), np.repeat(scanner.uniform(0.8, 1.1), 2))
+    low, high = -scanner.uniform(46, 52, 3), scanner.uniform(46, 52, 3)
+    axes = [low[i] + spacing_mm[i] * np.arange(round((high[i] - low[i]) / spacing_mm[i]))
+            for i in range(3)]
+    body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
+    (x, y, z), body.hu[:] = body.p, 0
+    vary = lambda grey: grey * anatomy.uniform(0.9, 1.1)                        # noqa: E731
+    cartilage, dark = vary(330), vary(60)
+
+    def bone(*parts, value=None, **how):
+        box, sd = body.sd(*parts, **how)
+        body.paint((box, sd), dark, value)
+        body.paint((box, sd + 1.3), marrow + 12 * body.noise(9, box))
+        full = np.full(body.hu.shape, np.float32(50))
+        full[box] = sd
+        return full
+
+    marrow, skin = vary(110), _ring(x, y - 2, 51, 57, 2.2)
+    body.paint(skin, vary(240))                                                 # fat
+    box, sd = body.sd(*(_ball(c, (34, 20, 58), (t, 0, 0)) for c, t in (
+        ((-14, -34, 68), 12), ((16, -36, 66), 12), ((0, -38, -70), -8), ((0, 36, 96), 20))),
+        bumps=1.5, within=skin + 6)
+    body.paint((box, sd), vary(150) + 8 * body.noise(12, box))                  # muscle
+    for path, radius, grey in (([(5, -44, 90), (2, -42, -90)], 5, 330),         # vessels
+                               ([(0, 36, 30), (0, 33, 62)], 3, 430),            # fluid
+                               ([(0, 46, 44), (0, 42, 90)], 5, 50),             # two tendons
+                               ([(0, 46, 16), (0, 34, -34)], 4, 50)):
+        body.put(grey, _tube(path, radius))
+    bone(_tube([(33, -20, -24), (35, -24, -90)], 7))                            # fibula
+    patella = bone(_ball((0, 46, 31), (20, 9, 18)))
+    body.paint(np.maximum(np.abs(patella - 1.5) - 1.5, y - 46), cartilage)
+
+    femur = bone(_tube([(0, -2, 90), (0, 2, 26)], (15, 22)), _ball((-21, -6, 19), (15, 29, 20)),
+                 _ball((21, -4, 19), (15, 30, 20)), _ball((0, 16, 24), (27, 17, 17)), value=1,
+                 blend=8, bumps=0.5, bump_mm=18)
+    tibia = bone(_ball((-20, -3, -19), (19, 25, 12)), _ball((20, -3, -19), (18, 23, 12)),
+                 _ball((0, -4, -8), (5, 8, 6)), _tube([(0, -4, -30), (0, -9, -90)], (24, 14)),
+                 value=3, bumps=0.5, bump_mm=18)
+    # cartilage covers a bone where it bears: not the notch between the condyles, not the far side
+    front = np.where(y < 0, 27, 27 + 0.5 * y)
+    body.paint(np.maximum.reduce([np.abs(femur - 1.3) - 1.3, z - front,
+                                  np.minimum(9 - np.abs(x), 8 - y), np.abs(x) - 32]), cartilage, 2)
+    for side, value in ((-1, 4), (1, 5)):
+        body.paint(np.maximum.reduce([np.abs(tibia - 1.2) - 1.2, -13 - z, 8 - side * x,
+                                      np.abs(y + 3) - 19]), cartilage, value, over=[0])
+    for path, radius in (([(9, -16, 15), (-2, 8, -4)], 3.5), ([(-6, -2, 9), (0, -26, -9)], 4.5)):
+        body.put(vary(80), _tube(path, radius), over=[0])                       # the two ligaments
+    angle = np.linspace(0.9, 2 * np.pi - 0.9, 10)           # a C that opens towards the middle
+    for side, value, (a, b) in ((-1, 6, (12, 18)), (1, 7, (12, 14))):
+        arc = np.stack([side * 20 - side * a * np.cos(angle), -3 + b * np.sin(angle),
+                        np.full(10, -2.5)], 1)
+        body.put(dark, _tube(arc, 4.5), value=value, over=[0])
+
+    image = gaussian_filter(body.hu, 0.5 / spacing_mm) * np.exp(0.2 * body.noise(60))   # the coil
+    grain = scanner.uniform(8, 16) * dots.standard_normal((2, *image.shape), dtype=np.float32)
+    image = np.hypot(image + grain[0], grain[1]) * scanner.uniform(0.5, 4)      # Rician noise
+    return _store(image, body.truth, spacing_mm, low, scanner)
+
+
+class Anatomy(NamedTuple):
+    make: callable          # seed -> image, truth, affine
+    truth: dict             # truth value -> set of classes
+    spelling: dict          # class -> how datasets may call it
+    datasets: dict          # the last one is the test set
+    modality: str
+    planes: tuple           # truth values that the sagittal and the coronal picture show
+    window: tuple           # grey values of the picture; None for the scan's own
+
+
+ANATOMY = {
+    "abdomen": Anatomy(make_scan, TRUTH, SPELLING, DATASETS, "CT", ((3, 14), (7, 8)), (-175, 250)),
+    "knee": Anatomy(make_knee, {v: {c} for v, c in KNEE.items()},
+                    {c: (c.lower(),) for c in KNEE.values()}, KNEE_DATASETS, "MRI", ((4,), (4, 5)),
+                    None)}
 
 
 # ---------------------------------------------------------------- datasets on disk
 
-def values_for(labels):
+def values_for(labels, anatomy="abdomen"):
     """Lookup table, truth value -> label value, that a dataset.json's `labels` asks for.
 
     A truth value goes to the label value that lies in the same named regions as its classes do, and
     to 0 if none of its classes is named.
     """
     regions = {name: set(np.atleast_1d(v).tolist()) for name, v in labels.items()}
-    table = np.zeros(max(TRUTH) + 1, np.uint8)
-    for value, classes in TRUTH.items():
-        named = {s for c in classes for s in SPELLING[c] if s in regions}
+    _, truth, spelling, *_ = ANATOMY[anatomy]
+    table = np.zeros(max(truth) + 1, np.uint8)
+    for value, classes in truth.items():
+        named = {s for c in classes for s in spelling[c] if s in regions}
         if named:
             table[value] = next(v for v in sorted(set.union(*regions.values()))
                                 if {name for name, r in regions.items() if v in r} == named)
@@ -516,33 +623,37 @@ def _nifti(array, affine):
 
 def _write_case(job):
     """One scan into one dataset folder: image, and the labels that dataset has."""
-    folder, case, seed, split = job
-    hu, truth, affine = make_scan(seed)
-    label = values_for(DATASETS[folder.name])[truth]
+    folder, case, seed, split, anatomy = job
+    hu, truth, affine = ANATOMY[anatomy].make(seed)
+    label = values_for(ANATOMY[anatomy].datasets[folder.name], anatomy)[truth]
     _write(folder / f"images{split}" / f"{case}_0000.nii.gz", _nifti(hu, affine))
     _write(folder / f"labels{split}" / f"{case}.nii.gz", _nifti(label, affine))
 
 
-def write_datasets(out, *, scans, seed, test_scans=6, processes=None):
+def write_datasets(out, *, scans, seed, test_scans=6, processes=None, anatomy="abdomen"):
     """Deal `scans` scans over the training datasets, and `test_scans` into the test set."""
-    names, jobs = [n for n in DATASETS if n != TEST], []
+    kind, jobs = ANATOMY[anatomy], []
+    *names, last = kind.datasets
     for i in range(scans + test_scans):
         test = i >= scans
-        name, n = (TEST, i - scans) if test else (names[i % len(names)], i // len(names))
+        name, n = (last, i - scans) if test else (names[i % len(names)], i // len(names))
         case = f"{name.split('Phantom')[1].lower()}_{n:04d}"
         # even seeds train, odd seeds test: no --scans or --test-scans makes the two meet
         jobs.append((out / name, case, 2 * (10 ** 6 * seed + (n if test else i)) + test,
-                     "Ts" if test else "Tr"))
-    for folder, _, _, split in jobs:
+                     "Ts" if test else "Tr", anatomy))
+    for folder, _, _, split, _ in jobs:
         (folder / f"images{split}").mkdir(parents=True, exist_ok=True)
         (folder / f"labels{split}").mkdir(exist_ok=True)
     for folder in dict.fromkeys(job[0] for job in jobs):
         number = sum(job[0] == folder and job[3] == "Tr" for job in jobs)
         labels = {k: v[0] if isinstance(v, list) and len(v) == 1 else v
-                  for k, v in DATASETS[folder.name].items()}
-        text = json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, **labels},
-                           "numTraining": number, "file_ending": ".nii.gz"}, indent=2)
+                  for k, v in kind.datasets[folder.name].items()}
+        text = json.dumps({"channel_names": {"0": kind.modality},
+                           "labels": {"background": 0, **labels}, "numTraining": number,
+                           "file_ending": ".nii.gz"}, indent=2)
         _write(folder / "dataset.json", (text + "\n").encode())
+    if anatomy != "abdomen":
+        _write(out / f"{anatomy}.json", (json.dumps(list(kind.spelling)) + "\n").encode())
     # spawn: a forked worker may inherit a lock that some other thread of the caller holds
     workers = min(processes or max(2, os.cpu_count() or 2), len(jobs))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -550,23 +661,25 @@ def write_datasets(out, *, scans, seed, test_scans=6, processes=None):
             pass
 
 
-def draw(path, seed):
+def draw(path, seed, anatomy="abdomen"):
     """PNG of one scan, patient's right on the left: grey above, truth below."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    hu, truth, affine = make_scan(seed)
+    kind = ANATOMY[anatomy]
+    hu, truth, affine = kind.make(seed)
     ras = nib.as_closest_canonical(nib.Nifti1Image(hu, affine))
     hu, spacing_mm = np.asarray(ras.dataobj)[::-1], ras.header.get_zooms()    # x now runs leftward
     truth = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(truth, affine)).dataobj)[::-1]
     # slices through as much as possible: the axial one with most classes, the others by the organs
     kinds = [len(np.unique(truth[:, :, k])) for k in range(truth.shape[2])]
     at = [int(np.median(np.argwhere(np.isin(truth, v))[:, axis]))
-          for axis, v in ((0, (3, 14)), (1, (7, 8)))] + [int(np.argmax(kinds))]
-    colours = [plt.get_cmap("tab20")(v % 20) for v in range(max(TRUTH) + 1)]
+          for axis, v in enumerate(kind.planes)] + [int(np.argmax(kinds))]
+    colours = [plt.get_cmap("tab20")(v % 20) for v in range(18)]
     colours[14:16] = (1, 1, 0, 1), (0, 1, 1, 1)         # two greys there
+    low, high = kind.window or np.percentile(hu, (0.5, 99.8))
     figure, panels = plt.subplots(2, 3, figsize=(12, 7.6), facecolor="black", layout="constrained")
     for column, (axis, title) in enumerate(((2, "axial"), (1, "coronal"), (0, "sagittal"))):
         grey, classes = (np.take(v, at[axis], axis).T[::-1] for v in (hu, truth))
@@ -574,13 +687,13 @@ def draw(path, seed):
         colour = np.array(colours)[classes] * (classes > 0)[..., None] * (1, 1, 1, 0.6)
         for row in range(2):
             look = dict(aspect=spacing_mm[j] / spacing_mm[i])
-            panels[row, column].imshow(grey, cmap="gray", vmin=-175, vmax=250,
+            panels[row, column].imshow(grey, cmap="gray", vmin=low, vmax=high,
                                        interpolation="bicubic", **look)
             if row:
                 panels[row, column].imshow(colour, interpolation="nearest", **look)
             panels[row, column].axis("off")
         panels[0, column].set_title(title, color="white")
-    figure.legend(handles=[Patch(color=colours[v], label=" + ".join(sorted(TRUTH[v])))
+    figure.legend(handles=[Patch(color=colours[v], label=" + ".join(sorted(kind.truth[v])))
                            for v in np.unique(truth) if v], loc="outside lower center", ncols=6,
                   fontsize=8, facecolor="black", labelcolor="white", edgecolor="black")
     figure.savefig(path, dpi=80, facecolor="black")
@@ -594,6 +707,7 @@ def main(argv=None) -> int:
     parser.add_argument("--scans", type=int, required=True, help="training scans, all together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-scans", type=int, default=6)
+    parser.add_argument("--anatomy", choices=ANATOMY, default="abdomen")
     parser.add_argument("--picture", type=Path, help="also draw one scan to this PNG")
     args = parser.parse_args(argv)
     try:
@@ -601,9 +715,10 @@ def main(argv=None) -> int:
             if getattr(args, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, "
                                  f"got {getattr(args, name)}")
-        write_datasets(args.out, scans=args.scans, seed=args.seed, test_scans=args.test_scans)
+        write_datasets(args.out, scans=args.scans, seed=args.seed, test_scans=args.test_scans,
+                       anatomy=args.anatomy)
         if args.picture:
-            draw(args.picture, PICTURE_SEED)
+            draw(args.picture, PICTURE_SEED, args.anatomy)
     except (OSError, ValueError) as error:
         print(f"phantom: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import data
+import labels
 from experiments import phantom
 from experiments.phantom import DATASETS, SPELLING, TEST, TRUTH, make_scan, values_for
 
@@ -146,7 +148,7 @@ def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
         assert gzip.decompress(path.read_bytes())[:4] == b"\x5c\x01\x00\x00"
     assert len(seeds) == 6 and len({data for _, data in seeds.values()}) == 6
     phantom._write_case((tmp_path / "one" / "Dataset104_PhantomSpleen", "again",
-                         2 * (10 ** 6 * 7 + 3), "Tr"))
+                         2 * (10 ** 6 * 7 + 3), "Tr", "abdomen"))
     files = sorted((tmp_path / "one" / "Dataset104_PhantomSpleen" / "imagesTr").iterdir())
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -157,3 +159,65 @@ def test_a_users_mistake_is_one_line_and_status_two(tmp_path, capsys, args):
     args = [a.format(file=tmp_path / "file") for a in args]
     assert phantom.main(["--out", str(tmp_path), *args]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---- the knee ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def knees():
+    return [phantom.make_knee(seed) for seed in SEEDS]
+
+
+def test_a_knee_is_the_right_way_round_in_any_axis_order(knees):
+    assert len({nib.aff2axcodes(affine) for _, _, affine in knees}) > 2
+    again = phantom.make_knee(SEEDS[0])
+    assert all(np.array_equal(a, b) for a, b in zip(knees[0], again, strict=True))
+    for grey, truth, affine in knees:
+        assert grey.dtype == np.int16 and grey.min() >= 0
+        at = {c: _centroid_mm(truth == v, affine) for v, c in phantom.KNEE.items()}
+        ml = {c: (truth == v).sum() * abs(np.linalg.det(affine)) / 1000
+              for v, c in phantom.KNEE.items()}
+        for part in ("Meniscus", "Tibial Cartilage"):             # a right knee: lateral is +x
+            assert 25 < (at[f"Lateral {part}"] - at[f"Medial {part}"])[0] < 60
+            assert at["Femur"][2] > at[f"Medial {part}"][2] > at["Tibia"][2]
+            assert 1 < ml[f"Medial {part}"] < 12 and 1 < ml[f"Lateral {part}"] < 12
+        assert ml["Femur"] > 60 and 8 < ml["Femoral Cartilage"] < 40
+
+
+def test_cartilage_lies_on_its_bone_and_menisci_between(knees):
+    """Grown by one voxel, a cartilage meets its bone and a meniscus both cartilages."""
+    for _, truth, _ in knees:
+        near = {}
+        for v in phantom.KNEE:
+            ring = np.zeros(truth.shape, bool)
+            for axis in range(3):
+                ring |= np.roll(truth == v, 1, axis) | np.roll(truth == v, -1, axis)
+            near[v] = set(np.unique(truth[ring]).tolist())
+        assert 1 in near[2] and 3 in near[4] and 3 in near[5]
+        assert {2, 4} <= near[6] and {2, 5} <= near[7]
+
+
+def test_grey_alone_does_not_solve_a_knee(knees):
+    every = np.concatenate([g.ravel() * (1000 / np.percentile(g, 99)) for g, _, _ in knees])
+    every, best = np.clip(every, 0, 1500).astype(int) // 10, []
+    for v in phantom.KNEE:
+        hits = np.bincount(every[np.concatenate([t.ravel() == v for _, t, _ in knees])],
+                           minlength=151)
+        total = np.bincount(every, minlength=151)
+        order = np.argsort(-hits / np.maximum(total, 1))
+        best.append((2 * hits[order].cumsum() / (total[order].cumsum() + hits.sum())).max())
+    assert np.mean(best) < 0.5
+
+
+def test_knees_are_dealt_with_their_class_table(tmp_path):
+    assert phantom.main(["--out", str(tmp_path), "--scans", "3", "--test-scans", "1",
+                         "--anatomy", "knee"]) == 0
+    classes = labels.load_classes(tmp_path / "knee.json")
+    assert [c.name for c in classes] == list(phantom.KNEE.values())
+    covers = {d.name: [classes[k].name for k in np.flatnonzero(data.read_dataset(
+        d, classes)[0].annotated)] for d in data.find_datasets([tmp_path])}
+    assert covers == {
+        "Dataset201_PhantomKneeBones": ["Femur", "Tibia"],
+        "Dataset202_PhantomKneeCartilages": ["Femoral Cartilage", "Medial Tibial Cartilage",
+                                             "Lateral Tibial Cartilage"],
+        "Dataset203_PhantomKneeMenisci": ["Medial Meniscus", "Lateral Meniscus"]}
+    assert "MRI" in (tmp_path / "Dataset201_PhantomKneeBones" / "dataset.json").read_text()
