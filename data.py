@@ -119,8 +119,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
     The file appears whole or not at all.
     """
     img = _open(like)
-    ornt = nib.orientations.ornt_transform(nib.io_orientation([[1, 0, 0, 0], [0, 1, 0, 0],
-                                                               [0, 0, 1, 0], [0, 0, 0, 1]]),
+    ornt = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"),
                                            nib.io_orientation(img.affine))
     header = img.header.copy()
     header.set_data_dtype(array.dtype)

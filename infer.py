@@ -390,6 +390,7 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise ValueError("--preview needs matplotlib: pip install matplotlib") from None
     size, spacing = label.shape, volume.spacing_mm
@@ -424,10 +425,8 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
                 ax.set_title(f"{title} {name}, bar 5 cm" if col == 0 else name, color="white",
                              fontsize=10)
     shown = [int(v) for v in np.unique(label) if v][:40]
-    for i, v in enumerate(shown):
-        fig.text(0.02 + 0.24 * (i % 4), 0.1 - 0.022 * (i // 4), "\u25a0 ", color=lut[v], fontsize=9)
-        fig.text(0.04 + 0.24 * (i % 4), 0.1 - 0.022 * (i // 4), classes[v - 1].name, color="white",
-                 fontsize=9)
+    fig.legend(handles=[Patch(color=lut[v], label=classes[v - 1].name) for v in shown], ncols=5,
+               loc="lower center", fontsize=9, labelcolor="white", frameon=False)
     with data.whole_file(path) as part:
         fig.savefig(part, dpi=80, facecolor="black")
 

@@ -267,13 +267,11 @@ def _layout(window: tuple, places: tuple, wraps: tuple, device) -> tuple:
     """Flat places of a window with a token, those without, and a mask (N, N) or None: -80 between
     places that are no neighbours in the volume, as a shifted axis wraps round. (-100 as released
     adds the same nothing, but its exponential is a denormal number, which costs six times more.)"""
-    grid = torch.cartesian_prod(*map(torch.arange, window)).to(device)         # (N, 3)
-    full = torch.stack([torch.isin(g, torch.tensor(p, device=device))
-                        for g, p in zip(grid.t(), places, strict=True)]).all(0)
-    late = torch.stack([(g >= w - WINDOW // 2) & r
-                        for g, w, r in zip(grid.t(), window, wraps, strict=True)], 1)
-    apart = (late[:, None] != late[None]).any(2)
-    mask = torch.where(apart, -80.0, 0.0) if any(wraps) else None
+    grid = list(itertools.product(*map(range, window)))                        # N places
+    full = torch.tensor([all(map(tuple.__contains__, places, at)) for at in grid], device=device)
+    late = torch.tensor([[r and i >= n - WINDOW // 2 for i, n, r in zip(
+        at, window, wraps, strict=True)] for at in grid], device=device)       # (N, 3)
+    mask = -80.0 * (late[:, None] != late).any(2) if any(wraps) else None
     return full.nonzero()[:, 0], (~full).nonzero()[:, 0], mask
 
 
@@ -335,8 +333,7 @@ class WindowAttention(nn.Module):
             real, void, mask = _layout(window, places, wraps, x.device)
             r = [len(p) for p in places]
             part = qkv[at].reshape(B, n[0], r[0], n[1], r[1], n[2], r[2], 3, self.heads, c)
-            q, k, v = part.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).reshape(3, -1, self.heads, len(
-                real), c)
+            q, k, v = part.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).flatten(1, 4).flatten(3, 5)
             both = bias if mask is None else bias + mask                       # (heads, N, N)
             if len(void):      # all padding has one k and one v: a single key, its weights summed
                 both = both.index_select(1, real)
@@ -357,9 +354,8 @@ class SwinBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, shifted: bool):
         super().__init__()
-        self.shifted = shifted
-        self.norm1, self.attn = nn.LayerNorm(dim), WindowAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim)
+        self.shifted, self.norm1 = shifted, nn.LayerNorm(dim)
+        self.attn, self.norm2 = WindowAttention(dim, heads), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -388,13 +384,11 @@ class SwinStage(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, merging: str):
         super().__init__()
-        self.blocks = nn.ModuleList(SwinBlock(dim, heads, bool(i % 2)) for i in range(depth))
+        self.blocks = nn.Sequential(*(SwinBlock(dim, heads, bool(i % 2)) for i in range(depth)))
         self.merge = PatchMerging(dim, merging)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.merge(x)
+        return self.merge(self.blocks(x))
 
 
 class ResBlock(nn.Module):

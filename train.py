@@ -389,9 +389,8 @@ def draw_curve(log: Path, png: Path) -> None:
     ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice")
     n = max(1, len(train_) // 100)
     for key in ("bce", "dice"):
-        means = [float(np.mean([r[key] for r in train_[i:i + n]]))
-                 for i in range(0, len(train_), n)]
-        ax.plot([train_[i]["step"] for i in range(0, len(train_), n)], means, label=f"{key} loss")
+        ax.plot([r["step"] for r in train_[::n]], [np.mean([r[key] for r in train_[i:i + n]])
+                for i in range(0, len(train_), n)], label=f"{key} loss")
     if val:
         ax.plot([r["step"] for r in val], [r["val"] for r in val], "o-", label="validation Dice")
     ax.legend()
