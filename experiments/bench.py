@@ -447,6 +447,50 @@ def surfaces(part):
     return {f"{part}_gb": peak_gb()}
 
 
+@row("Dice above 0.99 from 10 ml, 0.97 from 1 ml")
+def agreement(part):
+    """fp32 against bf16 segmentations of the phantom's test scans, by the README's first model."""
+    import data
+    import infer
+    run, scans = ROOT / "run/last.pt", ROOT / "phantom/Dataset199_PhantomTest/imagesTs"
+    if part != "time":
+        return {}
+    if not run.is_file():
+        return {"not run": "needs run/ and phantom/ of the README's first command"}
+    worst = {"10 ml": 1.0, "1 ml": 1.0}
+    with tempfile.TemporaryDirectory() as tmp:
+        for amp in ("--no-amp", "--amp"):
+            infer.main(["--checkpoint", str(run), "--input", str(scans), "--output", tmp + amp,
+                        amp])
+        for file in sorted(Path(tmp + "--amp").glob("*.nii.gz")):
+            a, b = (data.load_volume(Path(tmp + end) / file.name) for end in ("--no-amp", "--amp"))
+            ml = abs(np.linalg.det(a.affine)) / 1000
+            for v in np.unique(a.array[a.array > 0]):
+                x, y = a.array == v, b.array == v
+                size = "10 ml" if x.sum() * ml > 10 else "1 ml" if x.sum() * ml > 1 else None
+                if size:
+                    worst[size] = min(worst[size], 2 * (x & y).sum() / (x.sum() + y.sum()))
+    return {f"worst_dice_from_{k.replace(' ', '_')}": float(v) for k, v in worst.items()}
+
+
+def markdown(content: dict) -> str:
+    """The README's table of a bench.json."""
+    lines = ["| row | goal | measured | peak memory |", "|---|---|---|---|"]
+    for name, d in content["rows"].items():
+        d = dict(d)
+        goal, memory = d.pop("goal"), ""
+        if "memory" in d:
+            memory = f"{d['ours_gb']:.2f} of {d['base_gb']:.2f} GB ({d['memory']:.0%})"
+        if "fp32_ratio" in d:
+            text = f"{d['fp32_ratio']:.2f}x ({d['base_s']:.3g} s, here {d['ours_s']:.3g} s)"
+            text += f", bf16 {d['bf16_ratio']:.2f}x" if "bf16_ratio" in d else ""
+        else:
+            text = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else
+                             f"{k.replace('_', ' ')} {v}" for k, v in d.items() if k != "memory")
+        lines.append(f"| {name.replace('_', ' ')} | {goal} | {text} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv=None) -> int:
     ap = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split(
         "\n")[0])
@@ -481,7 +525,9 @@ def main(argv=None) -> int:
         print(f"{name:12} goal: {d['goal']}\n   " + ", ".join(
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
             for k, v in d.items() if k != "goal"), flush=True)
-        args.out.write_text(json.dumps({"machine": machine, "rows": table}, indent=1) + "\n")
+        content = {"machine": machine, "rows": table}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(markdown(content))
     return 0
 
 
