@@ -608,12 +608,16 @@ class UniversalModel(nn.Module):
         out[:, which >= 0] = self.extension(which[which >= 0], f)
         return out
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Logits (B, K, D, H, W), or only those of the wanted (B, K) pairs, (1, P, D, H, W)."""
         check_side(x.shape[2:])
         deep, fine = self.backbone(x.contiguous(memory_format=_CL))
         theta = self.theta(deep, w)                        # (B, K, 153)
         feat = self.reduce(self.reduce_norm(fine))         # (B, 8, D, H, W)
-        return apply_heads(feat, theta)                    # (B, K, D, H, W) logits
+        if wanted is None:
+            return apply_heads(feat, theta)
+        return torch.cat([apply_heads(f[None], t[None, own]) for f, t, own in
+                          zip(feat, theta, wanted, strict=True) if own.any()], 1)
 
 
 def check_side(size) -> None:

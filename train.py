@@ -327,8 +327,11 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 v.to(cfg.device, non_blocking=True) for v in
                 (batch["image"], batch["rows"], batch["regions"], annotated[:, ks], ks))
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                logits = net(x, w[ks_])                                 # (B, |ks|, D, H, W)
+                wanted = annotated if annotated.any() else None
+                logits = net(x, w[ks_], wanted)                         # (1, pairs, D, H, W)
             y = data.targets(rows, regions, ks_)
+            if wanted is not None:
+                y, annotated = y[wanted][None], wanted[wanted][None]
             bce = losses.masked_bce(logits, y, annotated)
             dice = losses.masked_dice(logits, y, annotated)
             here = torch.tensor([annotated.sum().item(), stop.asked], device=x.device)

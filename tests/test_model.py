@@ -415,3 +415,14 @@ def test_an_extension_leaves_old_logits_bit_identical_and_has_its_own_mlp():
     model.train()(x, torch.cat([old, new])).square().mean().backward()
     assert all(p.grad is None for n, p in model.named_parameters() if "extension" not in n)
     assert all(p.grad.abs().sum() > 0 for p in model.extension.parameters())
+
+
+def test_wanted_pairs_are_those_of_all_pairs_and_the_rest_costs_nothing():
+    model = M.build_model({"backbone": "unet", "width": 8, "text_dim": 6}).eval()
+    x, w = torch.randn(3, 1, 64, 64, 64), torch.randn(4, 6, requires_grad=True)
+    wanted = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    every, some = model(x, w), model(x, w, wanted)
+    assert some.shape == (1, 4, 64, 64, 64)
+    assert torch.allclose(some[0], every[wanted], atol=1e-5)
+    some.sum().backward()
+    assert not w.grad[2].any() and w.grad[[0, 1, 3]].any(1).all()
