@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,25 +131,21 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
         out.to_filename(part)
 
 
-class whole_file:
+@contextmanager
+def whole_file(path: str | Path):
     """`with whole_file(path) as part:` write to part; it becomes path only if nothing failed."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        ending = next((e for e in ENDINGS if self.path.name.endswith(e)), self.path.suffix)
-        self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part{ending}")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.part
-
-    def __exit__(self, kind, error, _):
-        if kind is None:
-            os.replace(self.part, self.path)
-            return
-        self.part.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):              # the latter is torch.save's
-            raise OSError(f"{self.path}: cannot be written, is the disk full? ({error})") from None
+    path = Path(path)
+    ending = next((e for e in ENDINGS if path.name.endswith(e)), path.suffix)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException as e:
+        part.unlink(missing_ok=True)
+        if isinstance(e, OSError | RuntimeError):                  # the latter is torch.save's
+            raise OSError(f"{path}: cannot be written, is the disk full? ({e})") from None
+        raise
 
 
 def case_name(path: Path) -> str:

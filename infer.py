@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import contextlib
 import itertools
 import json
 import os
@@ -433,10 +434,8 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
 
 def _made(file: Path) -> dict | None:
     """What a result says it was made with; None if it cannot be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         return json.loads(file.read_text()).get("made_with")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def find_scans(path: Path) -> list[Path]:

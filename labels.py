@@ -130,15 +130,14 @@ def table_from_rows(rows: list, where: str = "class table") -> tuple[Class, ...]
         classes.append(Class(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
     keys = {}
     for c in classes:
-        if keys.setdefault(_key(c.name), c.name) != c.name or not _key(c.name):
-            raise ValueError(f"{where}: {c.name!r} and {keys[_key(c.name)]!r} are the same name")
+        if not (key := _key(c.name)) or key in keys:
+            raise ValueError(f"{where}: {c.name!r} and {keys.get(key)!r} are the same name")
+        keys[key] = c.name
         if any(p not in {d.name for d in classes} or p == c.name for p in c.parents):
             raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be other rows")
     for k, c in enumerate(classes):
         if k in ancestors(k, classes):
             raise ValueError(f"{where}: {c.name} is its own ancestor")
-    if len({c.name for c in classes}) != len(classes):
-        raise ValueError(f"{where}: a name stands twice")
     return tuple(classes)
 
 
@@ -247,11 +246,9 @@ def label_map(labels: dict, classes: tuple[Class, ...], where: str = "dataset.js
     """
     if not isinstance(labels, dict):
         raise ValueError(f'{where}: "labels" must be a table of names and values')
-    if labels and all(re.fullmatch(r"\d+", str(k)) for k in labels):      # MSD
-        named = [(str(name), [value]) for value, name in labels.items()]
-    else:
-        named = [(name, value if isinstance(value, list) else [value])
-                 for name, value in labels.items()]
+    msd = all(re.fullmatch(r"\d+", str(k)) for k in labels)
+    named = [(str(b), [a]) if msd else (a, b if isinstance(b, list) else [b])
+             for a, b in labels.items()]
     try:
         named = [(name, [int(str(v)) for v in values]) for name, values in named]
     except ValueError:
