@@ -9,12 +9,14 @@ Every claim writes CLAIM.json with all its numbers, and CLAIM.md, the README's t
 goes on. The phantom says whether an effect is there at all, nothing about its size on patients.
 """
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +33,9 @@ from experiments import phantom
 
 CLAIMS = {}
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "lr": 1e-3}
-ROWS = Path(__file__).parents[2] / "shared/clip/txt_encoding.pth"     # the released rows, if there
+SWIN_COST = 4.4         # a step of it in steps of the U-Net of width 8 (README, first run)
+SHARED = Path(__file__).parents[2] / "shared"           # released rows and real scans, if there
+ROWS = SHARED / "clip/txt_encoding.pth"
 
 
 def claim(f):
@@ -93,14 +97,15 @@ def fit(args, name: str, data, seed: int, **flags) -> Path:
     return out / "last.pt"
 
 
-def score(args, checkpoint: Path, test: Path, *more, tolerance: float = 3, table=()) -> dict:
+def score(args, checkpoint: Path, test: Path, *more, tolerance: float = 3, table=(),
+          part: str = "Ts") -> dict:
     """Segment and score a test set -> metrics.json, and what the model and its training cost."""
     out = checkpoint.parent / ("_".join(["out", test.name, *(m.strip("-") for m in more)]))
     start = time.perf_counter()
-    infer.main(["--checkpoint", str(checkpoint), "--input", str(test / "imagesTs"), "--output",
+    infer.main(["--checkpoint", str(checkpoint), "--input", str(test / f"images{part}"), "--output",
                 str(out), "--batch", "2", *more])
     seconds = time.perf_counter() - start
-    metrics.main(["--pred", str(out), "--ref", str(test / "labelsTs"), "--tolerance",
+    metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"), "--tolerance",
                   str(tolerance), *table])
     log = [json.loads(r) for r in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
     log = [r for r in log if "loss" in r]
@@ -142,11 +147,15 @@ def table(content: dict) -> str:
         rows[key.replace("_s", ", s").replace("seconds", "inference, s")] = [
             spread([r.get(key) for r in runs], digits) for runs in methods.values()]
     for c in dict.fromkeys(c for runs in methods.values() for c in runs[0].get("detection", {})):
-        for title, hit, of in (("found in the sick", "true positive", "positive"),
-                               ("not found in the healthy", "true negative", "negative")):
-            found = [[sum(r["detection"][c][k] for r in runs) for k in (hit, of)]
-                     for runs in methods.values()]
-            rows[f"{c} {title}"] = [f"{a} of {b}" for a, b in found]
+        hit, of, right, healthy = (
+            [sum(r["detection"][c][key] for r in runs) for runs in methods.values()]
+            for key in ("true positive", "positive", "true negative", "negative"))
+        rows[f"{c} found in the sick"] = [f"{a} of {b}" for a, b in zip(hit, of, strict=True)]
+        rows[f"{c} not found in the healthy"] = [f"{a} of {b}" for a, b in
+                                                 zip(right, healthy, strict=True)]
+        rates = [(a / max(b, 1), d / max(e, 1)) for a, b, d, e in
+                 zip(hit, of, right, healthy, strict=True)]
+        rows[f"{c}, harmonic mean"] = [f"{2 * a * b / max(a + b, 1e-9):.2f}" for a, b in rates]
     lines = [["", *methods], *([k, *v] for k, v in rows.items() if any(v))]
     lines = lines if len(methods) <= 5 else [list(column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["---"] * len(lines[0]))
@@ -215,10 +224,28 @@ def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
             "by chance": (table[has].sum(1) / (len(names) - 1)).mean().item()}
 
 
+def draw_theta(png: Path, maps: dict) -> None:
+    """theta_k on its first two principal axes: a point per class and scan, a plot per method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7 * len(maps), 7), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = np.atleast_1d(fig.subplots(1, len(maps)))
+    for ax, (kind, (names, theta)) in zip(axes, maps.items(), strict=True):
+        points = theta.flatten(0, 1) - theta.mean((0, 1))
+        u, s, _ = torch.linalg.svd(points, full_matrices=False)
+        xy = (u * s)[:, :2].view(len(theta), len(names), 2).numpy()
+        for k, name in enumerate(names):
+            ax.scatter(*xy[:, k].T, s=18, color=np.array(infer.COLOURS[k]) / 255)
+            ax.annotate(name, xy[:, k].mean(0), fontsize=9)
+        ax.set(title=kind, xlabel="first principal axis", ylabel="second principal axis")
+    fig.savefig(png, dpi=60)
+
+
 @claim
 def text(args) -> dict:
     """One-hot rows of norm 1 and 8.8 against CLIP's rows, where a file of them is given; what the
-    controller makes of them (theta_*.png), and whether kin are neighbours there. Few-shot: only two
+    controller makes of them (theta.png), and whether kin are neighbours there. Few-shot: only two
     scans show liver tumours; the liver, their neighbour in the text, has ten more."""
     root, liver = study(args), "Dataset102_PhantomLiver"
     torch.save(torch.eye(len(L.CLASSES)), args.out / "onehot1.pt")
@@ -232,14 +259,15 @@ def text(args) -> dict:
                   "few-shot, CLIP rows": ("few_clip", str(args.rows), few)}
     else:
         print("CLIP rows: skipped, no file of rows given (--rows)")
-    result = {}
+    result, maps = {}, {}
     for kind, (name, rows, sets) in kinds.items():
         for seed in range(args.seeds):
             ck = fit(args, name, sets, seed, text=rows)
             known, theta = generated(args, ck, root / phantom.TEST)
-            clip_text.draw(known, theta.mean(0), args.out / f"theta_{name}.png")
+            maps.setdefault(kind, (known, theta))
             result.setdefault(kind, []).append({**score(args, ck, root / phantom.TEST),
                                                 **nearest_is_kin(known, theta)})
+    draw_theta(args.out / "theta.png", maps)
     return result
 
 
@@ -275,25 +303,41 @@ def draw_change(png: Path, scans: Path, before: Path, after: Path) -> None:
     fig.savefig(png, dpi=90, facecolor="black", bbox_inches="tight")
 
 
+@contextlib.contextmanager
+def without_image_feature():
+    """f = 0, in training and inference: heads then know their class, but not the scan."""
+    plain = M.Controller.forward
+    with mock.patch.object(M.Controller, "forward",
+                           lambda self, w, f: plain(self, w, torch.zeros_like(f))):
+        yield
+
+
 @claim
 def false_positives(args) -> dict:
-    """Detection on sick and healthy scans, with and without post-processing, and a picture of it.
+    """Detection on sick and healthy scans, with and without post-processing, and a picture of it;
+    and by a model whose heads are generated from the text alone, without the image feature f.
 
     A "detection" counts patients: positive is any predicted lesion voxel.
     """
     root, result = study(args), {}
     tests = {"sick": root / phantom.TEST, "healthy": test_set(args, "healthy", healthy=True)}
-    for name, how in (("cleaned", ()), ("as predicted", ("--no-postprocess",))):
+    for name, folder, how, feature in (
+            ("cleaned", "masked", (), contextlib.nullcontext),
+            ("as predicted", "masked", ("--no-postprocess",), contextlib.nullcontext),
+            ("no f, cleaned", "no_f", (), without_image_feature),
+            ("no f, as predicted", "no_f", ("--no-postprocess",), without_image_feature)):
         for seed in range(args.seeds):
-            ck = fit(args, "masked", [root], seed)
-            parts = {t: score(args, ck, test, *how) for t, test in tests.items()}
+            with feature():
+                ck = fit(args, folder, [root], seed)
+                parts = {t: score(args, ck, test, *how) for t, test in tests.items()}
             cases = [r for p in parts.values() for r in p["cases"]]
             result.setdefault(name, []).append({
                 **parts["sick"], "cases": cases, "detection": {
                     n: metrics.detection(*([r[side] > 0 for r in cases if r["class"] == n]
                                            for side in ("pred_ml", "ref_ml")))
                     for n, c in parts["sick"]["classes"].items() if "detection" in c}})
-    out, plain = (ck.parent / f"out_{phantom.TEST}{end}" for end in ("", "_no-postprocess"))
+    out, plain = (args.out / f"masked_{seed}/out_{phantom.TEST}{end}"
+                  for end in ("", "_no-postprocess"))
     draw_change(args.out / "postprocessing.png", root / phantom.TEST / "imagesTs", plain, out)
     return result
 
@@ -318,9 +362,10 @@ def gflop(checkpoint: Path) -> float:
 
 @claim
 def backbones(args) -> dict:
-    """U-Net and a small Swin UNETR with the same number of steps; time and arithmetic beside it."""
+    """U-Net and a small Swin UNETR in about the same training time; arithmetic beside it."""
     root, result = study(args), {}
-    for name, flags in (("unet", {}), ("swin_unetr", SMALL_SWIN)):
+    for name, flags in (("unet", {}), ("swin_unetr", {
+            **SMALL_SWIN, "steps": max(1, round(args.steps / SWIN_COST))})):
         for seed in range(args.seeds):
             ck = fit(args, "masked" if name == "unet" else name, [root], seed, **flags)
             result.setdefault(name, []).append(
@@ -364,7 +409,8 @@ def knee(args) -> dict:
     U-Net and Swin UNETR; Dice and NSD at 1.5 mm. CLIP rows where CLIP's weights are at hand."""
     root, result = study(args, "knee"), {}
     table = str(root / "knee.json")
-    methods = {"masked": {}, "unmasked": {"unmasked": True}, "Swin UNETR": SMALL_SWIN}
+    methods = {"masked": {}, "unmasked": {"unmasked": True}, "Swin UNETR": {
+        **SMALL_SWIN, "steps": max(1, round(args.steps / 2 / SWIN_COST))}}
     if any(clip_text.cache_folder().glob("ViT-B-32*")):
         methods["CLIP rows"] = {"text": "clip", "prompt_template": "A 3D MRI scan of the {}"}
     else:
@@ -378,6 +424,17 @@ def knee(args) -> dict:
     return result
 
 
+@claim
+def real_scans(args) -> dict:
+    """Four small real sources trained together, and every scan scored on what its source labels:
+    its own training scans, so this shows that joint training works, not that it generalises."""
+    sets = [args.real / d for d in ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
+                                    "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")]
+    return {d.name.split("_")[1]: [
+        score(args, fit(args, "real", sets, seed), d, "--preview", part="Tr")
+        for seed in range(args.seeds)] for d in sets}
+
+
 def main(argv=None) -> int:
     ap = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split(
         "\n")[0])
@@ -389,6 +446,8 @@ def main(argv=None) -> int:
     ap.add_argument("--test-scans", type=int, default=6)
     ap.add_argument("--rows", metavar="FILE", default=ROWS if ROWS.is_file() else None,
                     help="text rows, e.g. the released txt_encoding.pth")
+    ap.add_argument("--real", metavar="DIR", type=Path, default=SHARED / "data",
+                    help="where Dataset001 to Dataset004 are, for real-scans")
     args = ap.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     result = json.loads(json.dumps(CLAIMS[args.claim](args)), parse_constant=lambda _: None)
