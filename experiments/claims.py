@@ -431,7 +431,8 @@ def real_scans(args) -> dict:
     sets = [args.real / d for d in ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
                                     "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")]
     return {d.name.split("_")[1]: [
-        score(args, fit(args, "real", sets, seed), d, "--preview", part="Tr")
+        score(args, fit(args, "real", sets, seed, batch=2, lr=3e-3), d, "--preview",
+              part="Tr")
         for seed in range(args.seeds)] for d in sets}
 
 
