@@ -506,16 +506,17 @@ def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """
     shapes = list(zip(HEAD[1:], HEAD, strict=False))
     parts = theta.split([o * i for o, i in shapes] + [o for o, _ in shapes], dim=1)
-    return [p.unflatten(1, s) for p, s in zip(parts, shapes, strict=False)], list(parts[3:])
+    return [p.unflatten(1, s).contiguous() for p, s in zip(parts, shapes, strict=False)], \
+        list(parts[3:])
 
 
-def _heads(feat: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """feat (8, n), theta (K, 153) -> inner values (K, 8, n), (K, 8, n) and logits (K, n).
+def _heads(feat: Tensor, layers) -> tuple[Tensor, Tensor, Tensor]:
+    """feat (8, n), split theta -> inner values (K, 8, n), (K, 8, n) and logits (K, n).
 
     Layer 1 is one product 8 -> 8K.
     """
-    (w1, w2, w3), (b1, b2, b3) = split_theta(theta)
-    h1 = torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), feat).relu_().view(len(theta), 8, -1)
+    (w1, w2, w3), (b1, b2, b3) = layers
+    h1 = torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), feat).relu_().view(len(w1), 8, -1)
     h2 = torch.baddbmm(b2[..., None], w2, h1).relu_()
     return h1, h2, torch.baddbmm(b3[..., None], w3, h2)[:, 0]
 
@@ -536,20 +537,21 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feat, theta):
         feat = feat.t()                                                        # (8, N)
-        out = feat.new_empty(len(theta), feat.shape[1])
+        out, layers = feat.new_empty(len(theta), feat.shape[1]), split_theta(theta)
         for at in _blocks(feat, len(theta)):
-            out[:, at] = _heads(feat[:, at], theta)[2]
+            out[:, at] = _heads(feat[:, at], layers)[2]
         ctx.save_for_backward(feat, theta)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         feat, theta = ctx.saved_tensors
-        (w1, w2, w3), K = split_theta(theta)[0], len(theta)
+        layers, K = split_theta(theta), len(theta)
+        w1, w2, w3 = layers[0]
         g_feat, total = torch.empty_like(feat, memory_format=torch.contiguous_format), 0
         for at in _blocks(feat, K):
             x, g = feat[:, at], grad[:, at]
-            h1, h2, _ = _heads(x, theta)
+            h1, h2, _ = _heads(x, layers)
             g2 = torch.ops.aten.threshold_backward(w3.transpose(1, 2) * g[:, None], h2, 0)
             g1 = torch.ops.aten.threshold_backward(w2.transpose(1, 2) @ g2, h1, 0)
             parts = [(g1.flatten(0, 1) @ x.t()).view(K, -1), (g2 @ h1.transpose(1, 2)).flatten(1),
