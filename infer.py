@@ -481,8 +481,8 @@ def main(argv=None) -> int:
     amp = use_amp(args.device) if args.amp is None else args.amp
     # a result is done when its JSON is there; it says what it was made with
     made_with = {"checkpoint": str(Path(args.checkpoint).resolve()),
-                 "changed": Path(args.checkpoint).stat().st_mtime_ns, "classes": ks,
-                 "postprocess": args.postprocess, "files": [args.masks, args.preview]}
+                 "changed": Path(args.checkpoint).stat().st_mtime_ns, "classes": ks, "flags":
+                 [args.postprocess, args.masks, args.preview, args.modality, amp]}
     failed, kept, rows = [], 0, []
     with tqdm(scans, "segment", unit="scan") as bar:
         for scan in bar:

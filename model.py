@@ -499,15 +499,14 @@ class Extension(nn.Module):
         return torch.baddbmm(self.b2[which], h, self.w2[which]).transpose(0, 1)    # (B, K, 153)
 
 
-def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def split_theta(theta: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """theta (K, 153) -> weights (K, 8, 8), (K, 8, 8), (K, 1, 8) and biases (K, 8), (K, 8), (K, 1).
 
     As released: all weights first, then all biases; a weight is (out, in).
     """
     shapes = list(zip(HEAD[1:], HEAD, strict=False))
     parts = theta.split([o * i for o, i in shapes] + [o for o, _ in shapes], dim=1)
-    return [p.unflatten(1, s).contiguous() for p, s in zip(parts, shapes, strict=False)], \
-        list(parts[3:])
+    return [p.unflatten(1, s).contiguous() for p, s in zip(parts, shapes, strict=False)], parts[3:]
 
 
 def _heads(feat: Tensor, layers) -> tuple[Tensor, Tensor, Tensor]:
@@ -546,8 +545,7 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         feat, theta = ctx.saved_tensors
-        layers, K = split_theta(theta), len(theta)
-        w1, w2, w3 = layers[0]
+        (w1, w2, w3), K = (layers := split_theta(theta))[0], len(theta)
         g_feat, total = torch.empty_like(feat, memory_format=torch.contiguous_format), 0
         for at in _blocks(feat, K):
             x, g = feat[:, at], grad[:, at]

@@ -273,7 +273,7 @@ def whole_ct(part):
         return {}
     with tempfile.TemporaryDirectory() as tmp:
         scan, ck = phantom_scan(tmp), checkpoint(tmp, width=64)
-        one = window("ours", "unet")
+        one = window("ours", "unet", bf16())            # as infer.py computes
         shape = data.preprocess(data.load_volume(scan))[0].shape
         n = infer.count_windows(shape, SIDE)
         start = time.perf_counter()
@@ -351,7 +351,7 @@ def pipeline(part):
         start = time.perf_counter()
         n = sum(len(b["image"]) for b in loader)
         rate = n / (time.perf_counter() - start)
-    train, = medians(1, step("ours", "unet"))
+    train, = medians(1, step("ours", "unet", bf16()))
     return {"crops_per_s": rate, "step_s": train, "ratio": rate * train}
 
 
@@ -375,18 +375,23 @@ def arithmetic(part):
                  if isinstance(m, nn.Conv3d | nn.ConvTranspose3d | nn.Linear)]
         with torch.inference_mode():
             net(x)
-            for h in hooks:
-                h.remove()
-            t, m = medians(3, lambda net=net, x=x: net(x), lambda: a @ a)
-        peak = 2 * 2048 ** 3 / m
-        out |= {f"{name}_gflop": flops[0] / 1e9, f"{name}_gflops": flops[0] / t / 1e9,
-                f"{name}_share": flops[0] / t / peak, "matmul_gflops": peak / 1e9}
+        for h in hooks:
+            h.remove()
+        for dtype, amp in (("fp32", False), ("bf16", True))[:1 + bf16()]:
+            b = a.bfloat16() if amp else a
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                t, m = medians(3, lambda net=net, x=x: net(x), lambda b=b: b @ b)
+            peak = 2 * 2048 ** 3 / m
+            out |= {f"{name}_{dtype}_gflops": flops[0] / t / 1e9,
+                    f"matmul_{dtype}_gflops": peak / 1e9, f"{name}_{dtype}_share":
+                    flops[0] / t / peak}
+        out[f"{name}_gflop"] = flops[0] / 1e9
     return out
 
 
 @row("seconds per window within 10 %, memory below the volume's growth")
 def size(part):
-    """Scans of 1, 2, 4, 8 times the voxels, width 8."""
+    """Scans of 1, 2, 4, 8 times the voxels, full-width U-Net, 32 classes."""
     import data
     import infer
     if not part.isdigit():
@@ -394,9 +399,9 @@ def size(part):
     with tempfile.TemporaryDirectory() as tmp:
         scan = phantom_scan(tmp, (1.5,) * 3, (192, 192, 96 * int(part)))
         n = infer.count_windows(data.preprocess(data.load_volume(scan))[0].shape, SIDE)
+        ck = checkpoint(tmp, width=64)
         start = time.perf_counter()
-        infer.main(["--checkpoint", str(checkpoint(tmp)), "--input", str(scan), "--output",
-                    f"{tmp}/out"])
+        infer.main(["--checkpoint", str(ck), "--input", str(scan), "--output", f"{tmp}/out"])
         return {f"x{part}_s_per_window": (time.perf_counter() - start) / n,
                 f"x{part}_gb": peak_gb()}
 
