@@ -62,6 +62,7 @@ class Config:
     steps: int = 100_000          # optimiser steps in all
     batch: int = 2                # crops a step and process
     lr: float = 1e-4              # AdamW, highest rate (release: 1e-4)
+    head_lr: float = 0.0          # of what generates the heads (0: lr; 5e-4 if Dice sticks at 0)
     weight_decay: float = 1e-5    # AdamW (release)
     warmup: float = 0.05          # share of the steps with a rising rate (release: 100 of 2000)
     clip_grad: float = 1.0        # largest norm of the whole gradient
@@ -133,9 +134,9 @@ def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[i
         raise ValueError(f"{path}: other classes or another model than asked for now "
                          f"({content['spec']}); start a new --out instead")
     now = {**dataclasses.asdict(cfg), "batch": cfg.batch * world()}
-    for key in ("spacing_mm", "patch", "batch", "steps", "lr", "warmup", "weight_decay", "seed",
-                "unmasked"):
-        if content["config"][key] != now[key]:
+    for key in ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay",
+                "seed", "unmasked"):
+        if content["config"].get(key, 0.0) != now[key]:
             raise ValueError(f"{path}: was made with --{key.replace('_', '-')} "
                              f"{content['config'][key]}, now {now[key]}; a resumed run must have "
                              "the same (crops of all processes together)")
@@ -284,8 +285,12 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
         filled, left = M.load_pretrained(model, cfg.pretrained)
         print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
               f"the backbone filled; not used: {', '.join(left) or 'none'}")
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
-                            weight_decay=cfg.weight_decay)
+    heads = set((model.extension or model.controller).parameters())
+    rates: dict[float, list] = {}
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        rates.setdefault(p in heads and cfg.head_lr or cfg.lr, []).append(p)
+    opt = torch.optim.AdamW([{"params": ps, "scale": rate / (cfg.lr or 1)}
+                             for rate, ps in rates.items()], weight_decay=cfg.weight_decay)
 
     # resume
     step, best = load(last, model, opt, classes, w, spec, cfg) if cfg.resume and last.exists() \
@@ -315,7 +320,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
         for batch in loader:
             t = time.perf_counter()
             for group in opt.param_groups:
-                group["lr"] = lr_at(step, cfg)
+                group["lr"] = lr_at(step, cfg) * group.get("scale", 1.0)
             annotated = batch["annotated"]                              # (B, K)
             if cfg.unmasked:
                 annotated = covered.expand_as(annotated)

@@ -392,7 +392,7 @@ def transfer(args) -> dict:
             for name, flags in (("extended", {"extend": str(base)}),
                                 ("transferred", {"pretrained": str(base)}), ("from scratch", {})):
                 ck = fit(args, f"{name.replace(' ', '_')}_{n}", [few], seed, classes=str(new),
-                         steps=steps, **flags)
+                         steps=steps, head_lr=5e-4, **flags)
                 row = score(args, ck, root / phantom.TEST, "--classes", "Aorta")
                 if name == "extended":
                     (a, w, _), (b, _, _) = M.load_checkpoint(base), M.load_checkpoint(ck)
@@ -431,7 +431,7 @@ def real_scans(args) -> dict:
     sets = [args.real / d for d in ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
                                     "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")]
     return {d.name.split("_")[1]: [
-        score(args, fit(args, "real", sets, seed, batch=2, lr=3e-3), d, "--preview",
+        score(args, fit(args, "real", sets, seed, batch=2, lr=3e-3, head_lr=5e-4), d, "--preview",
               part="Tr")
         for seed in range(args.seeds)] for d in sets}
 
