@@ -313,6 +313,18 @@ def test_a_pretrained_backbone_is_reported_and_used(tiny, tmp_path, capsys, back
     assert all((v == 0.125).all() for k, v in got.items() if "backbone" in k)
 
 
+def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path):
+    """Adam's first step moves every number by its rate (or not at all)."""
+    train.train(config(tiny, tmp_path / "run", steps=1, lr=1e-3, head_lr=1e-4, weight_decay=0.0))
+    after = weights(tmp_path / "run/last.pt")
+    torch.manual_seed(0)
+    before = M.build_model({"backbone": "unet", "text_dim": 32, "width": 8}).state_dict()
+    for name, rate in (("controller.out.weight", 1e-4), ("controller.text.weight", 1e-4),
+                       ("reduce.weight", 1e-3), ("backbone.down.0.0.conv.weight", 1e-3)):
+        step = (after[name] - before[name]).abs().max().item()
+        assert step == pytest.approx(rate, rel=0.01), name
+
+
 def test_clip_rows_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     """The class table's prompts in the asked-for template go to the encoder, as released."""
     asked = []
