@@ -506,9 +506,8 @@ def main(argv=None) -> int:
                     raise
                 failed.append(str(e))
                 bar.write(f"failed: {e}")
-    done = len(scans) - len(failed) - kept
-    print(f"{done} scan(s) -> {args.output}" + (f", {kept} there already (--overwrite redoes)"
-                                                if kept else ""))
+    print(f"{len(scans) - len(failed) - kept} scan(s) -> {args.output}"
+          + (f", {kept} there already (--overwrite redoes)" if kept else ""))
     if rows:
         print(f"in {name}: " + ", ".join(f"{r['name']} {r['volume_ml']:.1f} ml" for r in rows
                                          if r["volume_ml"] > 0))

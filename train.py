@@ -285,9 +285,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
         filled, left = M.load_pretrained(model, cfg.pretrained)
         print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
               f"the backbone filled; not used: {', '.join(left) or 'none'}")
-    heads = set((model.extension or model.controller).parameters())
-    rates: dict[float, list] = {}
-    for p in filter(lambda p: p.requires_grad, model.parameters()):
+    heads, rates = set((model.extension or model.controller).parameters()), {}
+    for p in model.parameters():                   # frozen ones have no gradient and stay
         rates.setdefault(p in heads and cfg.head_lr or cfg.lr, []).append(p)
     opt = torch.optim.AdamW([{"params": ps, "scale": rate / (cfg.lr or 1)}
                              for rate, ps in rates.items()], weight_decay=cfg.weight_decay)
@@ -304,7 +303,6 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                                     and json.loads(r)["step"] < step))
         with data.whole_file(out / "config.json") as part:
             part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     run = model, opt, classes, w, spec, trained, modality
 
@@ -376,7 +374,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     if n > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank > 0:
+    if rank:
         return scores
     draw_curve(log, out / "curve.png")
     print(f"done: {step} steps, {last}" + (f", best validation Dice {best:.3f}" if val else ""))
@@ -394,7 +392,7 @@ def draw_curve(log: Path, png: Path) -> None:
     train_, val = [r for r in lines if "loss" in r], [r for r in lines if "val" in r]
     fig = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(fig)
-    ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice")
+    ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
     n = max(1, len(train_) // 100)
     for key in ("bce", "dice"):
         ax.plot([r["step"] for r in train_[::n]], [np.mean([r[key] for r in train_[i:i + n]])
@@ -402,7 +400,6 @@ def draw_curve(log: Path, png: Path) -> None:
     if val:
         ax.plot([r["step"] for r in val], [r["val"] for r in val], "o-", label="validation Dice")
     ax.legend()
-    ax.set_ylim(0, 1)
     with data.whole_file(png) as part:
         fig.savefig(part, dpi=100)
 
@@ -428,9 +425,8 @@ def parse(argv=None) -> Config:
     return dataclasses.replace(cfg, data=tuple(cfg.data))
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     train(argv if isinstance(argv, Config) else parse(argv))
-    return 0
 
 
 if __name__ == "__main__":
