@@ -264,7 +264,8 @@ def text(args) -> dict:
         for seed in range(args.seeds):
             ck = fit(args, name, sets, seed, text=rows)
             known, theta = generated(args, ck, root / phantom.TEST)
-            maps.setdefault(kind, (known, theta))
+            if sets == [root]:
+                maps.setdefault(kind, (known, theta))
             result.setdefault(kind, []).append({**score(args, ck, root / phantom.TEST),
                                                 **nearest_is_kin(known, theta)})
     draw_theta(args.out / "theta.png", maps)
