@@ -4,9 +4,9 @@
     python -m experiments.claims text --rows txt_encoding.pth
     python -m experiments.claims transfer --seeds 1
 
-Every claim writes CLAIM.json with all its numbers, and CLAIM.md, the README's table of them, under
---out (default claims/). A model that is there already is not trained again, so a broken-off run
-goes on. The phantom says whether an effect is there at all, nothing about its size on patients.
+Every claim writes CLAIM.json with its numbers per class, and CLAIM.md, the README's table of them,
+under --out (default claims/). A model that is there already is not trained again, so a broken-off
+run goes on. The phantom says whether an effect is there at all, nothing about its size on patients.
 """
 import argparse
 import contextlib
@@ -454,6 +454,8 @@ def main(argv=None) -> int:
     args = ap.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     result = json.loads(json.dumps(CLAIMS[args.claim](args)), parse_constant=lambda _: None)
+    for run in (r for runs in result.values() for r in runs):
+        run.pop("cases", None)                          # single scans: metrics.json of that run
     content = {"steps": args.steps, "seeds": args.seeds, "runs": result}
     for kind, text in (("json", json.dumps(content) + "\n"), ("md", table(content))):
         part = args.out / f".{args.claim}.{kind}.part"
