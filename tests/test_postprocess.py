@@ -46,6 +46,13 @@ def test_a_solid_organ_is_its_largest_piece_and_specks_go():
     assert np.array_equal(out["Liver"], liver)
 
 
+def test_a_lung_cut_in_pieces_by_the_edge_keeps_them_and_loses_specks():
+    """Pieces of 1000, 300 and 64 voxels: a tenth of the largest is 100."""
+    lung = box((5, 15), (5, 15), (20, 30)) | box((5, 15), (20, 26), (25, 30))
+    out = after(Left_Lung=lung | box((5, 9), (32, 36), (20, 24)))
+    assert np.array_equal(out["Left Lung"], lung)
+
+
 def test_disconnected_bowel_stays_and_its_specks_go():
     """Two loops of 5^3 voxels, 1.5 ml each, stay; 27 voxels, 0.32 ml, are below 0.5 ml."""
     loops = box((5, 10), (5, 10), (5, 10)) | box((45, 50), (30, 35), (20, 25))
