@@ -35,12 +35,12 @@ OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
 THRESHOLD = 0.5         # on the probability (release)
 
-# post-processing, in physical units (ours; the release's deletes touching lungs)
-SOLID = dict.fromkeys((         # the largest piece; of every other organ all of MIN_PART_ML
-    "Spleen", "Right Kidney", "Left Kidney", "Gall Bladder", "Liver", "Stomach", "Pancreas",
-    "Right Adrenal Gland", "Left Adrenal Gland", "Bladder", "Prostate", "Left Head of Femur",
-    "Right Head of Femur"), 1.0) | {"Right Lung": 0.1, "Left Lung": 0.1}  # a scan's edge cuts
-MIN_PART_ML = 0.5                   # a lung's base in pieces: all above that share of the largest
+# post-processing, in physical units (ours; the release's deletes touching lungs). A solid organ
+# keeps its pieces above a share of the largest: itself, but a scan's edge may cut a lung's base
+SOLID = dict.fromkeys(("Spleen", "Right Kidney", "Left Kidney", "Gall Bladder", "Liver",
+    "Stomach", "Pancreas", "Right Adrenal Gland", "Left Adrenal Gland", "Bladder", "Prostate",
+    "Left Head of Femur", "Right Head of Femur"), 1.0) | {"Right Lung": 0.1, "Left Lung": 0.1}
+MIN_PART_ML = 0.5                   # of every other organ all pieces of this size
 MIN_LESION_ML = 0.1
 CLOSE_MM, DILATE_MM = 10.0, 5.0     # a lesion lies in its host, closed and dilated by these:
 INSIDE = 0.2                        # at least this share of every piece, which then stays whole

@@ -136,10 +136,10 @@ def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[i
     now = {**dataclasses.asdict(cfg), "batch": cfg.batch * world()}
     for key in ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay",
                 "seed", "unmasked"):
-        if content["config"].get(key, 0.0) != now[key]:
-            raise ValueError(f"{path}: was made with --{key.replace('_', '-')} "
-                             f"{content['config'][key]}, now {now[key]}; a resumed run must have "
-                             "the same (crops of all processes together)")
+        if (was := content["config"].get(key, 0.0)) != now[key]:           # older: no head_lr
+            raise ValueError(f"{path}: was made with --{key.replace('_', '-')} {was}, now "
+                             f"{now[key]}; a resumed run must have the same (crops of all "
+                             "processes together)")
     if not torch.equal(content["w"], w.cpu()):
         raise ValueError(f"{path}: was made with other text rows (--text "
                          f"{content['config']['text']}); a resumed run must have the same")
@@ -286,7 +286,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
         print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
               f"the backbone filled; not used: {', '.join(left) or 'none'}")
     heads, rates = set((model.extension or model.controller).parameters()), {}
-    for p in model.parameters():                   # frozen ones have no gradient and stay
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         rates.setdefault(p in heads and cfg.head_lr or cfg.lr, []).append(p)
     opt = torch.optim.AdamW([{"params": ps, "scale": rate / (cfg.lr or 1)}
                              for rate, ps in rates.items()], weight_decay=cfg.weight_decay)

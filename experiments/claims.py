@@ -322,22 +322,22 @@ def false_positives(args) -> dict:
     """
     root, result = study(args), {}
     tests = {"sick": root / phantom.TEST, "healthy": test_set(args, "healthy", healthy=True)}
-    for name, folder, how, feature in (
-            ("cleaned", "masked", (), contextlib.nullcontext),
-            ("as predicted", "masked", ("--no-postprocess",), contextlib.nullcontext),
-            ("no f, cleaned", "no_f", (), without_image_feature),
-            ("no f, as predicted", "no_f", ("--no-postprocess",), without_image_feature)):
+    ways = {"cleaned": (), "as predicted": ("--no-postprocess",)}
+    for folder, prefix, feature in (("masked", "", contextlib.nullcontext),
+                                    ("no_f", "no f, ", without_image_feature)):
         for seed in range(args.seeds):
             with feature():
                 ck = fit(args, folder, [root], seed)
-                parts = {t: score(args, ck, test, *how) for t, test in tests.items()}
-            cases = [r for p in parts.values() for r in p["cases"]]
-            result.setdefault(name, []).append({
-                **parts["sick"], "cases": cases, "detection": {
-                    n: metrics.detection(*([r[side] > 0 for r in cases if r["class"] == n]
-                                           for side in ("pred_ml", "ref_ml")))
-                    for n, c in parts["sick"]["classes"].items() if "detection" in c}})
-    out, plain = (args.out / f"masked_{seed}/out_{phantom.TEST}{end}"
+                scored = {name: {t: score(args, ck, test, *how) for t, test in tests.items()}
+                          for name, how in ways.items()}
+            for name, parts in scored.items():
+                cases = [r for p in parts.values() for r in p["cases"]]
+                result.setdefault(prefix + name, []).append({
+                    **parts["sick"], "cases": cases, "detection": {
+                        n: metrics.detection(*([r[side] > 0 for r in cases if r["class"] == n]
+                                               for side in ("pred_ml", "ref_ml")))
+                        for n, c in parts["sick"]["classes"].items() if "detection" in c}})
+    out, plain = (args.out / f"masked_{args.seeds - 1}/out_{phantom.TEST}{end}"
                   for end in ("", "_no-postprocess"))
     draw_change(args.out / "postprocessing.png", root / phantom.TEST / "imagesTs", plain, out)
     return result
@@ -349,8 +349,8 @@ def generalisation(args) -> dict:
     root = study(args)
     tests = {"same hospital": test_set(args, "hospital_a"),
              "another hospital": test_set(args, "hospital_b", hospital="b")}
-    return {name: [score(args, fit(args, "masked", [root], seed), test)
-                   for seed in range(args.seeds)] for name, test in tests.items()}
+    models = [fit(args, "masked", [root], seed) for seed in range(args.seeds)]
+    return {name: [score(args, ck, test) for ck in models] for name, test in tests.items()}
 
 
 def gflop(checkpoint: Path) -> float:
@@ -432,10 +432,10 @@ def real_scans(args) -> dict:
     its own training scans, so this shows that joint training works, not that it generalises."""
     sets = [args.real / d for d in ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
                                     "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")]
-    return {d.name.split("_")[1]: [
-        score(args, fit(args, "real", sets, seed, batch=2, lr=3e-3, head_lr=5e-4), d, "--preview",
-              part="Tr")
-        for seed in range(args.seeds)] for d in sets}
+    models = [fit(args, "real", sets, seed, batch=2, lr=3e-3, head_lr=5e-4)
+              for seed in range(args.seeds)]
+    return {d.name.split("_")[1]: [score(args, ck, d, "--preview", part="Tr") for ck in models]
+            for d in sets}
 
 
 def main(argv=None) -> int:

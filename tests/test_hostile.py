@@ -253,6 +253,8 @@ def test_a_folder_goes_on_after_a_bad_scan_and_a_second_run_does_what_is_missing
     assert (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns != stamp
     assert L.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes: made anew
     assert "3 scan(s)" in capsys.readouterr().out.split("there already")[-1]
+    assert L.run(infer.main, [*args, "--classes", "liver", "--modality", "mri"]) == 0
+    assert "3 scan(s)" in capsys.readouterr().out               # another scaling of grey values too
     assert not [p for p in (tmp_path / "out").rglob("*") if "part" in p.name]
 
 

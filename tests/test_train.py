@@ -142,6 +142,13 @@ def test_a_finished_run_is_not_overwritten_and_other_settings_do_not_resume(tiny
                                         **{"steps": 1, **change})) == 2
         err = capsys.readouterr().err
         assert "now 0.5" in err or "start a new" in err or "now 2" in err
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    del content["config"]["head_lr"]                     # a checkpoint from before there was one
+    torch.save(content, tmp_path / "run/last.pt")
+    assert L.run(train.main, config(tiny, tmp_path / "run", steps=1, resume=True)) == 0
+    assert L.run(train.main, config(tiny, tmp_path / "run", steps=1, resume=True,
+                                    head_lr=0.5)) == 2
+    assert "--head-lr 0.0, now 0.5" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_names_scan_and_step(tiny, tmp_path, capsys, monkeypatch):
