@@ -450,13 +450,10 @@ def find_scans(path: Path) -> list[Path]:
 
 def main(argv=None) -> int:
     ap = argparse.ArgumentParser(description="Segment CT scans in their own space.")
-    ap.add_argument("--checkpoint", required=True, metavar="FILE",
-                    help="of train.py, or a released one")
-    ap.add_argument("--input", required=True, metavar="PATH", type=Path,
-                    help="a NIfTI scan or a folder of scans")
+    ap.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py, or released")
+    ap.add_argument("--input", required=True, metavar="PATH", type=Path, help="a scan or a folder")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path)
-    ap.add_argument("--classes", nargs="+", metavar="NAME",
-                    help="only these (default: all it was trained on)")
+    ap.add_argument("--classes", nargs="+", metavar="NAME", help="only these (default: all known)")
     ap.add_argument("--masks", action="store_true", help="one overlapping mask per class as well")
     ap.add_argument("--postprocess", action=argparse.BooleanOptionalAction, default=True,
                     help="one piece per solid organ, no specks, lesions inside their host, sides")

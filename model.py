@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 HEAD = (8, 8, 8, 1)                # channels of the generated head, input first
-SIDE_STEP, SIDE_MIN = 32, 64       # sides of a window: multiples of 32 and at least 64
 _CL = torch.channels_last_3d
 
 
@@ -66,7 +65,7 @@ class _NormAct(torch.autograd.Function):
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         scale, shift = scale[:, None].to(wide), shift[:, None].to(wide)
-        y = x if inplace else torch.empty_like(x)
+        y = x.detach() if inplace else torch.empty_like(x)
         for s, out in _slabs(x, y):
             part = torch.addcmul(shift, s.to(wide), scale)
             if slope is not None:
@@ -163,10 +162,10 @@ class Up2(nn.ConvTranspose3d):
     def forward(self, x: Tensor) -> Tensor:
         B, C, D, H, W = x.shape
         weight = self.weight.permute(0, 2, 3, 4, 1)                            # (C, 2, 2, 2, c_out)
-        y = x.permute(0, 2, 3, 4, 1).reshape(-1, C) @ weight.reshape(C, -1)
+        bias = None if self.bias is None else self.bias.repeat(8)
+        y = F.linear(x.permute(0, 2, 3, 4, 1).reshape(-1, C), weight.reshape(C, -1).t(), bias)
         y = y.view(B, D, H, W, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        y = y.reshape(B, 2 * D, 2 * H, 2 * W, -1)
-        return (y if self.bias is None else y + self.bias).permute(0, 4, 1, 2, 3)
+        return y.reshape(B, 2 * D, 2 * H, 2 * W, -1).permute(0, 4, 1, 2, 3)
 
 
 def _run(recompute: bool, module: nn.Module, *x: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ class UNet(nn.Module):
 
     x (B, 1, D, H, W)  ->  deep (B, 8 * width, D/8, H/8, W/8),  fine (B, width, D, H, W)
     """
-    recompute = False
+    recompute, sides = False, (16, 32)    # a window's: multiples of the first, at least the second
 
     def __init__(self, *, width: int = 64):
         super().__init__()
@@ -223,7 +222,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skips = []
         for i, down in enumerate(self.down):
-            x = F.max_pool3d(x, 2) if i else x
+            with torch.autocast(x.device.type, enabled=False):     # it would pool in float32
+                x = F.max_pool3d(x, 2) if i else x
             x = _run(self.recompute, down, x)             # (B, 2^i width, D/2^i, H/2^i, W/2^i)
             skips.append(x)
         deep = skips.pop()                                # (B, 8 width, D/8, H/8, W/8)
@@ -415,7 +415,7 @@ class SwinUNETR(nn.Module):
     C        feature_size
     merging  "merging" as released (the public weights need it), or "mergingv2", corrected
     """
-    recompute = False
+    recompute, sides = False, (32, 64)
 
     def __init__(self, *, feature_size: int = 48, depths=(2, 2, 2, 2), heads=(3, 6, 12, 24),
                  merging: str = "merging"):
@@ -509,21 +509,24 @@ def split_theta(theta: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     return [p.unflatten(1, s).contiguous() for p, s in zip(parts, shapes, strict=False)], parts[3:]
 
 
-def _heads(feat: Tensor, layers) -> tuple[Tensor, Tensor, Tensor]:
-    """feat (8, n), split theta -> inner values (K, 8, n), (K, 8, n) and logits (K, n).
-
-    Layer 1 is one product 8 -> 8K.
-    """
-    (w1, w2, w3), (b1, b2, b3) = layers
-    h1 = torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), feat).relu_().view(len(w1), 8, -1)
-    h2 = torch.baddbmm(b2[..., None], w2, h1).relu_()
-    return h1, h2, torch.baddbmm(b3[..., None], w3, h2)[:, 0]
+_BLOCK = 1 << 17, 1 << 23          # voxels x classes at once: the cache of a processor, a GPU
 
 
-def _blocks(feat: Tensor, K: int):
-    """Slices of voxels whose inner values fit the cache of a processor, or a GPU's memory."""
-    step = max(1024, (1 << (16 if feat.device.type == "cpu" else 23)) // K)
-    return [slice(i, i + step) for i in range(0, feat.shape[1], step)]
+def _inner(feat: Tensor, layers, more: int = 0):
+    """feat (8, N), split theta -> block by block: a slice of voxels, the inner values h1, h2
+    (K, 8, n) and `more` such tensors, all in the same memory: fresh costs more than the sums."""
+    ((w1, w2, _), (b1, b2, _)), N = layers, feat.shape[1]
+    K, size = len(w1), max(1, _BLOCK[feat.is_cuda] // len(w1))
+    rooms = feat.new_empty(2 + more, K * 8 * min(size, N))
+    for i in range(0, N, size):
+        x = feat[:, i:i + size]
+        h1, h2, *rest = rooms[:, :K * 8 * x.shape[1]].view(2 + more, K, 8, -1)
+        if x.dtype == torch.float32:                       # the faster form of each dtype
+            torch.baddbmm(b1[..., None], w1, x.expand(K, -1, -1), out=h1).relu_()
+        else:
+            torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), x, out=h1.flatten(0, 1)).relu_()
+        torch.baddbmm(b2[..., None], w2, h1, out=h2).relu_()
+        yield slice(i, i + size), h1, h2, *rest
 
 
 class _Heads(torch.autograd.Function):
@@ -537,8 +540,8 @@ class _Heads(torch.autograd.Function):
     def forward(ctx, feat, theta):
         feat = feat.t()                                                        # (8, N)
         out, layers = feat.new_empty(len(theta), feat.shape[1]), split_theta(theta)
-        for at in _blocks(feat, len(theta)):
-            out[:, at] = _heads(feat[:, at], layers)[2]
+        for at, _, h2 in _inner(feat, layers):
+            out[:, at] = torch.baddbmm(layers[1][2][..., None], layers[0][2], h2)[:, 0]
         ctx.save_for_backward(feat, theta)
         return out
 
@@ -547,11 +550,11 @@ class _Heads(torch.autograd.Function):
         feat, theta = ctx.saved_tensors
         (w1, w2, w3), K = (layers := split_theta(theta))[0], len(theta)
         g_feat, total = torch.empty_like(feat, memory_format=torch.contiguous_format), 0
-        for at in _blocks(feat, K):
+        for at, h1, h2, g1, g2 in _inner(feat, layers, 2):
             x, g = feat[:, at], grad[:, at]
-            h1, h2, _ = _heads(x, layers)
-            g2 = torch.ops.aten.threshold_backward(w3.transpose(1, 2) * g[:, None], h2, 0)
-            g1 = torch.ops.aten.threshold_backward(w2.transpose(1, 2) @ g2, h1, 0)
+            back = torch.ops.aten.threshold_backward.grad_input
+            back(torch.mul(w3.transpose(1, 2), g[:, None], out=g2), h2, 0, grad_input=g2)
+            back(torch.bmm(w2.transpose(1, 2), g2, out=g1), h1, 0, grad_input=g1)
             parts = [(g1.flatten(0, 1) @ x.t()).view(K, -1), (g2 @ h1.transpose(1, 2)).flatten(1),
                      (h2 @ g[..., None]).flatten(1), g1.sum(2), g2.sum(2), g.sum(1, keepdim=True)]
             total = total + torch.cat(parts, 1).float()                        # (K, 153)
@@ -576,7 +579,7 @@ def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
 class UniversalModel(nn.Module):
     """Backbone, pooling branch, text-driven controller, dynamic heads (paper, Fig. 2).
 
-    backbone  a module with deep_channels and fine_channels that returns (deep, fine)
+    backbone  a module with deep_channels, fine_channels and sides that returns (deep, fine)
     text_dim  E, the width of a text row
     """
 
@@ -610,8 +613,9 @@ class UniversalModel(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Logits (B, K, D, H, W), or only those of the wanted (B, K) pairs, (1, P, D, H, W)."""
-        check_side(x.shape[2:])
-        deep, fine = self.backbone(x.contiguous(memory_format=_CL))
+        check_side(x.shape[2:], self.backbone)
+        x = torch.empty_like(x, memory_format=_CL).copy_(x)    # strides that `contiguous` leaves
+        deep, fine = self.backbone(x)                          # open where there is one channel
         theta = self.theta(deep, w)                        # (B, K, 153)
         feat = self.reduce(self.reduce_norm(fine))         # (B, 8, D, H, W)
         if wanted is None:
@@ -620,10 +624,11 @@ class UniversalModel(nn.Module):
                           zip(feat, theta, wanted, strict=True) if own.any()], 1)
 
 
-def check_side(size) -> None:
-    """raises ValueError  unless every side is a multiple of 32 and at least 64."""
-    if any(s % SIDE_STEP or s < SIDE_MIN for s in size):
-        raise ValueError(f"window sides must be multiples of {SIDE_STEP} and at least {SIDE_MIN}, "
+def check_side(size, backbone) -> None:
+    """raises ValueError  unless every side is one that the backbone takes (its `sides`)."""
+    step, least = backbone.sides
+    if any(s % step or s < least for s in size):
+        raise ValueError(f"window sides must be multiples of {step} and at least {least}, "
                          f"got {tuple(size)}")
 
 

@@ -166,10 +166,7 @@ class Stop:
 
 @torch.no_grad()
 def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, dict[str, float]]:
-    """Mean Dice per dataset and class on whole validation scans, on the working grid.
-
-    At most cfg.val_scans scans, of every dataset in turn.
-    """
+    """Mean Dice per dataset and class on whole validation scans, of every dataset in turn."""
     model.eval()
     by_dataset: dict[str, list] = {}
     for scan in scans:
@@ -217,7 +214,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     # seed and device
     torch.manual_seed(cfg.seed)
-    M.check_side((cfg.patch,) * 3)
+    M.check_side((cfg.patch,) * 3, M.BACKBONES[cfg.backbone])
     out = Path(cfg.out)
     last = out / "last.pt"
     if last.exists() and not cfg.resume:

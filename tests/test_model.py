@@ -306,7 +306,7 @@ def test_norm_statistics_stay_exact_at_full_window_size():
 def test_heads_equal_three_small_convolutions(monkeypatch):
     """Weights 64, 64, 8, then biases 8, 8, 1; a weight is (out, in); ReLU between, not after."""
     torch.manual_seed(0)
-    monkeypatch.setattr(M, "_blocks", lambda feat, K: [slice(i, i + 7) for i in range(0, 60, 7)])
+    monkeypatch.setattr(M, "_BLOCK", (28, 28))                 # 7 voxels at once, the last 4
     feat = torch.randn(2, 8, 3, 4, 5, requires_grad=True)
     theta = torch.randn(2, 4, 153, requires_grad=True)
     want = torch.empty(2, 4, 3, 4, 5)
@@ -324,7 +324,8 @@ def test_heads_equal_three_small_convolutions(monkeypatch):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max())
     with torch.no_grad():
         assert torch.allclose(M.apply_heads(feat, theta), want, atol=1e-4)
-    assert [s.stop for s in M._blocks(feat, 4)][:2] == [7, 14]
+    sizes = [h1.shape for _, h1, _ in M._inner(torch.ones(8, 60), M.split_theta(theta[0].detach()))]
+    assert sizes == 8 * [(4, 8, 7)] + [(4, 8, 4)]
 
 
 def test_gradients_of_the_heads_are_those_of_finite_differences():
@@ -388,9 +389,13 @@ def test_unannotated_class_gets_exactly_zero_gradient_through_its_text_row():
 
 
 def test_wrong_sides_are_named():
-    for size in [(64, 64, 65), (32, 64, 64), (96, 80, 96)]:
-        with pytest.raises(ValueError, match="multiples of 32 and at least 64"):
+    for size in [(64, 64, 65), (16, 64, 64), (96, 72, 96)]:
+        with pytest.raises(ValueError, match="multiples of 16 and at least 32, got"):
             tiny_model()(torch.zeros(1, 1, *size), torch.zeros(1, 5))
+    swin = M.UniversalModel(M.SwinUNETR(feature_size=12), text_dim=5)
+    for size in [(64, 64, 80), (32, 64, 64)]:
+        with pytest.raises(ValueError, match="multiples of 32 and at least 64, got"):
+            swin(torch.zeros(1, 1, *size), torch.zeros(1, 5))
 
 
 # ---- extension -----------------------------------------------------------------------------------

@@ -125,7 +125,9 @@ def test_runs_killed_at_random_moments_resume_to_identical_weights(tiny, tmp_pat
 
 @pytest.mark.parametrize("change, what", [
     ({"text": "nowhere.pt"}, "text rows"), ({"width": 9}, "multiple of 8"),
-    ({"patch": 65}, "multiples of 32"), ({"data": ("nowhere",)}, "no such folder"),
+    ({"patch": 65}, "multiples of 16"),
+    ({"backbone": "swin_unetr", "patch": 80}, "multiples of 32"),
+    ({"data": ("nowhere",)}, "no such folder"),
     ({"classes": "nowhere.json"}, "class table")])
 def test_mistakes_are_one_line_and_leave_no_run(tiny, tmp_path, capsys, change, what):
     cfg = config(tiny, tmp_path / "run", **change)
