@@ -93,17 +93,17 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
             blank = not windows.any()
             if not (blank and empty is not None):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    logits = model(windows, w).float()             # (n, K, p, p, p)
+                    logits = model(windows, w)                     # (n, K, p, p, p)
                 if blank:
                     empty = logits[:1]                 # windows of air share one result
             for n, (i, j) in enumerate(part):
                 x = empty[0] if blank else logits[n]
                 if buffer is None:
-                    buffer = x.new_zeros(len(x), D, H, patch)
+                    buffer = weights[0].new_zeros(len(x), D, H, patch)
                 a, b = starts[0][i], starts[1][j]
-                wi, wj, wk = weights[0][i], weights[1][j], weights[2][z]
-                buffer[:, a:a + patch, b:b + patch].addcmul_(
-                    x, (wi[:, None, None] * wj[:, None]) * wk)
+                weight = (weights[0][i][:, None, None] * weights[1][j][:, None]) * weights[2][z]
+                for out, scores in zip(buffer, x, strict=True):    # a float32 of all costs more
+                    out[a:a + patch, b:b + patch].addcmul_(scores.float(), weight)
             if bar is not None:
                 bar.update(len(part))
         done = stop - start if z + 1 < len(starts[2]) else patch

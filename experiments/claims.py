@@ -87,7 +87,7 @@ def test_set(args, name: str, **how) -> Path:
 
 
 def fit(args, name: str, data, seed: int, **flags) -> Path:
-    """Train with the README's small settings -> checkpoint."""
+    """Train with settings as small as the README's first -> checkpoint."""
     out = args.out / f"{name}_{seed}"
     cfg = train.Config(**{"data": tuple(map(str, data)), "out": str(out), "text": "onehot",
                           "spacing_mm": 5.0, "patch": 64, "width": 8, "steps": args.steps,
