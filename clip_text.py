@@ -485,12 +485,10 @@ def main(argv=None) -> int:
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
                     help="class names, or a class table (JSON); default: the 32 of the paper")
     ap.add_argument("--template", default="V3", help="V1, V2, V3 of the paper or a text with {}")
-    ap.add_argument("--clip-weights", metavar="FILE", help="a CLIP file (default: ViT-B/32 from "
-                    "the cache folder, downloaded on first use)")
+    ap.add_argument("--clip-weights", metavar="FILE", help="a CLIP file (default: download once)")
     ap.add_argument("--rows", metavar="FILE", help="take these rows instead of encoding")
     ap.add_argument("--out", metavar="FILE", help="write the rows (K, E) here")
-    ap.add_argument("--similarity", action="store_true",
-                    help="print the cosine table and draw similarity.png")
+    ap.add_argument("--similarity", action="store_true", help="print cosines, draw similarity.png")
     args = ap.parse_args(argv)
     table = [n for n in args.classes[:1] if n.endswith(".json")]
     classes = L.load_classes(*table)

@@ -440,12 +440,10 @@ def _made(file: Path) -> dict | None:
 
 def find_scans(path: Path) -> list[Path]:
     """A scan, or all scans of a folder (imagesTs of nnU-Net included)."""
-    if path.is_dir():
-        scans = sorted(p for e in data.ENDINGS for p in path.glob(f"*{e}") if p.name[0] != ".")
-        if not scans:
-            raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder")
-        return scans
-    return [path]
+    scans = sorted(p for e in data.ENDINGS for p in path.glob(f"*{e}") if p.name[0] != ".")
+    if path.is_dir() and not scans:
+        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder")
+    return scans or [path]
 
 
 def main(argv=None) -> int:

@@ -448,8 +448,7 @@ def main(argv=None) -> int:
     ap.add_argument("folder", nargs="?", type=Path, help="write it here, with the pairs of files; "
                     "touches nothing else (totalsegmentator: and one merged map per case)")
     ap.add_argument("--classes", metavar="FILE", help="a class table of your own (JSON)")
-    ap.add_argument("--prompt-template", default="V3", help=f"{', '.join(TEMPLATES)} or a text "
-                    "with {} (default V3)")
+    ap.add_argument("--prompt-template", default="V3", help="V1, V2, V3 or a text with {}")
     args = ap.parse_args(argv)
     if args.dataset:
         text = json.dumps(public_json(args.dataset, args.folder), indent=1) + "\n"

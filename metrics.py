@@ -383,8 +383,7 @@ def main(argv=None) -> int:
                     "dataset.json is looked for there and one folder up")
     ap.add_argument("--classes", nargs="+", metavar="NAME", help="only these (default: all)")
     ap.add_argument("--class-table", metavar="FILE", help="a class table of your own (JSON)")
-    ap.add_argument("--protocol", choices=PROTOCOLS, default="plain", help="NSD tolerances; plain: "
-                    "no NSD without --tolerance")
+    ap.add_argument("--protocol", choices=PROTOCOLS, default="plain", help="NSD tolerances")
     ap.add_argument("--tolerance", type=float, metavar="MM",
                     help="NSD tolerance of the classes that the protocol does not name")
     args = ap.parse_args(argv)

@@ -140,17 +140,24 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Conv(nn.Conv3d):
-    """A convolution of x, or of x and a skip beside it, which are then never concatenated."""
+    """A convolution of x, or of x and a skip beside it, which are then never concatenated, or of
+    up(x) and a skip; without gradients a large up(x) is made one half at a time."""
 
     def __init__(self, c_in: int, c_out: int, side: int = 3, bias: bool = True):
         super().__init__(c_in, c_out, side, padding=side // 2, bias=bias)
         nn.init.kaiming_normal_(self.weight)       # larger than PyTorch's: calmer first steps
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, up: nn.Module | None = None) -> Tensor:
         if skip is None:
             return _conv(x, self.weight, self.bias)
-        c = x.shape[1]
-        return _conv(x, self.weight[:, :c], self.bias).add_(_conv(skip, self.weight[:, c:], None))
+        a, b = self.weight.split((self.in_channels - skip.shape[1], skip.shape[1]), 1)
+        half = x.shape[2] // 2
+        if up is None or torch.is_grad_enabled() or half < 24:
+            return _conv(x if up is None else up(x), a, self.bias).add_(_conv(skip, b, None))
+        y = _conv(skip, b, self.bias)
+        y[:, :, :2 * half] += _conv(up(x[:, :, :half + 1]), a, None)[:, :, :-2]
+        y[:, :, 2 * half:] += _conv(up(x[:, :, half - 1:]), a, None)[:, :, 2:]
+        return y
 
 
 class Up2(nn.ConvTranspose3d):
@@ -192,7 +199,7 @@ class ConvNormReLU(nn.Module):
 
 
 class Pair(nn.Sequential):
-    """Two convolutions; the first may take a skip beside its input."""
+    """Two convolutions; the first may take a skip, as Conv does."""
 
     def __init__(self, c_in: int, c_middle: int, c_out: int):
         super().__init__(ConvNormReLU(c_in, c_middle), ConvNormReLU(c_middle, c_out))
@@ -228,7 +235,7 @@ class UNet(nn.Module):
             skips.append(x)
         deep = skips.pop()                                # (B, 8 width, D/8, H/8, W/8)
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = _run(self.recompute, merge, up(x), skips.pop())
+            x = _run(self.recompute, merge, x, skips.pop(), up)
         return deep, x                                    # x (B, width, D, H, W)
 
 

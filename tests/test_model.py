@@ -388,6 +388,17 @@ def test_unannotated_class_gets_exactly_zero_gradient_through_its_text_row():
     assert all((w.grad[k] != 0).any() for k in (0, 2, 3))
 
 
+def test_a_convolution_of_what_is_upsampled_is_the_same_in_halves():
+    """Both edges of the cut, an odd depth, a skip of another width."""
+    torch.manual_seed(0)
+    conv, up = M.Conv(5 + 3, 4).double(), M.Up2(5, 5).double()
+    x, skip = torch.randn(2, 5, 49, 4, 3).double(), torch.randn(2, 3, 98, 8, 6).double()
+    want = F.conv3d(torch.cat([up(x), skip], 1), conv.weight, conv.bias, padding=1)
+    assert torch.allclose(conv(x, skip, up), want, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(conv(x, skip, up), want, atol=1e-12)
+
+
 def test_wrong_sides_are_named():
     for size in [(64, 64, 65), (16, 64, 64), (96, 72, 96)]:
         with pytest.raises(ValueError, match="multiples of 16 and at least 32, got"):
