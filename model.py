@@ -65,7 +65,7 @@ class _NormAct(torch.autograd.Function):
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         scale, shift = scale[:, None].to(wide), shift[:, None].to(wide)
-        y = x.detach() if inplace else torch.empty_like(x)
+        y = x.detach() if inplace else torch.empty_like(x)     # x itself would lose its strides
         for s, out in _slabs(x, y):
             part = torch.addcmul(shift, s.to(wide), scale)
             if slope is not None:
@@ -152,7 +152,7 @@ class Conv(nn.Conv3d):
             return _conv(x, self.weight, self.bias)
         a, b = self.weight.split((self.in_channels - skip.shape[1], skip.shape[1]), 1)
         half = x.shape[2] // 2
-        if up is None or torch.is_grad_enabled() or half < 24:
+        if up is None or torch.is_grad_enabled() or half < 24:         # 24: a window of 96 planes
             return _conv(x if up is None else up(x), a, self.bias).add_(_conv(skip, b, None))
         y = _conv(skip, b, self.bias)
         y[:, :, :2 * half] += _conv(up(x[:, :, :half + 1]), a, None)[:, :, :-2]

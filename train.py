@@ -166,7 +166,7 @@ class Stop:
 
 @torch.no_grad()
 def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, dict[str, float]]:
-    """Mean Dice per dataset and class on whole validation scans, of every dataset in turn."""
+    """Mean Dice per dataset and class of at most val_scans whole scans, every dataset in turn."""
     model.eval()
     by_dataset: dict[str, list] = {}
     for scan in scans:
