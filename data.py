@@ -167,14 +167,21 @@ def positions(n: int, m: int) -> np.ndarray:
 
 
 def interpolate(x: torch.Tensor, where: np.ndarray, axis: int) -> torch.Tensor:
-    """Linear interpolation of x along one axis at the (fractional) positions `where`, float32."""
-    low = np.clip(np.floor(where).astype(np.int64), 0, max(x.shape[axis] - 2, 0))
-    frac = torch.from_numpy((where - low).astype(np.float32))
-    a = x.index_select(axis, torch.from_numpy(low)).float()
-    if not frac.any():
-        return a
-    b = x.index_select(axis, torch.from_numpy(np.minimum(low + 1, x.shape[axis] - 1))).float()
-    return a.lerp_(b, frac.view([-1 if i == axis else 1 for i in range(x.ndim)]))
+    """Linear interpolation of x along one axis at the (fractional) positions `where`.
+
+    x        any shape, on any device
+    returns  float32, on the device of x, len(where) long on that axis
+    """
+    last = x.shape[axis] - 1
+    low = np.clip(np.floor(where).astype(np.int64), 0, max(last - 1, 0))
+    high = np.minimum(low + 1, last)
+    fraction = (where - low).astype(np.float32)
+    below = x.index_select(axis, torch.from_numpy(low).to(x.device)).float()
+    if not fraction.any():
+        return below
+    above = x.index_select(axis, torch.from_numpy(high).to(x.device)).float()
+    along_axis = [-1 if i == axis else 1 for i in range(x.ndim)]
+    return below.lerp_(above, torch.from_numpy(fraction).to(x.device).view(along_axis))
 
 
 def resample(array: np.ndarray, shape) -> np.ndarray:

@@ -368,8 +368,8 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
         rows.append({"value": k + 1, "name": classes[k].name,
                      "volume_ml": round(float(np.count_nonzero(mask)) * ml, 3)})
         if masks:
-            file = classes[k].name.lower().replace(" ", "_").replace("/", "_") + ".nii.gz"
-            data.save_like(out_dir / name / file, mask.astype(np.uint8), scan)
+            file = out_dir / name / mask_file(classes[k].name)
+            data.save_like(file, mask.astype(np.uint8), scan)
     if preview:
         draw(out_dir / f"{name}.png", volume, label, classes, title=name)
     data.save_like(out_dir / f"{name}.nii.gz", label, scan)
@@ -432,6 +432,31 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
         fig.savefig(part, dpi=80, facecolor="black")
 
 
+def mask_file(class_name: str) -> str:
+    """The file name of one class's mask: "Liver Tumor" -> "liver_tumor.nii.gz"."""
+    return class_name.lower().replace(" ", "_").replace("/", "_") + ".nii.gz"
+
+
+def refuse_overwriting_inputs(inputs: list[Path], outputs: list[Path]) -> None:
+    """raises ValueError  if an output is a file that is read, also by way of a link."""
+    known = {}
+    for path in inputs:
+        if path.exists():
+            known[path.stat().st_dev, path.stat().st_ino] = path
+    for path in outputs:
+        if path.exists() and (read := known.get((path.stat().st_dev, path.stat().st_ino))):
+            raise ValueError(f"{path}: the result would overwrite {read}, which is read; choose "
+                             "another --output")
+
+
+def file_identity(path: Path) -> dict | None:
+    """What tells a file from every other and from an earlier one of its name."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return {"path": str(path.resolve()), "size": found.st_size, "changed": found.st_mtime_ns}
+
+
 def _made(file: Path) -> dict | None:
     """What a result says it was made with; None if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -464,6 +489,11 @@ def main(argv=None) -> int:
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args(argv)
     scans = find_scans(args.input)
+    written = [args.output / "itksnap_labels.txt"]
+    for name in {data.case_name(scan) for scan in scans}:
+        written += [args.output / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
+        written += sorted((args.output / name).glob("*.nii.gz"))      # masks
+    refuse_overwriting_inputs([*scans, Path(args.checkpoint)], written)
     model, w, rest = M.load_checkpoint(args.checkpoint)
     classes = L.table_from_rows(rest["classes"]) if rest else L.CLASSES
     trained = rest.get("trained", [c.name for c in classes])
@@ -475,15 +505,15 @@ def main(argv=None) -> int:
     model, w = model.to(args.device), w[ks].to(args.device)
     amp = use_amp(args.device) if args.amp is None else args.amp
     # a result is done when its JSON is there; it says what it was made with
-    made_with = {"checkpoint": str(Path(args.checkpoint).resolve()),
-                 "changed": Path(args.checkpoint).stat().st_mtime_ns, "classes": ks, "flags":
-                 [args.postprocess, args.masks, args.preview, args.modality, amp]}
+    settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": ks, "flags":
+                [args.postprocess, args.masks, args.preview, args.modality, amp]}
     failed, kept, rows = [], 0, []
     with tqdm(scans, "segment", unit="scan") as bar:
         for scan in bar:
             bar.set_postfix_str(scan.name)
             name = data.case_name(scan)
             file = args.output / f"{name}.json"
+            made_with = {"scan": file_identity(scan), **settings}
             if not args.overwrite and file.is_file() and _made(file) == made_with:
                 kept += 1
                 continue

@@ -330,3 +330,10 @@ def test_a_list_of_pairs_as_msd_writes_it(tiny, tmp_path):
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match='"training" must be'):
         data.read_dataset(folder, L.CLASSES)
+
+
+def test_interpolation_makes_its_indices_on_the_device_of_its_data():
+    """On the device `meta` an index on the CPU is refused, as on a GPU."""
+    on_device = torch.zeros(3, 4, 5, device="meta")
+    out = data.interpolate(on_device, np.array([0.0, 0.5, 2.0]), 1)
+    assert out.device.type == "meta" and out.shape == (3, 3, 5)

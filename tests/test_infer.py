@@ -156,6 +156,51 @@ def test_command_writes_label_names_volumes_and_a_preview(tmp_path, checkpoint, 
     assert set(np.unique(np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj))) <= {0, 2}
 
 
+def command(checkpoint, scan, output, *more):
+    return L.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan), "--output",
+                              str(output), *more])
+
+
+@pytest.mark.parametrize("how", ["file", "folder", "link to the folder", "link to the scan",
+                                 "mask"])
+def test_a_scan_is_never_written_over(tmp_path, checkpoint, capsys, how):
+    scan, _ = sphere_scan(tmp_path / "in")
+    content, source, output, flags = scan.read_bytes(), scan, scan.parent, []
+    if how == "folder":
+        source = scan.parent
+    if how == "link to the folder":
+        output = tmp_path / "link"
+        output.symlink_to(scan.parent)
+    if how == "link to the scan":
+        source = tmp_path / "other" / "scan.nii.gz"
+        source.parent.mkdir()
+        source.symlink_to(scan)
+    if how == "mask":                        # OUT/liver/liver.nii.gz is where the mask would go
+        source = tmp_path / "liver" / "liver.nii.gz"
+        source.parent.mkdir()
+        scan.rename(source)
+        scan, output, flags = source, tmp_path, ["--masks"]
+    assert command(checkpoint, source, output, *flags) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert scan.read_bytes() == content and len(list(scan.parent.iterdir())) == 1
+
+
+def test_a_result_is_there_already_only_for_the_same_scan(tmp_path, checkpoint, capsys):
+    """Another patient's scan of the same name, and a scan replaced under its name."""
+    first, _ = sphere_scan(tmp_path / "a")
+    second, _ = sphere_scan(tmp_path / "b", shape=(66, 60, 52))
+    out = tmp_path / "out"
+    said = []
+    for scan in (first, first, second, second):
+        assert command(checkpoint, scan, out) == 0
+        said.append("1 there already" in capsys.readouterr().out)
+    assert said == [False, True, False, True]
+    assert nib.load(out / "scan.nii.gz").shape == (66, 60, 52)
+    sphere_scan(tmp_path / "b", shape=(64, 60, 52))
+    assert command(checkpoint, second, out) == 0
+    assert nib.load(out / "scan.nii.gz").shape == (64, 60, 52)
+
+
 @pytest.mark.parametrize("what", ["missing scan", "truncated", "4D", "empty folder", "other kind",
                                   "not a checkpoint", "missing checkpoint", "unknown class",
                                   "untrained class"])
