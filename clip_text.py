@@ -433,7 +433,7 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     return torch.stack([rows[p] for p in prompts])
 
 
-def read_rows(path: str | Path) -> Tensor:
+def read_embeddings(path: str | Path) -> Tensor:
     """A file of rows (the released txt_encoding.pth, or what --out wrote) -> w (K, E) float32."""
     try:
         rows = torch.load(path, map_location="cpu", weights_only=True)
@@ -480,7 +480,7 @@ def draw(names: list[str], w: Tensor, png: str | Path) -> None:
 
 
 def main(argv=None) -> int:
-    import labels as L
+    import labels
     ap = argparse.ArgumentParser(description="Text rows of classes, and how alike they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
                     help="class names, or a class table (JSON); default: the 32 of the paper")
@@ -491,11 +491,11 @@ def main(argv=None) -> int:
     ap.add_argument("--similarity", action="store_true", help="print cosines, draw similarity.png")
     args = ap.parse_args(argv)
     table = [n for n in args.classes[:1] if n.endswith(".json")]
-    classes = L.load_classes(*table)
+    classes = labels.load_classes(*table)
     if args.classes and not table:
         built_in = {c.name.lower(): c for c in classes}
-        classes = tuple(built_in.get(n.lower(), L.Class(n)) for n in args.classes)
-    w = read_rows(args.rows) if args.rows else encode_classes(
+        classes = tuple(built_in.get(n.lower(), labels.Class(n)) for n in args.classes)
+    w = read_embeddings(args.rows) if args.rows else encode_classes(
         [c.sentence(args.template) for c in classes], "{}", weights=args.clip_weights)
     if len(w) != len(classes):
         raise ValueError(f"{args.rows}: {len(w)} rows for {len(classes)} classes")

@@ -27,7 +27,7 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
-import labels as L
+import labels
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 SPACING_MM = 1.5                # isotropic target (authors' release)
@@ -127,13 +127,13 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
     out = type(img)(nib.apply_orientation(array, ornt).reshape(img.shape), None, header)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         out.to_filename(part)
 
 
 @contextmanager
-def whole_file(path: str | Path):
-    """`with whole_file(path) as part:` write to part; it becomes path only if nothing failed."""
+def atomic_write(path: str | Path):
+    """`with atomic_write(path) as part:` write to part; it becomes path only if nothing failed."""
     path = Path(path)
     ending = next((e for e in ENDINGS if path.name.endswith(e)), path.suffix)
     part = path.with_name(f".{path.name}.{os.getpid()}.part{ending}")
@@ -260,7 +260,7 @@ class Case:
     dataset: str
     image: Path
     label: Path
-    lm: L.LabelMap
+    lm: labels.LabelMap
     annotated: np.ndarray    # (K,) bool, the dataset's or this case's own
     modality: str = "ct"     # ct or mri
     msd: bool = False        # an MSD task: zoomed, and more crops on tumours (release)
@@ -321,7 +321,7 @@ def read_dataset(folder: Path, classes) -> list[Case]:
     raises ValueError  for a malformed dataset.json, no matching class, no case, a missing file
     """
     where, info = folder / "dataset.json", read_json(folder / "dataset.json")
-    lm = L.label_map(info.get("labels"), classes, str(where))
+    lm = labels.label_map(info.get("labels"), classes, str(where))
     own = info.get("annotated", {})
     if not isinstance(own, dict):
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
@@ -337,7 +337,7 @@ def read_dataset(folder: Path, classes) -> list[Case]:
         annotated = lm.annotated
         if name in own:
             annotated = np.zeros_like(lm.annotated)
-            annotated[L.select(own[name], classes)] = True
+            annotated[labels.select(own[name], classes)] = True
         cases.append(Case(f"{folder.name}/{name}", folder.name, image, label, lm, annotated,
                           modality, "tensorImageSize" in info, tumours))
     if not cases:
@@ -416,7 +416,7 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
         volume.modality = case.modality
         image, shape, box = preprocess(volume, spacing_mm)
         rows = resample_nearest(rows, shape)[box]
-        rows = L.split_sides(rows, case.lm, body_midline(image))
+        rows = labels.split_sides(rows, case.lm, body_midline(image))
         points, offsets, n = [], {}, 0
         found = fingerprint(volume.array)          # not the path: the same data, the same crops
         rng = np.random.default_rng(int(found, 16))

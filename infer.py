@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import labels as L
-import model as M
+import labels
+from model import load_checkpoint
 
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
@@ -203,7 +203,7 @@ class Segmentation:
     def merge(self, classes) -> np.ndarray:
         """(D, H, W) class number (index + 1) or 0: a child over its parent, else the winner if its
         bit is still set, else the first set class in table order."""
-        above = {k: L.ancestors(k, classes) for k in range(len(classes))}
+        above = {k: labels.ancestors(k, classes) for k in range(len(classes))}
         out = np.zeros(self.winner.shape[2:] + self.winner.shape[:2], self.winner.dtype)
         out = out.transpose(1, 2, 0)
         for z in range(out.shape[2]):
@@ -373,11 +373,11 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
     if preview:
         draw(out_dir / f"{name}.png", volume, label, classes, title=name)
     data.save_like(out_dir / f"{name}.nii.gz", label, scan)
-    with data.whole_file(out_dir / "itksnap_labels.txt") as part:
+    with data.atomic_write(out_dir / "itksnap_labels.txt") as part:
         part.write_text('    0     0    0    0        0  0  0    "Clear Label"\n' + "".join(
             '{:5d} {:5d} {:4d} {:4d}        1  1  1    "{}"\n'.format(
                 k + 1, *COLOURS[k % 1024], c.name) for k, c in enumerate(classes)))
-    with data.whole_file(out_dir / f"{name}.json") as part:
+    with data.atomic_write(out_dir / f"{name}.json") as part:
         part.write_text(json.dumps({"scan": str(scan), "classes": rows,
                                     "made_with": made_with}, indent=1) + "\n")
     return rows
@@ -428,7 +428,7 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     shown = [int(v) for v in np.unique(label) if v][:40]
     fig.legend(handles=[Patch(color=lut[v], label=classes[v - 1].name) for v in shown], ncols=5,
                loc="lower center", fontsize=9, labelcolor="white", frameon=False)
-    with data.whole_file(path) as part:
+    with data.atomic_write(path) as part:
         fig.savefig(part, dpi=80, facecolor="black")
 
 
@@ -494,11 +494,11 @@ def main(argv=None) -> int:
         written += [args.output / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
         written += sorted((args.output / name).glob("*.nii.gz"))      # masks
     refuse_overwriting_inputs([*scans, Path(args.checkpoint)], written)
-    model, w, rest = M.load_checkpoint(args.checkpoint)
-    classes = L.table_from_rows(rest["classes"]) if rest else L.CLASSES
+    model, w, rest = load_checkpoint(args.checkpoint)
+    classes = labels.make_classes(rest["classes"]) if rest else labels.CLASSES
     trained = rest.get("trained", [c.name for c in classes])
     config = rest.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
-    ks = L.select(args.classes or trained, classes)
+    ks = labels.select(args.classes or trained, classes)
     untrained = [classes[k].name for k in ks if classes[k].name not in trained]
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it knows {trained}")
@@ -542,4 +542,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(L.run(main))
+    sys.exit(labels.run(main))

@@ -103,10 +103,10 @@ def load_classes(path: str | Path | None = None) -> tuple[Class, ...]:
         raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
-    return table_from_rows(rows, where=str(path))
+    return make_classes(rows, where=str(path))
 
 
-def table_from_rows(rows: list, where: str = "class table") -> tuple[Class, ...]:
+def make_classes(rows: list, where: str = "class table") -> tuple[Class, ...]:
     """[{field: value} or name, ...] -> classes, checked."""
     classes = []
     for i, row in enumerate(rows):

@@ -261,7 +261,7 @@ PROTOCOLS = {
 
 def _table(folder: Path, name: str, classes):
     """Label map of a folder's files: our JSON beside the file, dataset.json, or class numbers."""
-    import labels as L
+    import labels
     for path in (folder / f"{name}.json", folder / "dataset.json", folder.parent / "dataset.json"):
         if path.is_file():
             try:
@@ -269,11 +269,11 @@ def _table(folder: Path, name: str, classes):
             except (OSError, ValueError) as e:
                 raise ValueError(f"{path}: not readable JSON: {e}") from None
             if "labels" in content:
-                return L.label_map(content["labels"], classes, str(path))
+                return labels.label_map(content["labels"], classes, str(path))
             if "classes" in content:
-                return L.label_map({c["name"]: c["value"] for c in content["classes"]}, classes,
+                return labels.label_map({c["name"]: c["value"] for c in content["classes"]}, classes,
                                    str(path))
-    return L.label_map({c.name: i for i, c in enumerate(classes, 1)}, classes, str(folder))
+    return labels.label_map({c.name: i for i, c in enumerate(classes, 1)}, classes, str(folder))
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +291,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) -> list[dict]:
     """One row per class that both sides speak of. A structure that the reference does not split
     into left and right is scored as the union of both."""
-    import labels as L
+    import labels
     name = ref_path.name.removesuffix(".gz").removesuffix(".nii")
     (pred, pa), (ref, ra) = _read(pred_path), _read(ref_path)
     if pred.shape != ref.shape or np.abs(pa - ra).max() > 1e-2:
@@ -301,7 +301,7 @@ def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) ->
     pm, rm = (_table(p.parent, name, classes) for p in (pred_path, ref_path))
     pred, ref = pm.rows(pred, str(pred_path)), rm.rows(ref, str(ref_path))
     midline = float(np.mean(np.nonzero(pred)[0])) if pred.any() else pred.shape[0] / 2
-    pred = L.split_sides(pred, pm, midline)
+    pred = labels.split_sides(pred, pm, midline)
     boxes = [ndimage.find_objects(v) for v in (pred, ref)]
     groups = [g for g in rm.pairs if rm.annotated[list(g)].all()]
     groups += [(k,) for k in np.flatnonzero(rm.annotated) if not any(k in g for g in groups)]
@@ -376,7 +376,7 @@ def print_table(rows: list[dict]) -> dict:
 
 
 def main(argv=None) -> int:
-    import labels as L
+    import labels
     ap = argparse.ArgumentParser(description="Score segmentations against references.")
     ap.add_argument("--pred", required=True, type=Path, metavar="DIR", help="of infer.py")
     ap.add_argument("--ref", required=True, type=Path, metavar="DIR", help="e.g. labelsTs; its "
@@ -387,8 +387,8 @@ def main(argv=None) -> int:
     ap.add_argument("--tolerance", type=float, metavar="MM",
                     help="NSD tolerance of the classes that the protocol does not name")
     args = ap.parse_args(argv)
-    classes = L.load_classes(args.class_table)
-    ks = L.select(args.classes, classes) if args.classes else list(range(len(classes)))
+    classes = labels.load_classes(args.class_table)
+    ks = labels.select(args.classes, classes) if args.classes else list(range(len(classes)))
     tolerance = {**({} if args.tolerance is None else {"": args.tolerance}),
                  **PROTOCOLS[args.protocol]}
     for folder in (args.pred, args.ref):

@@ -33,11 +33,19 @@ from tqdm import tqdm
 import clip_text
 import data
 import infer
-import labels as L
+import labels
 import losses
 import metrics
-import model as M
 from data import PATCH, SPACING_MM
+from model import (
+    BACKBONES,
+    FORMAT,
+    build_model,
+    check_side,
+    load_checkpoint,
+    load_pretrained,
+    read_checkpoint,
+)
 
 ONEHOT_NORM = 8.8      # mean norm of the released CLIP rows, so that only directions differ
 
@@ -89,14 +97,14 @@ def lr_at(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
 
 
-def text_rows(cfg: Config, classes) -> torch.Tensor:
+def text_embeddings(cfg: Config, classes) -> torch.Tensor:
     """w (K, E): CLIP rows of the classes' prompts, one-hot rows, or a file of rows."""
     if cfg.text == "onehot":
         return torch.eye(len(classes)) * ONEHOT_NORM
     if cfg.text == "clip":
         return clip_text.encode_classes([c.sentence(cfg.prompt_template) for c in classes], "{}",
                                         weights=cfg.clip_weights or None)
-    rows = clip_text.read_rows(cfg.text)
+    rows = clip_text.read_embeddings(cfg.text)
     if len(rows) != len(classes):
         raise ValueError(f"{cfg.text}: {len(rows)} rows for {len(classes)} classes")
     return rows
@@ -113,21 +121,21 @@ def save(path: Path, model, opt, classes, w, spec: dict, trained, modality: str,
 
     trained  names of the classes that some training scan annotates: infer.py offers only these
     """
-    content = {"format": M.FORMAT, "spec": spec, "model": model.state_dict(), "w": w.cpu(),
+    content = {"format": FORMAT, "spec": spec, "model": model.state_dict(), "w": w.cpu(),
                "classes": [{k: list(v) if isinstance(v, tuple) else v
                             for k, v in dataclasses.asdict(c).items()} for c in classes],
                "config": {**dataclasses.asdict(cfg), "data": list(cfg.data),
                           "batch": cfg.batch * world()},
                "trained": trained, "modality": modality, "optimizer": opt.state_dict(),
                "step": step, "best": best}
-    with data.whole_file(path) as part:
+    with data.atomic_write(path) as part:
         torch.save(content, part)
 
 
 def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[int, float]:
     """Fill model and optimiser from a checkpoint of the same run -> (step, best score)."""
-    content = M.read_checkpoint(path)
-    if content.get("format") != M.FORMAT:
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of train.py")
     names = [c["name"] for c in content["classes"]]
     if names != [c.name for c in classes] or content["spec"] != spec:
@@ -214,7 +222,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     # seed and device
     torch.manual_seed(cfg.seed)
-    M.check_side((cfg.patch,) * 3, M.BACKBONES[cfg.backbone])
+    check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
     out = Path(cfg.out)
     last = out / "last.pt"
     if last.exists() and not cfg.resume:
@@ -228,12 +236,12 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
 
     # data
-    classes = L.load_classes(cfg.classes or None)
-    w = text_rows(cfg, classes).to(cfg.device)
+    classes = labels.load_classes(cfg.classes or None)
+    w = text_embeddings(cfg, classes).to(cfg.device)
     base = None
     if cfg.extend:
-        base, old_w, rest = M.load_checkpoint(cfg.extend)
-        old = L.table_from_rows(rest["classes"]) if rest else L.CLASSES
+        base, old_w, rest = load_checkpoint(cfg.extend)
+        old = labels.make_classes(rest["classes"]) if rest else labels.CLASSES
         old_trained = rest.get("trained", [c.name for c in old])
         known = [c.name for c in old]
         if cfg.text == "onehot":                   # rows that no old class has
@@ -243,7 +251,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
             raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in "
                              f"it, with text rows of width {old_w.shape[1]} (--text)")
         w = torch.cat([old_w.to(w), w[new]])
-        classes = L.table_from_rows([dataclasses.asdict(c) for c in
+        classes = labels.make_classes([dataclasses.asdict(c) for c in
                                      (*old, *(classes[k] for k in new))])
     cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, classes)]
     if not cfg.spacing_mm:
@@ -271,15 +279,15 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     spec = {"backbone": cfg.backbone, "text_dim": w.shape[1],
             **({size: cfg.width} if cfg.width else {})}
     if base is not None:
-        own = next(n for n, b in M.BACKBONES.items() if isinstance(base.backbone, b))
+        own = next(n for n, b in BACKBONES.items() if isinstance(base.backbone, b))
         spec = {**rest.get("spec", {"backbone": own, "text_dim": w.shape[1]}),    # as released
                 "extension": len(new)}
         base.extend(w[-len(new):].cpu())
-    model = (base or M.build_model(spec)).to(cfg.device).train()
+    model = (base or build_model(spec)).to(cfg.device).train()
     model.backbone.recompute = cfg.recompute
     net = model if n == 1 else nn.parallel.DistributedDataParallel(model)
     if cfg.pretrained:
-        filled, left = M.load_pretrained(model, cfg.pretrained)
+        filled, left = load_pretrained(model, cfg.pretrained)
         print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
               f"the backbone filled; not used: {', '.join(left) or 'none'}")
     heads, rates = set((model.extension or model.controller).parameters()), {}
@@ -295,10 +303,10 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     log = out / "log.jsonl"
     if rank == 0:
         kept = [] if not log.exists() else log.read_text().splitlines(keepends=True)
-        with data.whole_file(log) as part:
+        with data.atomic_write(log) as part:
             part.write_text("".join(r for r in kept if r.endswith("\n")
                                     and json.loads(r)["step"] < step))
-        with data.whole_file(out / "config.json") as part:
+        with data.atomic_write(out / "config.json") as part:
             part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     run = model, opt, classes, w, spec, trained, modality
@@ -397,7 +405,7 @@ def draw_curve(log: Path, png: Path) -> None:
     if val:
         ax.plot([r["step"] for r in val], [r["val"] for r in val], "o-", label="validation Dice")
     ax.legend()
-    with data.whole_file(png) as part:
+    with data.atomic_write(png) as part:
         fig.savefig(part, dpi=100)
 
 
@@ -417,7 +425,7 @@ def parse(argv=None) -> Config:
                             help=about)
         else:
             ap.add_argument(flag, type=type(f.default), default=f.default, help=about,
-                            choices=sorted(M.BACKBONES) if f.name == "backbone" else None)
+                            choices=sorted(BACKBONES) if f.name == "backbone" else None)
     cfg = Config(**vars(ap.parse_args(argv)))
     return dataclasses.replace(cfg, data=tuple(cfg.data))
 
@@ -427,4 +435,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(L.run(main))
+    sys.exit(labels.run(main))

@@ -141,8 +141,8 @@ def grouped_heads(feat, theta):
 
 def our_model(backbone):
     sys.path.insert(0, str(ROOT))
-    import model as M
-    return M.build_model({"backbone": "unet" if backbone == "unet" else "swin_unetr",
+    from model import build_model
+    return build_model({"backbone": "unet" if backbone == "unet" else "swin_unetr",
                           "text_dim": 512})
 
 
@@ -223,16 +223,16 @@ def step_unet(part):
 def heads(part):
     import torch
 
-    import model as M
+    from model import apply_heads
     feat, theta = torch.randn(1, 8, SIDE, SIDE, SIDE), torch.randn(K, 153)
     ours = feat.contiguous(memory_format=torch.channels_last_3d)
     if part == "time":
         with torch.inference_mode():
             a, b = medians(5, lambda: grouped_heads(feat, theta),
-                           lambda: M.apply_heads(ours, theta[None]))
+                           lambda: apply_heads(ours, theta[None]))
         return {"base_s": a, "ours_s": b, "fp32_ratio": a / b}
     with torch.inference_mode():
-        grouped_heads(feat, theta) if part == "base" else M.apply_heads(ours, theta[None])
+        grouped_heads(feat, theta) if part == "base" else apply_heads(ours, theta[None])
     return {f"{part}_gb": peak_gb()}
 
 
@@ -251,12 +251,12 @@ def phantom_scan(folder, spacing=(1.5, 1.5, 2.0), shape=(220, 180, 120), seed=0)
 def checkpoint(folder, width=8, spacing=1.5):
     import torch
 
-    import labels as L
-    import model as M
-    model = M.build_model({"backbone": "unet", "width": width, "text_dim": K})
-    names = [c.name for c in L.CLASSES]
+    import labels
+    from model import FORMAT, build_model
+    model = build_model({"backbone": "unet", "width": width, "text_dim": K})
+    names = [c.name for c in labels.CLASSES]
     path = Path(folder) / "last.pt"
-    torch.save({"format": M.FORMAT, "spec": {"backbone": "unet", "width": width, "text_dim": K},
+    torch.save({"format": FORMAT, "spec": {"backbone": "unet", "width": width, "text_dim": K},
                 "model": model.state_dict(), "w": torch.eye(K), "classes": names,
                 "trained": names, "config": {"spacing_mm": spacing, "patch": SIDE}}, path)
     return path
@@ -338,13 +338,13 @@ def pipeline(part):
     import torch
 
     import data
-    import labels as L
+    import labels
     if part != "time":
         return {}
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, "-m", "experiments.phantom", "--out", tmp, "--scans", "6",
                         "--test-scans", "0"], cwd=ROOT, check=True, capture_output=True)
-        cases = [c for d in data.find_datasets([tmp]) for c in data.read_dataset(d, L.CLASSES)]
+        cases = [c for d in data.find_datasets([tmp]) for c in data.read_dataset(d, labels.CLASSES)]
         scans = data.build_all(cases, Path(tmp) / "cache")
         crops = data.Crops(scans, patch=SIDE, length=64)
         loader = torch.utils.data.DataLoader(crops, 1, collate_fn=data.collate, num_workers=2)

@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip_text
 import data
 import infer
-import labels as L
+import labels
 import metrics
-import model as M
 import train
 from experiments import phantom
+from model import Controller, load_checkpoint
 
 CLAIMS = {}
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "lr": 1e-3}
@@ -113,7 +113,7 @@ def score(args, checkpoint: Path, test: Path, *more, tolerance: float = 3, table
     return {**json.loads((out / "metrics.json").read_text()), "seconds": seconds,
             "training_s": sum(r["seconds"] for r in log),
             "Dice loss, middle third": statistics.mean(r["dice"] for r in log[third:2 * third + 1]),
-            "parameters": sum(p.numel() for p in M.load_checkpoint(checkpoint)[0].parameters())}
+            "parameters": sum(p.numel() for p in load_checkpoint(checkpoint)[0].parameters())}
 
 
 # ---- a table -------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def partial_labels(args) -> dict:
                 if v["dice"] is not None:
                     dice.setdefault(c, []).append(v["dice"])
         dice = {c: statistics.mean(v) for c, v in dice.items()}     # of the models that know it
-        lesion = {c.name for c in L.CLASSES if c.lesion}
+        lesion = {c.name for c in labels.CLASSES if c.lesion}
         result.setdefault("one per dataset", []).append({
             "classes": {c: {"dice": v} for c, v in dice.items()},
             "mean": {kind: statistics.mean([v for c, v in dice.items()
@@ -195,7 +195,7 @@ def partial_labels(args) -> dict:
 
 def generated(args, checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
     """theta (scans, K, 153) of the middle window of every test scan, and the K trained classes."""
-    model, w, rest = M.load_checkpoint(checkpoint)
+    model, w, rest = load_checkpoint(checkpoint)
     names = rest["trained"]
     ks = [[c["name"] for c in rest["classes"]].index(n) for n in names]
     patch, thetas = rest["config"]["patch"], []
@@ -211,7 +211,7 @@ def generated(args, checkpoint: Path, test: Path) -> tuple[list[str], torch.Tens
 
 def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
     """How often the class nearest to a class of one scan is its twin, its organ or its tumour."""
-    classes = {c.name: c for c in L.CLASSES}
+    classes = {c.name: c for c in labels.CLASSES}
 
     def kin(a: str, b: str) -> bool:
         twins = a.replace("Left", "Right") == b.replace("Left", "Right")
@@ -248,7 +248,7 @@ def text(args) -> dict:
     controller makes of them (theta.png), and whether kin are neighbours there. Few-shot: only two
     scans show liver tumours; the liver, their neighbour in the text, has ten more."""
     root, liver = study(args), "Dataset102_PhantomLiver"
-    torch.save(torch.eye(len(L.CLASSES)), args.out / "onehot1.pt")
+    torch.save(torch.eye(len(labels.CLASSES)), args.out / "onehot1.pt")
     few = [d for d in sorted(root.iterdir()) if (d / "imagesTr").is_dir() and d.name != liver]
     few.append(first_scans(root / liver, 2, args.out / "few2"))
     kinds = {"one-hot, norm 1": ("text_1", str(args.out / "onehot1.pt"), [root]),
@@ -287,7 +287,7 @@ def draw_change(png: Path, scans: Path, before: Path, after: Path) -> None:
     name, y, a, b = best[1]
     volume = data.load_volume(scans / name.replace(".nii.gz", "_0000.nii.gz"))
     low, high = data.grey_range(volume)
-    lut = np.array([(0, 0, 0), *infer.COLOURS[:len(L.CLASSES)]]) / 255
+    lut = np.array([(0, 0, 0), *infer.COLOURS[:len(labels.CLASSES)]]) / 255
     fig = Figure(figsize=(11, 5), facecolor="black", layout="constrained")
     FigureCanvasAgg(fig)
     grey = np.clip((volume.array[:, y].astype(np.float32) - low) / (high - low), 0, 1)
@@ -307,8 +307,8 @@ def draw_change(png: Path, scans: Path, before: Path, after: Path) -> None:
 @contextlib.contextmanager
 def without_image_feature():
     """f = 0, in training and inference: heads then know their class, but not the scan."""
-    plain = M.Controller.forward
-    with mock.patch.object(M.Controller, "forward",
+    plain = Controller.forward
+    with mock.patch.object(Controller, "forward",
                            lambda self, w, f: plain(self, w, torch.zeros_like(f))):
         yield
 
@@ -355,7 +355,7 @@ def generalisation(args) -> dict:
 
 def gflop(checkpoint: Path) -> float:
     """Arithmetic of one 64^3 window with the trained classes, in 10^9 additions and products."""
-    model, w, _ = M.load_checkpoint(checkpoint)
+    model, w, _ = load_checkpoint(checkpoint)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 64, 64, 64), w)
     return counter.get_total_flops() / 1e9
@@ -396,7 +396,7 @@ def transfer(args) -> dict:
                          steps=steps, head_lr=5e-4, **flags)
                 row = score(args, ck, root / phantom.TEST, "--classes", "Aorta")
                 if name == "extended":
-                    (a, w, _), (b, _, _) = M.load_checkpoint(base), M.load_checkpoint(ck)
+                    (a, w, _), (b, _, _) = load_checkpoint(base), load_checkpoint(ck)
                     with torch.no_grad():
                         row["old logits change by"] = (a(window, w) - b(window, w)).abs().max(
                             ).item()
@@ -466,4 +466,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(L.run(main))
+    sys.exit(labels.run(main))

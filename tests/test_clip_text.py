@@ -409,7 +409,7 @@ def test_a_damaged_cache_of_rows_is_named_and_left_alone(small_clip):
 def test_command_writes_rows_and_prints_norms(small_clip, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert C.main(["--classes", "liver", "spleen", "--out", "rows.pt", "--template", "V1"]) == 0
-    assert torch.equal(C.read_rows("rows.pt"), C.encode_classes(["Liver", "Spleen"],
+    assert torch.equal(C.read_embeddings("rows.pt"), C.encode_classes(["Liver", "Spleen"],
                                                                 "A photo of a {}."))
     assert "2 rows of 24" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
@@ -425,16 +425,16 @@ def test_a_file_that_holds_no_rows_is_named(tmp_path, content):
     path = tmp_path / "rows.pt"
     torch.save({"a": 1}, path) if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match="rows.pt: "):
-        C.read_rows(path)
+        C.read_embeddings(path)
 
 
 @needs_shared
 def test_released_rows_have_their_norms_and_neighbours():
-    import labels as L
-    w = C.read_rows(SHARED / "clip" / "txt_encoding.pth")
+    import labels
+    w = C.read_embeddings(SHARED / "clip" / "txt_encoding.pth")
     norms = w.norm(dim=1)
     assert w.shape == (32, 512) and 8.0 < norms.min() < 8.2 and 9.5 < norms.max() < 9.7
-    names = [c.name for c in L.CLASSES]
+    names = [c.name for c in labels.CLASSES]
     near = C.cosine(w).fill_diagonal_(-1).argmax(1)
     assert names[near[names.index("Left Kidney")]] == "Right Kidney"
     assert names[near[names.index("Left Lung")]] == "Right Lung"

@@ -11,7 +11,7 @@ import torch
 from conftest import SHARED, affine_of, body, needs_shared, write_nifti
 
 import data
-import labels as L
+import labels
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "ASL", "SAR"])
@@ -96,7 +96,7 @@ def test_midline_follows_an_off_centre_body():
 def test_cache_holds_sides_regions_and_points(tiny, tmp_path):
     folders = data.find_datasets([tiny / "raw"])
     assert [f.name for f in folders] == ["Dataset901_Liver", "Dataset902_Kidney"]
-    cases = [c for f in folders for c in data.read_dataset(f, L.CLASSES)]
+    cases = [c for f in folders for c in data.read_dataset(f, labels.CLASSES)]
     scans = data.build_all(cases, tmp_path / "cache", 4.0)
     liver, kidney = scans[0], scans[2]
     assert sorted(kidney.meta["points"]) == ["1", "2"]
@@ -130,7 +130,7 @@ def test_copies_of_a_scan_stay_on_one_side_of_the_split():
 
 
 def crops(tiny, tmp_path, **how):
-    cases = [c for f in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(f, L.CLASSES)]
+    cases = [c for f in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(f, labels.CLASSES)]
     return data.Crops(data.build_all(cases, tmp_path / "cache", 4.0), patch=64, length=400, **how)
 
 
@@ -190,7 +190,7 @@ def test_msd_tasks_show_their_tumours_more_often_and_magnified(tiny, tmp_path, m
     ("meta.json", lambda b: b"[]"),
     ("meta.json", lambda b: b.replace(b'"shape": [', b'"shape": [1'))])
 def test_a_damaged_cache_entry_is_made_again(tiny, tmp_path, file, damage):
-    case = data.read_dataset(tiny / "raw/Dataset901_Liver", L.CLASSES)[0]
+    case = data.read_dataset(tiny / "raw/Dataset901_Liver", labels.CLASSES)[0]
     scan = data.build(case, tmp_path, 4.0)
     whole = {p.name: p.read_bytes() for p in scan.entry.iterdir()}
     content = damage(whole[file])
@@ -209,7 +209,7 @@ def test_label_and_image_a_twentieth_of_a_mm_apart_are_taken_as_one(tiny, tmp_pa
     array, affine = np.asarray(img.dataobj), img.affine.copy()
     affine[1, 3] += 0.05
     nib.save(nib.Nifti1Image(array, affine), file)
-    data.build(data.read_dataset(folder, L.CLASSES)[0], tmp_path / "cache", 4.0)
+    data.build(data.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
     assert "note:" in (said := capsys.readouterr().out) and "0.05 mm apart" in said
 
 
@@ -270,7 +270,7 @@ FAULTS = {"4D": "3D scan", "label shape": "label has shape", "unknown value": "[
 def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
     import train
     folder = broken(tmp_path, what)
-    status = L.run(train.main, ["--data", str(folder), "--out", str(tmp_path / "run"), "--text",
+    status = labels.run(train.main, ["--data", str(folder), "--out", str(tmp_path / "run"), "--text",
                                 "onehot", "--patch", "64", "--width", "8"])
     err = capsys.readouterr().err.replace("\r", "\n").split("\n")
     line = [e for e in err if e.startswith("error:")]
@@ -282,9 +282,9 @@ def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
 
 @needs_shared
 def test_shared_real_volumes_are_read_as_they_are():
-    ts = data.read_dataset(SHARED / "data/Dataset001_TotalSegExample", L.CLASSES)
+    ts = data.read_dataset(SHARED / "data/Dataset001_TotalSegExample", labels.CLASSES)
     assert int(ts[0].annotated.sum()) == 19 and "femur_left" in ts[0].lm.unmatched
-    lung = data.read_dataset(SHARED / "data/Dataset003_LungOrgansAndTumour", L.CLASSES)[0]
+    lung = data.read_dataset(SHARED / "data/Dataset003_LungOrgansAndTumour", labels.CLASSES)[0]
     assert np.flatnonzero(lung.annotated).tolist() == [15, 16, 29]
     v = data.load_volume(lung.image)
     assert v.array.shape == (125, 125, 100) and np.allclose(v.spacing_mm, 4)
@@ -310,8 +310,8 @@ def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
                              ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct")):
         (folder / "dataset.json").write_text(json.dumps(
             {k: v for k, v in info.items() if k != "channel_names"} | {key: value}))
-        assert {c.modality for c in data.read_dataset(folder, L.CLASSES)} == {want}
-    cases = data.read_dataset(folder, L.CLASSES)
+        assert {c.modality for c in data.read_dataset(folder, labels.CLASSES)} == {want}
+    cases = data.read_dataset(folder, labels.CLASSES)
     assert data.median_spacing(cases) == pytest.approx(4.5)
 
 
@@ -324,12 +324,12 @@ def test_a_list_of_pairs_as_msd_writes_it(tiny, tmp_path):
                                                 "2": "liver tumour", "4": "kidney"},
             "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]}
     (folder / "dataset.json").write_text(json.dumps(info))
-    case, = data.read_dataset(folder, L.CLASSES)
+    case, = data.read_dataset(folder, labels.CLASSES)
     assert case.name == "Task42/a" and case.annotated.sum() == 4
     info["training"] = [{"image": "./imagesTr/a.nii.gz"}]
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match='"training" must be'):
-        data.read_dataset(folder, L.CLASSES)
+        data.read_dataset(folder, labels.CLASSES)
 
 
 def test_interpolation_makes_its_indices_on_the_device_of_its_data():

@@ -21,9 +21,9 @@ from conftest import affine_of, body, write_nifti
 import clip_text
 import data
 import infer
-import labels as L
+import labels
 import metrics
-import model as M
+import model
 import train
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
@@ -212,7 +212,7 @@ def lines(text):
 def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, tmp_path, capsys):
     path, _ = make(name, tmp_path)
     out = tmp_path / "out"
-    assert L.run(infer.main, ["--checkpoint", checkpoint, "--input", str(path), "--output",
+    assert labels.run(infer.main, ["--checkpoint", checkpoint, "--input", str(path), "--output",
                               str(out)]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not list(out.glob("*.nii*"))
     root = tmp_path / "Dataset907_Bad"
@@ -223,13 +223,13 @@ def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, 
     if ending == ".nii":
         img = nib.load(root / "labelsTr" / "z.nii.gz")
         nib.save(nib.Nifti1Image(np.asarray(img.dataobj), img.affine), root / "labelsTr" / "z.nii")
-    assert L.run(train.main, ["--data", str(root), "--out", str(tmp_path / "r2"), "--text",
+    assert labels.run(train.main, ["--data", str(root), "--out", str(tmp_path / "r2"), "--text",
                               "onehot", "--cache", str(tmp_path / "c2")]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not (tmp_path / "r2").exists()
     for folder in ("pred", "ref"):
         (tmp_path / folder).mkdir()
         shutil.copy(path, tmp_path / folder / f"z{ending}")
-    assert L.run(metrics.main, ["--pred", str(tmp_path / "pred"), "--ref",
+    assert labels.run(metrics.main, ["--pred", str(tmp_path / "pred"), "--ref",
                                 str(tmp_path / "ref")]) == 2
     assert len(lines(capsys.readouterr().err)) == 1
     assert not (tmp_path / "pred" / "metrics.json").exists()
@@ -242,18 +242,18 @@ def test_a_folder_goes_on_after_a_bad_scan_and_a_second_run_does_what_is_missing
         write_nifti(scans / f"s{i}.nii.gz", body(i)[0], affine_of("LPS", (4, 4, 5)))
     (scans / "bad.nii.gz").write_bytes(b"no scan")
     args = ["--checkpoint", checkpoint, "--input", str(scans), "--output", str(tmp_path / "out")]
-    assert L.run(infer.main, args) == 1
+    assert labels.run(infer.main, args) == 1
     out = capsys.readouterr()
     assert "failed: " in out.err and "bad.nii.gz" in out.err and "2 scan(s)" in out.out
     stamp = (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns
     write_nifti(scans / "bad.nii.gz", body(5)[0], affine_of("RAS", (4, 4, 5)))
-    assert L.run(infer.main, args) == 0 and "1 scan(s)" in (text := capsys.readouterr().out)
+    assert labels.run(infer.main, args) == 0 and "1 scan(s)" in (text := capsys.readouterr().out)
     assert "2 there already" in text and (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns == stamp
-    assert L.run(infer.main, [*args, "--overwrite"]) == 0
+    assert labels.run(infer.main, [*args, "--overwrite"]) == 0
     assert (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns != stamp
-    assert L.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes: made anew
+    assert labels.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes: made anew
     assert "3 scan(s)" in capsys.readouterr().out.split("there already")[-1]
-    assert L.run(infer.main, [*args, "--classes", "liver", "--modality", "mri"]) == 0
+    assert labels.run(infer.main, [*args, "--classes", "liver", "--modality", "mri"]) == 0
     assert "3 scan(s)" in capsys.readouterr().out               # another scaling of grey values too
     assert not [p for p in (tmp_path / "out").rglob("*") if "part" in p.name]
 
@@ -316,8 +316,8 @@ def test_mutated_tables_never_give_a_traceback(tmp_path):
     for _ in range(1000):
         (folder / "dataset.json").write_text(json.dumps(change(info)))
         (tmp_path / "t.json").write_text(json.dumps(change(table)))
-        for f in (lambda: data.read_dataset(folder, L.CLASSES),
-                  lambda: L.load_classes(tmp_path / "t.json")):
+        for f in (lambda: data.read_dataset(folder, labels.CLASSES),
+                  lambda: labels.load_classes(tmp_path / "t.json")):
             try:
                 f()
             except (ValueError, OSError):
@@ -333,7 +333,7 @@ def test_mutated_checkpoints_never_give_a_traceback(checkpoint, tmp_path):
             raw[rng.randrange(len(raw))] = rng.randrange(256)
         (tmp_path / "m.pt").write_bytes(bytes(raw[:rng.choice([len(raw), len(raw) // 2, 100])]))
         try:
-            M.load_checkpoint(tmp_path / "m.pt")
+            model.load_checkpoint(tmp_path / "m.pt")
         except ValueError as e:
             assert "m.pt" in str(e)
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused(tmp_path, capsys, checkpo
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "step": _Payload(target)}, tmp_path / "evil.pt")
     write_nifti(tmp_path / "s.nii.gz", BOX, EYE)
-    assert L.run(infer.main, ["--checkpoint", str(tmp_path / "evil.pt"), "--input",
+    assert labels.run(infer.main, ["--checkpoint", str(tmp_path / "evil.pt"), "--input",
                               str(tmp_path / "s.nii.gz"), "--output", str(tmp_path / "o")]) == 2
     assert "evil.pt" in capsys.readouterr().err and not target.exists()
 
@@ -418,7 +418,7 @@ def test_a_full_disk_is_one_line_and_no_half_file(left, disk, checkpoint, tiny, 
                           "--steps", "1"], 500_000),
             (train.main, [*size, "--out", str(tmp_path / "new"), "--cache", str(folder / "cache"),
                           "--dry-run"], 100_000)):
-        status = L.run(main, argv)
+        status = labels.run(main, argv)
         err = lines(capsys.readouterr().err)
         assert (status, len(err)) in (((2, 1),) if needs > left else ((2, 1), (0, 0))), (argv, err)
         if status:
@@ -499,7 +499,7 @@ def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
             assert content == reference, name
         elif name.endswith(".pt"):
             (tmp_path / "look.pt").write_bytes(content)
-            M.load_checkpoint(tmp_path / "look.pt")
+            model.load_checkpoint(tmp_path / "look.pt")
         elif name.endswith("config.json"):
             json.loads(content)
     a, b = killed(14, lambda n: tmp_path / n, train.main, args, check)

@@ -9,8 +9,8 @@ from conftest import affine_of, write_nifti
 
 import data
 import infer
-import labels as L
-import model as M
+import labels
+from model import FORMAT, build_model
 
 
 def identity(x, w):
@@ -70,7 +70,7 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
         return torch.cat([(x - 0.647) * 50, (0.2 - x) * 0 - 9], 1)
     v = data.load_volume(path)
     seg = infer.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
-    classes = L.table_from_rows(["Ball", "Nothing"])
+    classes = labels.make_classes(["Ball", "Nothing"])
     rows = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], masks=True,
                                preview=False, volume=v)
     got = nib.load(tmp_path / "out/scan.nii.gz")
@@ -115,7 +115,7 @@ def test_slabs_and_whole_volume_give_the_same_segmentation(tmp_path):
 
 
 def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
-    classes = L.table_from_rows(["Organ", {"name": "Tumor", "parents": ["Organ"]}, "Other"])
+    classes = labels.make_classes(["Organ", {"name": "Tumor", "parents": ["Organ"]}, "Other"])
     seg = infer.Segmentation((6, 1, 1), 3)
     on = {0: [1, 1, 1, 0, 0, 1], 1: [0, 1, 0, 1, 0, 1], 2: [0, 0, 1, 0, 0, 1]}
     for k, m in on.items():
@@ -139,7 +139,7 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "m.pt"
     torch.manual_seed(0)
     spec = {"backbone": "unet", "width": 8, "text_dim": 3}
-    torch.save({"format": M.FORMAT, "spec": spec, "model": M.build_model(spec).state_dict(),
+    torch.save({"format": FORMAT, "spec": spec, "model": build_model(spec).state_dict(),
                 "w": torch.eye(3),
                 "classes": [{"name": "Liver"}, {"name": "Spleen"}, {"name": "Colon"}],
                 "trained": ["Liver", "Spleen"],
@@ -157,7 +157,7 @@ def test_command_writes_label_names_volumes_and_a_preview(tmp_path, checkpoint, 
 
 
 def command(checkpoint, scan, output, *more):
-    return L.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan), "--output",
+    return labels.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan), "--output",
                               str(output), *more])
 
 
@@ -227,7 +227,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, checkpoint, ca
         extra = ["--classes", "colon"]
     if what == "unknown class":
         extra = ["--classes", "lever"]
-    status = L.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan), "--output",
+    status = labels.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan), "--output",
                                 str(tmp_path / "out"), *extra])
     lines = [e for e in capsys.readouterr().err.replace("\r", "\n").split("\n") if "error:" in e]
     assert status == 2 and len(lines) == 1 and len(lines[0]) < 400

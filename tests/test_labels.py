@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from conftest import write_nifti
 
-import labels as L
+import labels
 
 
 def name(i):
-    return L.CLASSES[i].name
+    return labels.CLASSES[i].name
 
 
 @pytest.mark.parametrize("text, want", [
@@ -26,20 +26,20 @@ def name(i):
     ("femur_left", []), ("liver segment", []), ("background", []), ("", []), ("tumor", []),
 ])
 def test_names_of_public_datasets_find_their_class(text, want):
-    assert [name(i) for i in L.match(text)] == want
+    assert [name(i) for i in labels.match(text)] == want
 
 
 def test_table_has_the_papers_order_and_spelling():
-    assert len(L.CLASSES) == 32
+    assert len(labels.CLASSES) == 32
     assert [name(i) for i in (0, 7, 24, 31)] == ["Spleen", "Aorta", "Celiac Trunk", "Kidney Cyst"]
-    assert L.CLASSES[7].sentence("V3") == "A computerized tomography of a Arota"
-    assert L.CLASSES[5].sentence("V1") == "A photo of a Liver."
+    assert labels.CLASSES[7].sentence("V3") == "A computerized tomography of a Arota"
+    assert labels.CLASSES[5].sentence("V1") == "A photo of a Liver."
     with pytest.raises(ValueError, match="no {}"):
-        L.CLASSES[0].sentence("spleen")
+        labels.CLASSES[0].sentence("spleen")
 
 
 def test_no_spelling_means_two_classes():
-    keys = [(L._key(n), c.name) for c in L.CLASSES
+    keys = [(labels._key(n), c.name) for c in labels.CLASSES
             for n in {c.name, *c.synonyms, c.prompt_name} if n]
     seen = {}
     for key, owner in keys:
@@ -52,14 +52,14 @@ def test_three_spellings_of_one_label_table():
              {"background": 0, "liver": [1, 2], "liver tumor": [2]},
              {"0": "background", "1": "liver", "2": "liver tumor"}]
     for form in forms:
-        lm = L.label_map(form, L.CLASSES)
+        lm = labels.label_map(form, labels.CLASSES)
         assert lm.values == [0, 1, 2] and not lm.pairs
         assert [np.flatnonzero(r).tolist() for r in lm.regions] == [[], [5], [5, 26]] * 2
         assert np.flatnonzero(lm.annotated).tolist() == [5, 26]
 
 
 def test_kidneys_without_sides_become_two_classes():
-    lm = L.label_map({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3}, L.CLASSES)
+    lm = labels.label_map({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3}, labels.CLASSES)
     assert np.flatnonzero(lm.annotated).tolist() == [1, 2, 25, 31]
     assert lm.pairs == {(1, 2): [1, 2, 3]}
     assert np.flatnonzero(lm.regions[2]).tolist() == [1, 25]        # tumour on the right
@@ -67,7 +67,7 @@ def test_kidneys_without_sides_become_two_classes():
 
 
 def test_names_without_class_are_reported_and_their_values_are_background():
-    lm = L.label_map({"liver": 3, "sacrum": 25}, L.CLASSES)
+    lm = labels.label_map({"liver": 3, "sacrum": 25}, labels.CLASSES)
     assert lm.unmatched == ["sacrum"]
     raw = np.array([[[0, 3, 25]]])
     assert lm.rows(raw, "x").tolist() == [[[0, 1, 0]]]
@@ -78,11 +78,11 @@ def test_names_without_class_are_reported_and_their_values_are_background():
     ({"liver": 0}, "background"), ({"liver": -1}, "0..65535"), ({}, "is a class here")])
 def test_malformed_label_tables_are_one_line(table, what):
     with pytest.raises(ValueError, match=what):
-        L.label_map(table, L.CLASSES, "some/dataset.json")
+        labels.label_map(table, labels.CLASSES, "some/dataset.json")
 
 
 def test_values_that_are_not_named_or_not_integers_are_refused():
-    lm = L.label_map({"liver": 1}, L.CLASSES)
+    lm = labels.label_map({"liver": 1}, labels.CLASSES)
     with pytest.raises(ValueError, match=r"a.nii: label values \[7\]"):
         lm.rows(np.array([0, 1, 7]), "a.nii")
     with pytest.raises(ValueError, match="integers"):
@@ -91,7 +91,7 @@ def test_values_that_are_not_named_or_not_integers_are_refused():
 
 
 def sided(shape=(40, 12, 12)):
-    lm = L.label_map({"kidney": [1, 2], "kidney tumor": 2}, L.CLASSES)
+    lm = labels.label_map({"kidney": [1, 2], "kidney tumor": 2}, labels.CLASSES)
     return lm, np.zeros(shape, np.uint8)
 
 
@@ -102,7 +102,7 @@ def test_pieces_go_to_their_side_of_the_bodys_plane_not_of_the_image():
     rows[4:9, 3:7, 3:7] = 1               # left kidney
     rows[6:8, 4:6, 4:6] = 2               # with a tumour
     rows[30, 9, 9] = 1                    # a speck on the right
-    out = L.split_sides(rows, lm, 14.0)
+    out = labels.split_sides(rows, lm, 14.0)
     V = len(lm.values)
     assert (out[16:20, 3:7, 3:7] == 1).all() and out[30, 9, 9] == 1
     assert set(np.unique(out[4:9, 3:7, 3:7])) == {1 + V, 2 + V}
@@ -112,25 +112,25 @@ def test_a_single_kidney_keeps_its_side_by_position():
     for at, want in ((2, 2), (30, 1)):
         lm, rows = sided()
         rows[at:at + 5, 3:7, 3:7] = 1
-        assert np.flatnonzero(lm.regions[L.split_sides(rows, lm, 20.0)].any((0, 1, 2))) == [want]
+        assert np.flatnonzero(lm.regions[labels.split_sides(rows, lm, 20.0)].any((0, 1, 2))) == [want]
 
 
 def test_a_piece_across_the_plane_is_cut_only_when_it_lies_on_both_sides():
     lm, rows = sided()
     rows[10:20, 3:7, 3:7] = 1
-    most = L.split_sides(rows, lm, 11.0)            # 90 % right of the plane: not cut
-    half = L.split_sides(rows, lm, 15.0)            # half and half: cut
+    most = labels.split_sides(rows, lm, 11.0)            # 90 % right of the plane: not cut
+    half = labels.split_sides(rows, lm, 15.0)            # half and half: cut
     V = len(lm.values)
     assert set(np.unique(most)) == {0, 1} and set(np.unique(half)) == {0, 1, 1 + V}
     assert (half[10:15, 3:7, 3:7] == 1 + V).all() and (half[15:20, 3:7, 3:7] == 1).all()
 
 
 def test_a_tumour_follows_the_labelled_lung_it_touches():
-    lm = L.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, L.CLASSES)
+    lm = labels.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, labels.CLASSES)
     rows = np.zeros((30, 8, 8), np.uint8)
     rows[2:17], rows[20:28] = lm.values.index(1), lm.values.index(2)
     rows[15:17, 3:5, 3:5] = lm.values.index(3)      # left lung reaching beyond the plane at 14
-    out = L.split_sides(rows, lm, 14.0)
+    out = labels.split_sides(rows, lm, 14.0)
     assert np.flatnonzero(lm.regions[out[15, 3, 3]]).tolist() == [16, 29]
 
 
@@ -138,9 +138,9 @@ def test_own_table_replaces_the_built_in_one(tmp_path):
     path = tmp_path / "knee.json"
     path.write_text(json.dumps(["Femur", {"name": "Medial Meniscus", "prompt": "A 3D MRI scan of "
                                           "the medial meniscus", "parents": []}]))
-    table = L.load_classes(path)
+    table = labels.load_classes(path)
     assert [c.name for c in table] == ["Femur", "Medial Meniscus"]
-    assert L.match("medial_meniscus", table) == (1,)
+    assert labels.match("medial_meniscus", table) == (1,)
     assert table[1].sentence("V1") == "A 3D MRI scan of the medial meniscus"
 
 
@@ -153,11 +153,11 @@ def test_own_table_replaces_the_built_in_one(tmp_path):
 def test_malformed_class_tables_are_one_line(tmp_path, content, what):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=what):
-        L.load_classes(tmp_path / "t.json")
+        labels.load_classes(tmp_path / "t.json")
 
 
 def test_command_prints_the_table(capsys):
-    assert L.main([]) == 0
+    assert labels.main([]) == 0
     out = capsys.readouterr().out
     assert "Celiac Trunk" in out and "Kidney Cyst" in out and out.count("\n") == 33
 
@@ -191,12 +191,12 @@ def test_a_miniature_replica_gives_the_right_regions(name, tmp_path, capsys):
     for file in (image, label):
         write_nifti(tmp_path / name / file, np.full((4, 4, 4), value, np.int16), np.eye(4))
     before = {p for p in (tmp_path / name).rglob("*")}
-    assert L.main([name, str(tmp_path / name)]) == 0
+    assert labels.main([name, str(tmp_path / name)]) == 0
     assert {p for p in (tmp_path / name).rglob("*")} - before == {tmp_path / name / "dataset.json"}
-    case, = data.read_dataset(tmp_path / name, L.CLASSES)
+    case, = data.read_dataset(tmp_path / name, labels.CLASSES)
     row = case.lm.rows(np.array([value]), "x")[0]
-    assert {c.name for k, c in enumerate(L.CLASSES) if case.lm.regions[row, k]} == belongs
-    assert case.annotated[[c.name for c in L.CLASSES].index(annotated)]
+    assert {c.name for k, c in enumerate(labels.CLASSES) if case.lm.regions[row, k]} == belongs
+    assert case.annotated[[c.name for c in labels.CLASSES].index(annotated)]
     assert case.image == tmp_path / name / image and not case.lm.unmatched or name == "ct-org"
     assert data.find_datasets([tmp_path]) == [tmp_path / name]
 
@@ -207,15 +207,15 @@ def test_remarks_on_single_scans(tmp_path):
     for n in ("0007", "0061"):
         for file in (f"img/img{n}.nii.gz", f"label/label{n}.nii.gz"):
             write_nifti(tmp_path / "btcv" / file, np.ones((4, 4, 4), np.int16), np.eye(4))
-    L.main(["btcv", str(tmp_path / "btcv")])
-    whole, part = data.read_dataset(tmp_path / "btcv", L.CLASSES)
+    labels.main(["btcv", str(tmp_path / "btcv")])
+    whole, part = data.read_dataset(tmp_path / "btcv", labels.CLASSES)
     assert whole.annotated.sum() == 14 and part.annotated.sum() == 8
     for n in ("0500", "0507"):
         for part in ("imagesTr", "labelsTr"):
             write_nifti(tmp_path / f"amos/{part}/amos_{n}.nii.gz", np.ones((4, 4, 4), np.int16),
                         np.eye(4))
-    L.main(["amos", str(tmp_path / "amos")])
-    assert [c.name for c in data.read_dataset(tmp_path / "amos", L.CLASSES)] == ["amos/amos_0500"]
+    labels.main(["amos", str(tmp_path / "amos")])
+    assert [c.name for c in data.read_dataset(tmp_path / "amos", labels.CLASSES)] == ["amos/amos_0500"]
 
 
 def test_totalsegmentators_masks_become_one_map(tmp_path):
@@ -225,24 +225,24 @@ def test_totalsegmentators_masks_become_one_map(tmp_path):
         mask = np.zeros((4, 4, 4), np.uint8)
         mask[i] = 1
         write_nifti(tmp_path / f"s0001/segmentations/{name}.nii.gz", mask, np.eye(4))
-    assert L.main(["totalsegmentator", str(tmp_path)]) == 0
-    case, = data.read_dataset(tmp_path, L.CLASSES)
-    assert {c.name for c, a in zip(L.CLASSES, case.annotated, strict=True) if a} == \
+    assert labels.main(["totalsegmentator", str(tmp_path)]) == 0
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    assert {c.name for c, a in zip(labels.CLASSES, case.annotated, strict=True) if a} == \
         {"Liver", "Left Kidney"}
     raw = data.load_volume(case.label).array
     assert raw[:, 0, 0].tolist() == [2, 1, 0, 0] and case.name.endswith("/s0001")
 
 
 def test_every_public_dataset_prints_a_table_that_is_understood(capsys):
-    for name in L.PUBLIC:
+    for name in labels.PUBLIC:
         if name != "totalsegmentator":
-            L.main([name])
-            lm = L.label_map(json.loads(capsys.readouterr().out)["labels"], L.CLASSES)
+            labels.main([name])
+            lm = labels.label_map(json.loads(capsys.readouterr().out)["labels"], labels.CLASSES)
             assert lm.unmatched in ([], ["bone", "brain"]), name
 
 
 @pytest.mark.parametrize("args, what", [(["chaos"], "dcm2niix"), (["nonsense"], "unknown dataset"),
                                         (["kits", "{tmp}"], "no pair")])
 def test_a_dataset_that_cannot_be_prepared_is_one_line(tmp_path, capsys, args, what):
-    assert L.run(L.main, [a.format(tmp=tmp_path) for a in args]) == 2
+    assert labels.run(labels.main, [a.format(tmp=tmp_path) for a in args]) == 2
     assert what in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import affine_of, write_nifti
 
-import labels as L
+import labels
 import metrics
 
 
@@ -178,7 +178,7 @@ def test_detection_by_hand():
 
 
 def test_protocols_name_known_classes():
-    known = {c.name for c in L.CLASSES} | {""}
+    known = {c.name for c in labels.CLASSES} | {""}
     for table in metrics.PROTOCOLS.values():
         assert set(table) <= known
     assert metrics.PROTOCOLS["msd"]["Pancreas Tumor"] == 5
@@ -198,7 +198,7 @@ def folders(tmp_path):
     pred[14:18, 2:6, 2:4] = 3              # half of the left one
     write_nifti(tmp_path / "pred/a.nii.gz", pred, A)
     (tmp_path / "pred/a.json").write_text(json.dumps({"classes": [
-        {"name": c.name, "value": i} for i, c in enumerate(L.CLASSES, 1)]}))
+        {"name": c.name, "value": i} for i, c in enumerate(labels.CLASSES, 1)]}))
     write_nifti(tmp_path / "ref/a.nii.gz", ref, A)
     (tmp_path / "ref/dataset.json").write_text(json.dumps(
         {"labels": {"kidney": [1, 2], "kidney tumor": 2}}))
@@ -261,6 +261,6 @@ def test_mistakes_are_one_line(tmp_path, capsys, what):
         args[1] = str(tmp_path / "nowhere")
     if what == "nothing in common":
         args += ["--classes", "spleen"]
-    assert L.run(metrics.main, args) == 2
+    assert labels.run(metrics.main, args) == 2
     assert capsys.readouterr().err.count("error:") == 1
     assert not (tmp_path / "pred/metrics.json").exists()

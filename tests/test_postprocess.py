@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 
 import infer
-import labels as L
+import labels
 
 NAMES = ["Right Kidney", "Left Kidney", "Liver", "Pancreas", "Colon", "Right Lung", "Left Lung",
          "Kidney Tumor", "Liver Tumor", "Kidney Cyst"]
-CLASSES = [c for n in NAMES for c in L.CLASSES if c.name == n]
+CLASSES = [c for n in NAMES for c in labels.CLASSES if c.name == n]
 SHAPE, SPACING = (60, 40, 30), (2.0, 2.0, 3.0)           # a voxel is 0.012 ml; midline at x = 29.5
 
 

@@ -16,8 +16,8 @@ import torch
 from conftest import SHARED, needs_shared
 
 import data
-import labels as L
-import model as M
+import labels
+import model
 import train
 
 ROOT = Path(train.__file__).parent
@@ -63,13 +63,13 @@ def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
         def forward(self, x, w):
             return x.new_ones(len(x), len(w), *x.shape[2:])
     cfg = config(tiny, tmp_path, val_scans=3)
-    cases = [c for f in data.find_datasets(cfg.data) for c in data.read_dataset(f, L.CLASSES)]
+    cases = [c for f in data.find_datasets(cfg.data) for c in data.read_dataset(f, labels.CLASSES)]
     scans = data.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
-    scores = train.evaluate(Yes(), torch.eye(len(L.CLASSES)), scans, L.CLASSES, cfg, False)
+    scores = train.evaluate(Yes(), torch.eye(len(labels.CLASSES)), scans, labels.CLASSES, cfg, False)
     assert {d: set(v) for d, v in scores.items()} == {
         "Dataset901_Liver": {"Liver", "Liver Tumor"},
         "Dataset902_Kidney": {"Right Kidney", "Left Kidney"}}
-    two = train.evaluate(Yes(), torch.eye(len(L.CLASSES)), scans, L.CLASSES,
+    two = train.evaluate(Yes(), torch.eye(len(labels.CLASSES)), scans, labels.CLASSES,
                          dataclasses.replace(cfg, val_scans=2), False)
     assert two.keys() == scores.keys()                         # not two scans of the first
     ns = [(np.count_nonzero(s.rows() == 2), s.rows().size) for s in scans[:2]]
@@ -131,31 +131,31 @@ def test_runs_killed_at_random_moments_resume_to_identical_weights(tiny, tmp_pat
     ({"classes": "nowhere.json"}, "class table")])
 def test_mistakes_are_one_line_and_leave_no_run(tiny, tmp_path, capsys, change, what):
     cfg = config(tiny, tmp_path / "run", **change)
-    assert L.run(train.main, cfg) == 2
+    assert labels.run(train.main, cfg) == 2
     assert what in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_overwritten_and_other_settings_do_not_resume(tiny, tmp_path, capsys):
     cfg = config(tiny, tmp_path / "run", steps=1)
     train.train(cfg)
-    assert L.run(train.main, cfg) == 2 and "--resume" in capsys.readouterr().err
+    assert labels.run(train.main, cfg) == 2 and "--resume" in capsys.readouterr().err
     for change in ({"lr": 0.5}, {"width": 16}, {"steps": 2}):
-        assert L.run(train.main, config(tiny, tmp_path / "run", resume=True,
+        assert labels.run(train.main, config(tiny, tmp_path / "run", resume=True,
                                         **{"steps": 1, **change})) == 2
         err = capsys.readouterr().err
         assert "now 0.5" in err or "start a new" in err or "now 2" in err
     content = torch.load(tmp_path / "run/last.pt", weights_only=True)
     del content["config"]["head_lr"]                     # a checkpoint from before there was one
     torch.save(content, tmp_path / "run/last.pt")
-    assert L.run(train.main, config(tiny, tmp_path / "run", steps=1, resume=True)) == 0
-    assert L.run(train.main, config(tiny, tmp_path / "run", steps=1, resume=True,
+    assert labels.run(train.main, config(tiny, tmp_path / "run", steps=1, resume=True)) == 0
+    assert labels.run(train.main, config(tiny, tmp_path / "run", steps=1, resume=True,
                                     head_lr=0.5)) == 2
     assert "--head-lr 0.0, now 0.5" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_names_scan_and_step(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.losses, "masked_bce", lambda s, y, a: s.sum() * float("nan"))
-    assert L.run(train.main, config(tiny, tmp_path / "run")) == 2
+    assert labels.run(train.main, config(tiny, tmp_path / "run")) == 2
     assert "at step 0, scans ['Dataset90" in capsys.readouterr().err
 
 
@@ -169,7 +169,7 @@ def test_flags_come_from_the_fields_and_unknown_ones_are_refused(capsys):
 
 @needs_shared
 def test_released_text_rows_are_a_file_of_rows():
-    w = train.text_rows(train.Config(text=str(SHARED / "clip/txt_encoding.pth")), L.CLASSES)
+    w = train.text_embeddings(train.Config(text=str(SHARED / "clip/txt_encoding.pth")), labels.CLASSES)
     assert w.shape == (32, 512) and w.dtype == torch.float32
     assert [round(n, 1) for n in (w.norm(dim=1).min().item(), w.norm(dim=1).max().item())] == \
         [8.1, 9.6]
@@ -234,7 +234,7 @@ def test_a_killed_rank_ends_the_run_and_does_not_hang(tiny, tmp_path):
     os.kill(int(ranks.split()[-1]), signal.SIGKILL)
     _, err = p.communicate(timeout=120)
     assert p.returncode != 0 and b"train.py FAILED" in err
-    assert M.read_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
+    assert model.read_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -248,10 +248,10 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tiny, tmp_path, monkeypatc
         return at(step, cfg)
     before = signal.getsignal(number)
     monkeypatch.setattr(train, "lr_at", ask)
-    assert L.run(train.main, config(tiny, tmp_path / "a", save_every=100)) == 130
+    assert labels.run(train.main, config(tiny, tmp_path / "a", save_every=100)) == 130
     assert signal.getsignal(number) is before
     monkeypatch.undo()
-    assert M.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
+    assert model.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
     train.train(config(tiny, tmp_path / "a", resume=True, save_every=100))
     train.train(config(tiny, tmp_path / "b", save_every=100))
     assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
@@ -266,9 +266,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
         return write(content, file, *args, **kw)
     monkeypatch.setattr(torch, "save", full)
-    assert L.run(train.main, config(tiny, tmp_path / "run")) == 2
+    assert labels.run(train.main, config(tiny, tmp_path / "run")) == 2
     assert "No space left" in capsys.readouterr().err
-    assert M.read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert model.read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
     assert not list((tmp_path / "run").glob("*part*"))
 
 
@@ -300,7 +300,7 @@ def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
     bad.write_bytes(bad.read_bytes()[:999])
     cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True,
                  cache=str(tmp_path / "cache"))
-    assert L.run(train.main, cfg) == 2 and "c1_0000.nii.gz" in capsys.readouterr().err
+    assert labels.run(train.main, cfg) == 2 and "c1_0000.nii.gz" in capsys.readouterr().err
     assert train.train(dataclasses.replace(cfg, skip_bad=True)) == {}
     out = capsys.readouterr()
     assert "skipped: " in out.out + out.err and "Dataset901_Liver: 1 scan, " in out.out
@@ -310,13 +310,13 @@ def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
 def test_a_pretrained_backbone_is_reported_and_used(tiny, tmp_path, capsys, backbone):
     width = {"unet": 8, "swin_unetr": 12}[backbone]
     size = {"unet": "width", "swin_unetr": "feature_size"}[backbone]
-    model = M.build_model({"backbone": backbone, size: width, "text_dim": 32})
+    network = model.build_model({"backbone": backbone, size: width, "text_dim": 32})
     torch.save({"state_dict": {k: torch.full_like(v, 0.125) for k, v in
-                               model.state_dict().items() if "backbone" in k}},
+                               network.state_dict().items() if "backbone" in k}},
                tmp_path / "pre.pt")
     train.train(config(tiny, tmp_path / "run", backbone=backbone, width=width, lr=0.0, steps=1,
                        pretrained=str(tmp_path / "pre.pt"), weight_decay=0.0))
-    n = len(model.backbone.state_dict())
+    n = len(network.backbone.state_dict())
     assert f"pre.pt: {n} of {n} tensors" in capsys.readouterr().out
     got = weights(tmp_path / "run/last.pt")
     assert all((v == 0.125).all() for k, v in got.items() if "backbone" in k)
@@ -327,7 +327,7 @@ def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path):
     train.train(config(tiny, tmp_path / "run", steps=1, lr=1e-3, head_lr=1e-4, weight_decay=0.0))
     after = weights(tmp_path / "run/last.pt")
     torch.manual_seed(0)
-    before = M.build_model({"backbone": "unet", "text_dim": 32, "width": 8}).state_dict()
+    before = model.build_model({"backbone": "unet", "text_dim": 32, "width": 8}).state_dict()
     for name, rate in (("controller.out.weight", 1e-4), ("controller.text.weight", 1e-4),
                        ("reduce.weight", 1e-3), ("backbone.down.0.0.conv.weight", 1e-3)):
         step = (after[name] - before[name]).abs().max().item()
@@ -344,16 +344,16 @@ def test_clip_rows_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.clip_text, "encode_classes", encode)
     train.train(config(tiny, tmp_path / "run", text="clip", prompt_template="V1", steps=1))
     assert asked[0] == "A photo of a Spleen." and "A photo of a Arota." in asked
-    content = M.read_checkpoint(tmp_path / "run/last.pt")
+    content = model.read_checkpoint(tmp_path / "run/last.pt")
     assert content["w"].shape == (32, 7) and content["w"][5, 0] == 5
     monkeypatch.setattr(train.clip_text, "encode_classes",
                         lambda *a, **k: torch.ones(32, 7))
-    assert L.run(train.main, config(tiny, tmp_path / "run", text="clip", steps=1,
+    assert labels.run(train.main, config(tiny, tmp_path / "run", text="clip", steps=1,
                                     resume=True)) == 2
 
 
 def test_folds_hold_out_every_scan_once(tiny, tmp_path):
-    cases = [c for d in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(d, L.CLASSES)]
+    cases = [c for d in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(d, labels.CLASSES)]
     scans = data.build_all(cases, tiny / "cache", 4.0)
     held = [data.split_scans(scans, 0.5, 3, f"{i}/3")[1] for i in range(3)]
     assert sorted(s.case.name for part in held for s in part) == sorted(s.case.name for s in scans)
@@ -373,7 +373,7 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path):
     cfg = config(tiny, tmp_path / "b", data=(liver,), classes=str(tmp_path / "new.json"),
                  extend=str(tmp_path / "a/last.pt"))
     train.train(cfg)
-    (old, w, _), (new, v, rest) = (M.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
+    (old, w, _), (new, v, rest) = (model.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
     assert [c["name"] for c in rest["classes"]] == ["Right Kidney", "Left Kidney", "Liver"]
     assert rest["trained"] == ["Right Kidney", "Left Kidney", "Liver"] and len(v) == 3
     x = torch.rand(1, 1, 64, 64, 64)
@@ -381,5 +381,5 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path):
         assert torch.equal(old(x, w), new(x, v[:2]))                   # bit for bit
         assert torch.allclose(old(x, w), new(x, v)[:, :2], atol=1e-4)  # beside others: rounding
     assert new.extension.b2.abs().sum() > 0                            # it has learned something
-    assert L.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
+    assert labels.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
                                     classes=str(tmp_path / "old.json"))) == 2
