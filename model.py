@@ -1,192 +1,68 @@
 """The network (paper, Sec. 3.2): a backbone, a text branch, one small generated head per class.
 
 A class is a row of w, the CLIP embedding of its prompt. Together with the scan's global feature f
-it generates the 153 numbers theta_k of a three-layer head that turns the decoder feature into P_k.
-Needs torch only. Every piece is exact with respect to the released weights (see `load_released`).
+it generates the 153 numbers theta_k of a three-layer head, which turns the decoder feature into the
+logits of P_k. The file is plain PyTorch and needs nothing else of this project; fast.py computes
+the same in less time and memory. Every piece equals the released weights (see `load_released`).
 
-B batch   K classes   C channels   G groups   D, H, W voxels   E text width (512)
+B batch   K classes   C channels   D, H, W voxels or tokens   E text width (512)
 """
 from __future__ import annotations
 
-import itertools
 import math
-import re
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-HEAD = (8, 8, 8, 1)                # channels of the generated head, input first
-_CL = torch.channels_last_3d
+IMAGE_DIM = 256         # width of the global image feature f
+HEAD = (8, 8, 8, 1)     # channels of a generated head: its input, two hidden layers, its output
+HEAD_LAYERS = [(c_out, c_in) for c_in, c_out in zip(HEAD, HEAD[1:], strict=False)]
+HEAD_SIZES = [c_out * c_in for c_out, c_in in HEAD_LAYERS] + [c_out for c_out, _ in HEAD_LAYERS]
+THETA_DIM = sum(HEAD_SIZES)                          # 64 + 64 + 8 weights, 8 + 8 + 1 biases: 153
 
 
-# ---- normalisation -----------------------------------------------------------------------------
-def _slabs(*tensors: Tensor):
-    """Views (B, n, C) of channels-last tensors (B, C, D, H, W), slab by slab, fit for the cache of
-    a processor; a GPU gets one slab."""
-    B, C = tensors[0].shape[:2]
-    rows = [t.permute(0, 2, 3, 4, 1).reshape(B, -1, C) for t in tensors]
-    step = max(1, (1 << 18) // (B * C)) if rows[0].device.type == "cpu" else rows[0].shape[1]
-    return zip(*(r.split(step, 1) for r in rows), strict=True)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
-def _sum(slab: Tensor) -> Tensor:
-    """(B, n, C) -> (B, C) float64: one long float32 sum is wrong in the fourth digit at 96^3."""
-    parts = slab.unflatten(1, (math.gcd(slab.shape[1], 16), -1))               # (B, 16, n / 16, C)
-    return parts.sum(2, dtype=_wide(slab)).double().sum(1)
-
-
-def _per_group(s: Tensor, groups: int) -> Tensor:
-    """Mean over every group of channels, repeated per channel: (B, C) -> (B, C)."""
-    C = s.shape[1]
-    return s if groups == C else s.unflatten(1, (groups, -1)).mean(2).repeat_interleave(
-        C // groups, 1)
-
-
-class _NormAct(torch.autograd.Function):
-    """Instance or group norm, affine, then (leaky) ReLU, channels-last, exact sums.
-
-    F.batch_norm and F.group_norm sum naively, F.instance_norm copies channels-last input.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, slope, eps, inplace):
-        x = x.contiguous(memory_format=_CL)
-        N, wide = x[0, 0].numel(), _wide(x)
-        sums = [(_sum(s), _sum(s.to(wide).square())) for s, in _slabs(x)]
-        mean, power = (_per_group(sum(t) / N, groups) for t in zip(*sums, strict=True))
-        rstd = ((power - mean.square()).clamp_min(0) + eps).rsqrt()            # (B, C) float64
-        scale = rstd if weight is None else rstd * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        scale, shift = scale[:, None].to(wide), shift[:, None].to(wide)
-        y = x.detach() if inplace else torch.empty_like(x)     # x itself would lose its strides
-        for s, out in _slabs(x, y):
-            part = torch.addcmul(shift, s.to(wide), scale)
-            if slope is not None:
-                part = F.relu_(part) if slope == 0 else F.leaky_relu_(part, slope)
-            out.copy_(part)
-        if not inplace:
-            ctx.save_for_backward(x, y if slope is not None else None, weight, mean, rstd)
-            ctx.groups, ctx.slope = groups, slope
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y, weight, mean, rstd = ctx.saved_tensors
-        grad, N, wide = grad.contiguous(memory_format=_CL), x[0, 0].numel(), _wide(x)
-        gx, centre, sums = torch.empty_like(grad), mean[:, None].to(wide), []
-        for s, g, out, *act in _slabs(x, grad, gx, *([] if y is None else [y])):
-            if act:
-                g = torch.ops.aten.threshold_backward(g, *act, 0) if ctx.slope == 0 else \
-                    torch.ops.aten.leaky_relu_backward(g, *act, ctx.slope, True)
-            out.copy_(g)
-            sums.append((_sum(g), _sum((s.to(wide) - centre).mul_(g))))
-        gb, gw = (sum(t) for t in zip(*sums, strict=True))
-        gw = gw * rstd                                                         # (B, C) float64
-        scale = rstd if weight is None else rstd * weight
-        m1, m2 = (_per_group(t / N if weight is None else t * weight / N, ctx.groups)
-                  for t in (gb, gw))
-        by_x = -rstd.square() * m2
-        rest = -rstd * m1 - by_x * mean
-        scale, by_x, rest = (t[:, None].to(wide) for t in (scale, by_x, rest))
-        for s, out in _slabs(x, gx):
-            out.copy_(torch.addcmul(rest, out.to(wide), scale).addcmul_(s.to(wide), by_x))
-        gw, gb = (None, None) if weight is None else (t.sum(0).to(weight.dtype) for t in (gw, gb))
-        return gx, gw, gb, None, None, None, None
-
-
-def norm_act(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
-             groups: int | None = None, slope: float | None = 0.0, eps: float = 1e-5) -> Tensor:
-    """Normalise x (B, C, D, H, W) over space and channel group, then leaky ReLU.
-
-    groups None is instance norm; slope 0 is ReLU, None is no activation. Without gradients x is
-    overwritten (a fresh 200 MB tensor costs more than the arithmetic): pass what you own.
-    """
-    inplace = not (torch.is_grad_enabled() and
-                   any(t is not None and t.requires_grad for t in (x, weight, bias)))
-    return _NormAct.apply(x, weight, bias, groups or x.shape[1], slope, eps, inplace)
-
-
-class GroupNormReLU(nn.GroupNorm):
-    """GroupNorm with gcd(16, C) groups and ReLU, before the pooling and the heads."""
-
-    def __init__(self, channels: int):
-        super().__init__(math.gcd(16, channels), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return norm_act(x, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
-
-
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3x3 or 1x1x1 convolution that keeps its side.
-
-    PyTorch sends a small single input on a processor to a path up to 15 times slower (C * D * H of
-    at most 20,480). Such an input goes as a batch of two overlapping halves: the same numbers.
-    """
-    (B, C, D, H, _), p = x.shape, weight.shape[2] // 2
-    weight = weight.contiguous(memory_format=_CL)
-    if B > 1 or D % 2 or C * D * H > 20480 or x.device.type != "cpu":
-        return F.conv3d(x, weight, bias, padding=p)
-    x = F.pad(x, (0, 0, 0, 0, p, p))
-    halves = torch.cat([x[:, :, :D // 2 + 2 * p], x[:, :, D // 2:]])       # (2, C, D/2+2p, H, W)
-    y = F.conv3d(halves.contiguous(memory_format=_CL), weight, bias, padding=(0, p, p))
-    return torch.cat(y.split(1), 2)
-
-
+# ---- pieces of both backbones ------------------------------------------------------------------
 class Conv(nn.Conv3d):
-    """A convolution of x, or of x and a skip beside it, which are then never concatenated, or of
-    up(x) and a skip; without gradients a large up(x) is made one half at a time."""
+    """A 3x3x3 (or 1x1x1) convolution that keeps the size of its input."""
 
     def __init__(self, c_in: int, c_out: int, side: int = 3, bias: bool = True):
         super().__init__(c_in, c_out, side, padding=side // 2, bias=bias)
         nn.init.kaiming_normal_(self.weight)       # larger than PyTorch's: calmer first steps
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, up: nn.Module | None = None) -> Tensor:
-        if skip is None:
-            return _conv(x, self.weight, self.bias)
-        a, b = self.weight.split((self.in_channels - skip.shape[1], skip.shape[1]), 1)
-        half = x.shape[2] // 2
-        if up is None or torch.is_grad_enabled() or half < 24:         # 24: a window of 96 planes
-            return _conv(x if up is None else up(x), a, self.bias).add_(_conv(skip, b, None))
-        y = _conv(skip, b, self.bias)
-        y[:, :, :2 * half] += _conv(up(x[:, :, :half + 1]), a, None)[:, :, :-2]
-        y[:, :, 2 * half:] += _conv(up(x[:, :, half - 1:]), a, None)[:, :, 2:]
-        return y
 
-
-class Up2(nn.ConvTranspose3d):
-    """A 2x2x2 transposed convolution of stride 2, as one matrix product and a reordering."""
+class UpConv(nn.ConvTranspose3d):
+    """A 2x2x2 transposed convolution of stride 2, which doubles every side."""
 
     def __init__(self, c_in: int, c_out: int, bias: bool = True):
-        super().__init__(c_in, c_out, 2, 2, bias=bias)
+        super().__init__(c_in, c_out, kernel_size=2, stride=2, bias=bias)
+
+
+class GroupNormReLU(nn.GroupNorm):
+    """Group norm with gcd(16, C) groups, then ReLU: what precedes the pooling and the heads."""
+
+    def __init__(self, channels: int):
+        super().__init__(math.gcd(16, channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, D, H, W = x.shape
-        weight = self.weight.permute(0, 2, 3, 4, 1)                            # (C, 2, 2, 2, c_out)
-        bias = None if self.bias is None else self.bias.repeat(8)
-        y = F.linear(x.permute(0, 2, 3, 4, 1).reshape(-1, C), weight.reshape(C, -1).t(), bias)
-        y = y.view(B, D, H, W, 2, 2, 2, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(B, 2 * D, 2 * H, 2 * W, -1).permute(0, 4, 1, 2, 3)
+        return F.relu(super().forward(x))
 
 
-def _run(recompute: bool, module: nn.Module, *x: Tensor) -> Tensor:
-    """module(*x); if asked for, its inner values are computed again in backward, not kept."""
-    again = recompute and torch.is_grad_enabled()
-    return checkpoint(module, *x, use_reentrant=False) if again else module(*x)
+def run_stage(stage, *inputs, recompute: bool) -> Tensor:
+    """stage(*inputs). With `recompute` its activations are not stored but computed again in the
+    backward pass (activation checkpointing): less memory, about a third slower."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(stage, *inputs, use_reentrant=False)
+    return stage(*inputs)
 
 
 # ---- U-Net -------------------------------------------------------------------------------------
 class ConvNormReLU(nn.Module):
     """3x3x3 convolution, instance norm, ReLU.
 
-    The release has batch norm that uses the batch's own statistics also in evaluation; with one
-    window at a time that is instance norm, and here a window never depends on its neighbours.
+    The release has batch norm that uses the batch's own statistics, also in evaluation. With one
+    window at a time that is instance norm. Here a window never depends on the windows beside it.
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -194,196 +70,201 @@ class ConvNormReLU(nn.Module):
         self.conv = Conv(c_in, c_out)
         self.norm = nn.InstanceNorm3d(c_out, affine=True)
 
-    def forward(self, *x: Tensor) -> Tensor:
-        return norm_act(self.conv(*x), self.norm.weight, self.norm.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)))
 
 
-class Pair(nn.Sequential):
-    """Two convolutions; the first may take a skip, as Conv does."""
+class DoubleConv(nn.Sequential):
+    """The two convolutions of one level of the U-Net."""
 
     def __init__(self, c_in: int, c_middle: int, c_out: int):
         super().__init__(ConvNormReLU(c_in, c_middle), ConvNormReLU(c_middle, c_out))
 
-    def forward(self, *x: Tensor) -> Tensor:
-        return self[1](self[0](*x))
-
 
 class UNet(nn.Module):
-    """3D U-Net with three poolings; `width` is the channel count of the decoder feature.
+    """3D U-Net with three poolings (Ronneberger et al., 2015; Zhou et al., 2019).
 
     x (B, 1, D, H, W)  ->  deep (B, 8 * width, D/8, H/8, W/8),  fine (B, width, D, H, W)
+
+    width      channels of the decoder feature
+    recompute  activation checkpointing of every level
     """
-    recompute, sides = False, (16, 32)    # a window's: multiples of the first, at least the second
+    side_multiple, side_minimum = 16, 32      # the sides of a window that this backbone takes
 
     def __init__(self, *, width: int = 64):
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"width must be a multiple of 8, got {width}")
-        c = [width // 2, width, 2 * width, 4 * width, 8 * width]
-        self.deep_channels, self.fine_channels = c[4], c[1]
-        self.down = nn.ModuleList(Pair(c_in, c[i], c[i + 1])
-                                  for i, c_in in enumerate([1, c[1], c[2], c[3]]))
-        self.up = nn.ModuleList(Up2(c[i], c[i]) for i in (4, 3, 2))
-        self.merge = nn.ModuleList(Pair(c[i] + c[i - 1], c[i - 1], c[i - 1]) for i in (4, 3, 2))
+        c0, c1, c2, c3, c4 = width // 2, width, 2 * width, 4 * width, 8 * width
+        self.deep_channels, self.fine_channels = c4, c1
+        self.recompute = False
+        self.down = nn.ModuleList([DoubleConv(1, c0, c1), DoubleConv(c1, c1, c2),
+                                   DoubleConv(c2, c2, c3), DoubleConv(c3, c3, c4)])
+        self.up = nn.ModuleList([UpConv(c4, c4), UpConv(c3, c3), UpConv(c2, c2)])
+        self.merge = nn.ModuleList([DoubleConv(c4 + c3, c3, c3), DoubleConv(c3 + c2, c2, c2),
+                                    DoubleConv(c2 + c1, c1, c1)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skips = []
-        for i, down in enumerate(self.down):
-            with torch.autocast(x.device.type, enabled=False):     # it would pool in float32
-                x = F.max_pool3d(x, 2) if i else x
-            x = _run(self.recompute, down, x)             # (B, 2^i width, D/2^i, H/2^i, W/2^i)
+        for level, down in enumerate(self.down):
+            if level > 0:
+                x = F.max_pool3d(x, 2)
+            x = run_stage(down, x, recompute=self.recompute)           # (B, 2^level width, ...)
             skips.append(x)
         deep = skips.pop()                                # (B, 8 width, D/8, H/8, W/8)
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = _run(self.recompute, merge, x, skips.pop(), up)
+            x = torch.cat([up(x), skips.pop()], 1)        # upsampled first, then the skip
+            x = run_stage(merge, x, recompute=self.recompute)
         return deep, x                                    # x (B, width, D, H, W)
 
 
-# ---- Swin UNETR --------------------------------------------------------------------------------
+# ---- Swin UNETR: attention in windows ------------------------------------------------------------
 WINDOW = 7                         # side of an attention window, in tokens
-_CHUNK, _CACHE = 1 << 24, 1 << 20  # attention weights at once in backward: on a GPU, a processor
 
 
-@lru_cache(1)
-def _relative_index() -> Tensor:
-    """(343, 343): which row of the bias table belongs to a pair of places in a 7^3 window."""
-    at = torch.cartesian_prod(*[torch.arange(WINDOW)] * 3)                     # (343, 3)
-    step = (at[:, None] - at[None] + WINDOW - 1)                               # 0 ... 12
-    return (step * torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])).sum(2)
+def window_and_shift(size, shifted: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Window sides and shifts of a token grid. An axis no longer than a window is one window,
+    which is never shifted."""
+    window = tuple(min(WINDOW, n) for n in size)
+    shift = tuple(WINDOW // 2 if shifted and n > WINDOW else 0 for n in size)
+    return window, shift
 
 
-@lru_cache(64)
-def _runs(size: int, shifted: bool) -> list[tuple]:
-    """Windows along an axis of tokens that look alike, in order, the axis shifted.
+def pad_to_windows(x: Tensor, window) -> Tensor:
+    """Zeros behind the last token of every axis (B, D, H, W, C), up to whole windows."""
+    D, H, W = x.shape[1:4]
+    d, h, w = window
+    return F.pad(x, (0, 0, 0, -W % w, 0, -H % h, 0, -D % d))
 
-    (slice of their tokens, how many windows, which places of one hold a token, does it wrap round)
-    The other places are padding; as all of it is one and the same token, it is never made.
+
+def window_partition(x: Tensor, window) -> Tensor:
+    """(B, D, H, W, C) -> (B * windows, N, C): the N = d h w tokens of every window."""
+    _, D, H, W, C = x.shape
+    d, h, w = window
+    x = x.reshape(-1, D // d, d, H // h, h, W // w, w, C)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)                     # (B, D/d, H/h, W/w, d, h, w, C)
+    return x.reshape(-1, d * h * w, C)
+
+
+def window_reverse(windows: Tensor, window, size) -> Tensor:
+    """(B * windows, N, C) -> (B, D, H, W, C): undoes `window_partition`."""
+    D, H, W = size
+    d, h, w = window
+    C = windows.shape[-1]
+    x = windows.reshape(-1, D // d, H // h, W // w, d, h, w, C)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)                     # (B, D/d, d, H/h, h, W/w, w, C)
+    return x.reshape(-1, D, H, W, C)
+
+
+def shifted_window_mask(size, window, shift, device) -> Tensor:
+    """(windows, N, N) bool: True where two tokens of a window must not see each other.
+
+    Rolling a grid by `shift` brings its first tokens behind its last ones. Two tokens of a window
+    are neighbours in the volume only if, on every axis, both were wrapped round or neither was.
     """
-    side, shift = min(WINDOW, size), WINDOW // 2 if shifted and size > WINDOW else 0
-    n, runs, at = -(-size // side), [], 0
-    looks = [(tuple(p for p in range(side) if (i * side + p + shift) % (n * side) < size),
-              shift > 0 and i == n - 1) for i in range(n)]
-    for (places, wraps), same in itertools.groupby(looks):
-        m = len(list(same))
-        runs.append((slice(at, at := at + m * len(places)), m, places, wraps))
-    return runs
+    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
+    wrapped = torch.stack(torch.meshgrid(*wrapped, indexing="ij"), -1)         # (D, H, W, 3)
+    wrapped = window_partition(wrapped[None], window)                          # (windows, N, 3)
+    return (wrapped[:, :, None] != wrapped[:, None]).any(-1)
 
 
-@lru_cache(256)
-def _layout(window: tuple, places: tuple, wraps: tuple, device) -> tuple:
-    """Flat places of a window with a token, those without, and a mask (N, N) or None: -80 between
-    places that are no neighbours in the volume, as a shifted axis wraps round. (-100 as released
-    adds the same nothing, but its exponential is a denormal number, which costs six times more.)"""
-    grid = list(itertools.product(*map(range, window)))                        # N places
-    full = torch.tensor([all(map(tuple.__contains__, places, at)) for at in grid], device=device)
-    late = torch.tensor([[r and i >= n - WINDOW // 2 for i, n, r in zip(
-        at, window, wraps, strict=True)] for at in grid], device=device)       # (N, 3)
-    mask = -80.0 * (late[:, None] != late).any(2) if any(wraps) else None
-    return full.nonzero()[:, 0], (~full).nonzero()[:, 0], mask
-
-
-class _Attention(torch.autograd.Function):
-    """softmax(q k' / sqrt(c) + bias) v; q, k, v (n, heads, N, c), one bias (heads, N, N) for all.
-
-    Fused kernels refuse a bias with a gradient. Nothing of size N x N is kept: backward computes
-    the weights again, a few windows at a time, so that they stay in the cache.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias):
-        free = bias.detach()[None].expand(len(q), -1, -1, -1)
-        out = F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), free)
-        ctx.save_for_backward(q, k, v, out, bias)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        *each, bias = ctx.saved_tensors
-        each.append(grad)
-        step = max(1, (_CHUNK if grad.is_cuda else _CACHE) // bias.numel())
-        scale, g_bias, parts = grad.shape[-1] ** -0.5, 0, []
-        total = torch.promote_types(grad.dtype, torch.float32)     # a long sum in bf16 is wrong
-        for q, k, v, out, g in zip(*(t.split(step) for t in each), strict=True):
-            q = q * scale
-            p = (q @ k.transpose(-2, -1)).add_(bias).softmax(-1)
-            s = (g @ v.transpose(-2, -1)).sub_((g * out).sum(-1, keepdim=True)).mul_(p)
-            g_bias = g_bias + s.sum(0, dtype=total)
-            parts.append((s @ k * scale, s.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g))
-        return *(torch.cat(part) for part in zip(*parts, strict=True)), g_bias.to(bias.dtype)
+def relative_position_index(device=None) -> Tensor:
+    """(343, 343): which row of the bias table belongs to two places of a 7^3 window."""
+    places = torch.cartesian_prod(*[torch.arange(WINDOW, device=device)] * 3)  # (343, 3)
+    offset = places[:, None] - places[None] + WINDOW - 1                       # each 0 ... 12
+    span = 2 * WINDOW - 1
+    return (offset[..., 0] * span + offset[..., 1]) * span + offset[..., 2]
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of 7^3 tokens, with a learned bias per relative position.
+    """Multi-head self-attention inside windows, with a learned bias per relative position.
 
-    x (B, D, H, W, C); every second block shifts the windows by half a side. Sides count as filled
-    up with zeros to whole windows; an axis shorter than a window is one window, unshifted. As in
-    the release the bias of such a smaller window is read from the first rows of the full index.
+    windows (n, N, C), mask (windows of a scan, N, N) bool or None  ->  (n, N, C)
+
+    As in the release, the bias of a window smaller than 7^3 comes from the first N rows and columns
+    of the full index.
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads).normal_(0, 0.02))
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, shifted: bool) -> Tensor:
-        B, *size, C = x.shape
-        window = tuple(min(WINDOW, n) for n in size)
-        shift = [WINDOW // 2 if shifted and n > WINDOW else 0 for n in size]
-        x = x.roll([-s for s in shift], (1, 2, 3)) if any(shift) else x
-        N, qkv = math.prod(window), self.qkv(x)                                # (B, D, H, W, 3C)
-        bias = self.bias_table[_relative_index()[:N, :N].to(x.device)].permute(2, 0, 1).contiguous()
-        out, c = torch.empty_like(qkv[..., :C]), C // self.heads
-        for group in itertools.product(*(_runs(n, shifted) for n in size)):    # windows alike
-            at, n, places, wraps = zip(*group, strict=True)
-            at = (slice(None), *at)
-            real, void, mask = _layout(window, places, wraps, x.device)
-            r = [len(p) for p in places]
-            part = qkv[at].reshape(B, n[0], r[0], n[1], r[1], n[2], r[2], 3, self.heads, c)
-            q, k, v = part.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).flatten(1, 4).flatten(3, 5)
-            both = bias if mask is None else bias + mask                       # (heads, N, N)
-            if len(void):      # all padding has one k and one v: a single key, its weights summed
-                both = both.index_select(1, real)
-                fill = both.index_select(2, void).logsumexp(2, keepdim=True)
-                both = torch.cat([both.index_select(2, real), fill], 2)
-                none = self.qkv.bias[C:].to(k.dtype).view(2, 1, self.heads, 1, c).expand(
-                    -1, len(k), -1, -1, -1)
-                k, v = torch.cat([k, none[0]], 2), torch.cat([v, none[1]], 2)
-            y = _Attention.apply(q, k, v, both.to(q.dtype))                    # (., heads, real, c)
-            y = y.view(B, *n, self.heads, *r, c).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
-            out[at] = y.reshape(*out[at].shape)
-        x = self.proj(out)
-        return x.roll(shift, (1, 2, 3)) if any(shift) else x
+    def position_bias(self, N: int) -> Tensor:
+        """(heads, N, N): what is added to the scores of two places of a window of N tokens."""
+        index = relative_position_index(self.bias_table.device)[:N, :N]
+        return self.bias_table[index].permute(2, 0, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k' / sqrt(c) + bias) v; q, k, v and the result are (n, heads, N, c)."""
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)         # (n, heads, N, N)
+        scores = scores + self.position_bias(q.shape[2])
+        if mask is not None:
+            per_scan = scores.unflatten(0, (-1, len(mask)))            # (B, windows, heads, N, N)
+            scores = per_scan.masked_fill(mask[:, None], -math.inf).flatten(0, 1)
+        return scores.softmax(-1) @ v
+
+    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        qkv = self.qkv(windows).unflatten(-1, (3, self.heads, -1))     # (n, N, 3, heads, c)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # (n, heads, N, c) each
+        out = self.attend(q, k, v, mask)                               # (n, heads, N, c)
+        return self.proj(out.transpose(1, 2).flatten(2))               # (n, N, C)
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm attention and MLP, each with a shortcut."""
+    """Window attention and an MLP, each behind a layer norm and beside a shortcut.
+
+    x (B, D, H, W, C) tokens; every second block shifts its windows by half a side.
+    """
 
     def __init__(self, dim: int, heads: int, shifted: bool):
         super().__init__()
-        self.shifted, self.norm1 = shifted, nn.LayerNorm(dim)
-        self.attn, self.norm2 = WindowAttention(dim, heads), nn.LayerNorm(dim)
+        self.shifted = shifted
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
+    def windowed_attention(self, x: Tensor) -> Tensor:
+        """Shift, partition, attend, reverse and shift back: (B, D, H, W, C), same shape."""
+        D, H, W = x.shape[1:4]
+        window, shift = window_and_shift((D, H, W), self.shifted)
+        x = pad_to_windows(x, window)
+        size, mask = x.shape[1:4], None
+        if any(shift):
+            x = x.roll([-s for s in shift], (1, 2, 3))
+            mask = shifted_window_mask(size, window, shift, x.device)
+        windows = window_partition(x, window)                          # (n, N, C)
+        windows = self.attn(windows, mask)
+        x = window_reverse(windows, window, size)
+        if any(shift):
+            x = x.roll(shift, (1, 2, 3))
+        return x[:, :D, :H, :W]
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), self.shifted)
+        x = x + self.windowed_attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
+# Which token of every 2x2x2 block (offset along D, H, W) goes where among the eight
 OCTANTS = {"merging": "000 100 010 001 101 010 001 111",      # as released: two twice, two never
-           "mergingv2": "000 001 010 011 100 101 110 111"}
+           "mergingv2": "000 001 010 011 100 101 110 111"}    # every one once
 
 
 class PatchMerging(nn.Module):
     """Eight neighbouring tokens become one: (B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
 
-    def __init__(self, dim: int, form: str):
+    def __init__(self, dim: int, merging: str):
         super().__init__()
-        self.octants = [tuple(slice(int(b), None, 2) for b in o) for o in OCTANTS[form].split()]
-        self.norm, self.reduction = nn.LayerNorm(8 * dim), nn.Linear(8 * dim, 2 * dim, bias=False)
+        self.octants = [tuple(map(int, octant)) for octant in OCTANTS[merging].split()]
+        self.norm = nn.LayerNorm(8 * dim)
+        self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(self.norm(torch.cat([x[:, a, b, c] for a, b, c in self.octants], -1)))
+        parts = [x[:, d::2, h::2, w::2] for d, h, w in self.octants]
+        return self.reduction(self.norm(torch.cat(parts, -1)))
 
 
 class SwinStage(nn.Module):
@@ -391,27 +272,30 @@ class SwinStage(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, merging: str):
         super().__init__()
-        self.blocks = nn.Sequential(*(SwinBlock(dim, heads, bool(i % 2)) for i in range(depth)))
+        blocks = [SwinBlock(dim, heads, shifted=i % 2 == 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.merge = PatchMerging(dim, merging)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.blocks(x))
 
 
+# ---- Swin UNETR: the network ---------------------------------------------------------------------
 class ResBlock(nn.Module):
-    """Two 3x3x3 convolutions with a shortcut; instance norm without affine, leaky ReLU of 0.01."""
+    """Two 3x3x3 convolutions and a shortcut, with instance norms that have no parameters."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv1 = Conv(c_in, c_out, bias=False)
         self.conv2 = Conv(c_out, c_out, bias=False)
-        self.conv3 = Conv(c_in, c_out, 1, bias=False) if c_in != c_out else None
+        self.conv3 = Conv(c_in, c_out, side=1, bias=False) if c_in != c_out else None
 
-    def forward(self, *x: Tensor) -> Tensor:
-        y = norm_act(self.conv1(*x), slope=0.01)
-        y = norm_act(self.conv2(y), slope=None)
-        short = x[0] if self.conv3 is None else norm_act(self.conv3(*x), slope=None)
-        return F.leaky_relu(y + short, 0.01)
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(F.instance_norm(self.conv1(x)), 0.01)
+        y = F.instance_norm(self.conv2(y))
+        if self.conv3 is not None:
+            x = F.instance_norm(self.conv3(x))
+        return F.leaky_relu(y + x, 0.01)
 
 
 class SwinUNETR(nn.Module):
@@ -419,10 +303,11 @@ class SwinUNETR(nn.Module):
 
     x (B, 1, D, H, W)  ->  deep (B, 16 C, D/32, H/32, W/32),  fine (B, C, D, H, W)
 
-    C        feature_size
-    merging  "merging" as released (the public weights need it), or "mergingv2", corrected
+    feature_size  C, channels of the decoder feature
+    merging       "merging" as released (the public weights need it), or "mergingv2", corrected
+    recompute     activation checkpointing of every stage and block
     """
-    recompute, sides = False, (32, 64)
+    side_multiple, side_minimum = 32, 64      # the sides of a window that this backbone takes
 
     def __init__(self, *, feature_size: int = 48, depths=(2, 2, 2, 2), heads=(3, 6, 12, 24),
                  merging: str = "merging"):
@@ -432,230 +317,202 @@ class SwinUNETR(nn.Module):
                              f"{list(OCTANTS)}, got {feature_size} and {merging!r}")
         C = feature_size
         self.deep_channels, self.fine_channels = 16 * C, C
-        self.patch = nn.Conv3d(1, C, 2, 2)
-        self.stages = nn.ModuleList(SwinStage(C << i, n, h, merging)
-                                    for i, (n, h) in enumerate(zip(depths, heads, strict=True)))
-        self.enc = nn.ModuleList(ResBlock(a, b) for a, b in
-                                 ((1, C), (C, C), (2 * C, 2 * C), (4 * C, 4 * C)))
+        self.recompute = False
+        self.patch = nn.Conv3d(1, C, kernel_size=2, stride=2)
+        self.stages = nn.ModuleList(
+            SwinStage(C * 2 ** i, depth, n, merging)
+            for i, (depth, n) in enumerate(zip(depths, heads, strict=True)))
+        self.enc = nn.ModuleList([ResBlock(1, C), ResBlock(C, C), ResBlock(2 * C, 2 * C),
+                                  ResBlock(4 * C, 4 * C)])
         self.bottom = ResBlock(16 * C, 16 * C)
-        steps = ((16 * C, 8 * C), (8 * C, 4 * C), (4 * C, 2 * C), (2 * C, C), (C, C))
-        self.up = nn.ModuleList(Up2(a, b, bias=False) for a, b in steps)
-        self.dec = nn.ModuleList(ResBlock(2 * b, b) for _, b in steps)
+        steps = [(16 * C, 8 * C), (8 * C, 4 * C), (4 * C, 2 * C), (2 * C, C), (C, C)]
+        self.up = nn.ModuleList(UpConv(c_in, c_out, bias=False) for c_in, c_out in steps)
+        self.dec = nn.ModuleList(ResBlock(2 * c_out, c_out) for _, c_out in steps)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Hidden states 0 ... 4, (B, 2^i C, D/2^(i+1), ...), layer-normalised (no parameters)."""
         tokens = self.patch(x).permute(0, 2, 3, 4, 1)          # (B, D/2, H/2, W/2, C)
         hidden = [tokens]
-        for stage in self.stages:                              # (B, D/2^i+2, ..., 2^(i+1) C)
-            tokens = _run(self.recompute, stage, tokens)
+        for stage in self.stages:
+            tokens = run_stage(stage, tokens, recompute=self.recompute)
             hidden.append(tokens)
-        hidden = [F.layer_norm(h, h.shape[-1:]).permute(0, 4, 1, 2, 3) for h in hidden]
-        skips = [_run(self.recompute, enc, h)
-                 for enc, h in zip(self.enc, [x, *hidden], strict=False)] + [hidden[3]]
+        return [F.layer_norm(h, h.shape[-1:]).permute(0, 4, 1, 2, 3) for h in hidden]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.encode(x)
+        skips = [run_stage(enc, h, recompute=self.recompute)             # D, D/2, D/4, D/8
+                 for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True)]
+        skips.append(hidden[3])                                # D/16
         deep = y = self.bottom(hidden[4])                      # (B, 16 C, D/32, H/32, W/32)
         for up, dec in zip(self.up, self.dec, strict=True):
-            y = _run(self.recompute, dec, up(y), skips.pop())
+            y = torch.cat([up(y), skips.pop()], 1)             # upsampled first, then the skip
+            y = run_stage(dec, y, recompute=self.recompute)
         return deep, y                                         # y (B, C, D, H, W)
 
 
 # ---- text branch and heads ---------------------------------------------------------------------
-class Controller(nn.Module):
-    """theta_k from concat(f, text): one linear layer; the image feature comes first."""
+def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """theta (..., 153) -> the weights and the biases of three layers.
 
-    def __init__(self, *, text_dim: int = 512, image_dim: int = 256, hidden: int = 256):
-        super().__init__()
-        n = sum(a * b + b for a, b in zip(HEAD, HEAD[1:], strict=False))       # 153
-        self.text = nn.Linear(text_dim, hidden)
-        self.out = nn.Linear(image_dim + hidden, n)
-        with torch.no_grad():      # a head starts as an ordinary small network (He), mostly "no"
-            self.out.bias.zero_()
-            self.out.bias[:128].normal_(0, math.sqrt(2 / 8))
-            self.out.bias[128:136].normal_(0, math.sqrt(1 / 8))
-            self.out.bias[-1] = -2.0
+    weights  (..., 8, 8), (..., 8, 8), (..., 1, 8): each is (out, in)
+    biases   (..., 8), (..., 8), (..., 1)
 
-    def forward(self, w: Tensor, f: Tensor) -> Tensor:
-        t = F.relu(self.text(w))                                       # (K, 256)
-        B, K = len(f), len(t)
-        both = torch.cat([f[:, None].expand(-1, K, -1), t.expand(B, -1, -1)], 2)
-        return self.out(both)                                          # (B, K, 153)
-
-
-class Extension(nn.Module):
-    """New classes beside a frozen model (the 2024 extension): one MLP each, stacked in (n, ...).
-
-    rows  (n, E)  their text rows, by which they are recognised among the rows of a call
+    As released: all weights come first, then all biases.
     """
-
-    def __init__(self, rows: Tensor, image_dim: int = 256, hidden: int = 512, out_dim: int = 153):
-        super().__init__()
-        n, width = len(rows), image_dim + rows.shape[1]
-        self.register_buffer("rows", rows.clone())
-        self.w1 = nn.Parameter(torch.randn(n, width, hidden) * math.sqrt(2 / width))
-        self.b1 = nn.Parameter(torch.zeros(n, 1, hidden))
-        self.w2 = nn.Parameter(torch.randn(n, hidden, out_dim) / math.sqrt(hidden))
-        self.b2 = nn.Parameter(torch.zeros(n, 1, out_dim))
-
-    def place(self, w: Tensor) -> Tensor:
-        """w (K, E) -> which new class a row is, -1 for an old one."""
-        same = (w[:, None] == self.rows).all(2)                        # (K, n)
-        return torch.where(same.any(1), same.int().argmax(1), -1)
-
-    def forward(self, which: Tensor, f: Tensor) -> Tensor:
-        both = torch.cat([f[None].expand(len(which), -1, -1),
-                          self.rows[which, None].expand(-1, len(f), -1)], 2)   # (K, B, 768)
-        h = torch.baddbmm(self.b1[which], both, self.w1[which]).relu()
-        return torch.baddbmm(self.b2[which], h, self.w2[which]).transpose(0, 1)    # (B, K, 153)
-
-
-def split_theta(theta: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """theta (K, 153) -> weights (K, 8, 8), (K, 8, 8), (K, 1, 8) and biases (K, 8), (K, 8), (K, 1).
-
-    As released: all weights first, then all biases; a weight is (out, in).
-    """
-    shapes = list(zip(HEAD[1:], HEAD, strict=False))
-    parts = theta.split([o * i for o, i in shapes] + [o for o, _ in shapes], dim=1)
-    return [p.unflatten(1, s).contiguous() for p, s in zip(parts, shapes, strict=False)], parts[3:]
-
-
-_BLOCK = 1 << 17, 1 << 23          # voxels x classes at once: the cache of a processor, a GPU
-
-
-def _inner(feat: Tensor, layers, more: int = 0):
-    """feat (8, N), split theta -> block by block: a slice of voxels, the inner values h1, h2
-    (K, 8, n) and `more` such tensors, all in the same memory: fresh costs more than the sums."""
-    ((w1, w2, _), (b1, b2, _)), N = layers, feat.shape[1]
-    K, size = len(w1), max(1, _BLOCK[feat.is_cuda] // len(w1))
-    rooms = feat.new_empty(2 + more, K * 8 * min(size, N))
-    for i in range(0, N, size):
-        x = feat[:, i:i + size]
-        h1, h2, *rest = rooms[:, :K * 8 * x.shape[1]].view(2 + more, K, 8, -1)
-        if x.dtype == torch.float32:                       # the faster form of each dtype
-            torch.baddbmm(b1[..., None], w1, x.expand(K, -1, -1), out=h1).relu_()
-        else:
-            torch.addmm(b1.reshape(-1, 1), w1.flatten(0, 1), x, out=h1.flatten(0, 1)).relu_()
-        torch.baddbmm(b2[..., None], w2, h1, out=h2).relu_()
-        yield slice(i, i + size), h1, h2, *rest
-
-
-class _Heads(torch.autograd.Function):
-    """One scan's heads: feat (N, 8), theta (K, 153) -> logits (K, N), block by block.
-
-    Nothing but input and output is kept; backward computes a block's inner values again while its
-    gradient is made.
-    """
-
-    @staticmethod
-    def forward(ctx, feat, theta):
-        feat = feat.t()                                                        # (8, N)
-        out, layers = feat.new_empty(len(theta), feat.shape[1]), split_theta(theta)
-        for at, _, h2 in _inner(feat, layers):
-            out[:, at] = torch.baddbmm(layers[1][2][..., None], layers[0][2], h2)[:, 0]
-        ctx.save_for_backward(feat, theta)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        feat, theta = ctx.saved_tensors
-        (w1, w2, w3), K = (layers := split_theta(theta))[0], len(theta)
-        g_feat, total = torch.empty_like(feat, memory_format=torch.contiguous_format), 0
-        for at, h1, h2, g1, g2 in _inner(feat, layers, 2):
-            x, g = feat[:, at], grad[:, at]
-            back = torch.ops.aten.threshold_backward.grad_input
-            back(torch.mul(w3.transpose(1, 2), g[:, None], out=g2), h2, 0, grad_input=g2)
-            back(torch.bmm(w2.transpose(1, 2), g2, out=g1), h1, 0, grad_input=g1)
-            parts = [(g1.flatten(0, 1) @ x.t()).view(K, -1), (g2 @ h1.transpose(1, 2)).flatten(1),
-                     (h2 @ g[..., None]).flatten(1), g1.sum(2), g2.sum(2), g.sum(1, keepdim=True)]
-            total = total + torch.cat(parts, 1).float()                        # (K, 153)
-            g_feat[:, at] = w1.flatten(0, 1).t() @ g1.flatten(0, 1)
-        return g_feat.t(), total.to(theta.dtype)
+    parts = theta.split(HEAD_SIZES, -1)
+    layers = len(HEAD_LAYERS)
+    weights = [part.unflatten(-1, shape)
+               for part, shape in zip(parts[:layers], HEAD_LAYERS, strict=True)]
+    return weights, list(parts[layers:])
 
 
 def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
-    """Three 1x1x1 convolutions per class, ReLU between them.
+    """P_k before the sigmoid: three 1x1x1 convolutions with the weights theta_k, ReLU in between.
 
     feat     (B, 8, D, H, W)   theta (B, K, 153)
     returns  (B, K, D, H, W)   logits
-
-    Works on blocks of voxels that fit the cache and never repeats the feature map K times.
     """
-    (B, _, *size), K = feat.shape, theta.shape[1]
-    rows = feat.permute(0, 2, 3, 4, 1).reshape(B, -1, HEAD[0])                 # (B, N, 8)
-    out = [_Heads.apply(r, t) for r, t in zip(rows, theta.to(rows.dtype), strict=True)]
-    return (out[0][None] if B == 1 else torch.stack(out)).view(B, K, *size)
+    (w1, w2, w3), (b1, b2, b3) = split_theta(theta)
+    x = feat.flatten(2)                                                        # (B, 8, N)
+    h = F.relu(torch.einsum("bkoi,bin->bkon", w1, x) + b1[..., None])          # (B, K, 8, N)
+    h = F.relu(torch.einsum("bkoi,bkin->bkon", w2, h) + b2[..., None])         # (B, K, 8, N)
+    y = torch.einsum("bkoi,bkin->bkon", w3, h) + b3[..., None]                 # (B, K, 1, N)
+    return y.squeeze(2).unflatten(2, feat.shape[2:])
+
+
+class Controller(nn.Module):
+    """theta_k = one linear layer of concat(f, text_k), text_k a projection of w_k."""
+
+    def __init__(self, *, text_dim: int = 512, image_dim: int = IMAGE_DIM, hidden: int = 256):
+        super().__init__()
+        self.text = nn.Linear(text_dim, hidden)
+        self.out = nn.Linear(image_dim + hidden, THETA_DIM)
+        self.start_as_small_networks()
+
+    @torch.no_grad()
+    def start_as_small_networks(self) -> None:
+        """Every head starts as an ordinary small network (He) whose answer is "no" mostly."""
+        weights, biases = split_theta(self.out.bias)
+        self.out.bias.zero_()
+        for weight in weights[:-1]:
+            weight.normal_(0, math.sqrt(2 / weight.shape[-1]))
+        weights[-1].normal_(0, math.sqrt(1 / weights[-1].shape[-1]))
+        biases[-1].fill_(-2.0)                             # a probability of 0.12
+
+    def forward(self, w: Tensor, f: Tensor) -> Tensor:
+        """w (K, E), f (B, 256) -> theta (B, K, 153)."""
+        text = F.relu(self.text(w))                                    # (K, 256)
+        B, K = len(f), len(text)
+        image = f[:, None].expand(-1, K, -1)                           # (B, K, 256)
+        text = text.expand(B, -1, -1)                                  # (B, K, 256)
+        return self.out(torch.cat([image, text], 2))                   # the image feature first
+
+
+class Extension(nn.Module):
+    """New classes beside a frozen model (the 2024 extension): one two-layer MLP for each.
+
+    w_new  (n, E)  their text embeddings, by which they are recognised among those of a call
+    """
+
+    def __init__(self, w_new: Tensor, image_dim: int = IMAGE_DIM, hidden: int = 512):
+        super().__init__()
+        n, width = len(w_new), image_dim + w_new.shape[1]
+        self.register_buffer("w_new", w_new.clone())
+        self.w1 = nn.Parameter(torch.randn(n, width, hidden) * math.sqrt(2 / width))
+        self.b1 = nn.Parameter(torch.zeros(n, 1, hidden))
+        self.w2 = nn.Parameter(torch.randn(n, hidden, THETA_DIM) / math.sqrt(hidden))
+        self.b2 = nn.Parameter(torch.zeros(n, 1, THETA_DIM))
+
+    def find(self, w: Tensor) -> Tensor:
+        """w (K, E) -> (K,) int: which new class an embedding belongs to, -1 for an old class."""
+        same = (w[:, None] == self.w_new).all(2)                       # (K, n)
+        return torch.where(same.any(1), same.int().argmax(1), -1)
+
+    def forward(self, which: Tensor, f: Tensor) -> Tensor:
+        """which (k,) of the new classes, f (B, 256) -> theta (B, k, 153)."""
+        k, B = len(which), len(f)
+        image = f[None].expand(k, -1, -1)                              # (k, B, 256)
+        text = self.w_new[which, None].expand(-1, B, -1)               # (k, B, E)
+        h = torch.cat([image, text], 2)
+        h = F.relu(torch.baddbmm(self.b1[which], h, self.w1[which]))   # (k, B, 512)
+        return torch.baddbmm(self.b2[which], h, self.w2[which]).transpose(0, 1)
 
 
 class UniversalModel(nn.Module):
     """Backbone, pooling branch, text-driven controller, dynamic heads (paper, Fig. 2).
 
-    backbone  a module with deep_channels, fine_channels and sides that returns (deep, fine)
-    text_dim  E, the width of a text row
+    backbone  a module with deep_channels, fine_channels, side_multiple and side_minimum that
+              returns (deep, fine)
+    text_dim  E, the width of a text embedding
     """
 
     def __init__(self, backbone: nn.Module, text_dim: int = 512):
         super().__init__()
         self.backbone = backbone
-        deep, fine = backbone.deep_channels, backbone.fine_channels
-        self.pool_norm, self.pool = GroupNormReLU(deep), nn.Linear(deep, 256)
+        self.pool_norm = GroupNormReLU(backbone.deep_channels)
+        self.pool = nn.Linear(backbone.deep_channels, IMAGE_DIM)
         self.controller = Controller(text_dim=text_dim)
-        self.reduce_norm, self.reduce = GroupNormReLU(fine), nn.Conv3d(fine, HEAD[0], 1)
+        self.reduce_norm = GroupNormReLU(backbone.fine_channels)
+        self.reduce = nn.Conv3d(backbone.fine_channels, HEAD[0], 1)
         self.extension: Extension | None = None
-        self.to(memory_format=_CL)
 
-    def extend(self, rows: Tensor) -> None:
-        """Freeze everything there is and add classes with these text rows (n, E)."""
+    def extend(self, w_new: Tensor) -> None:
+        """Freeze everything there is and add classes with these text embeddings (n, E)."""
         self.requires_grad_(False)
-        self.extension = Extension(rows).to(rows.device)
+        self.extension = Extension(w_new).to(w_new.device)
 
     def theta(self, deep: Tensor, w: Tensor) -> Tensor:
         """deep (B, C, D/s, H/s, W/s), w (K, E) -> theta (B, K, 153)."""
-        if not torch.is_grad_enabled():
-            deep = deep.clone()                            # the norm overwrites; callers keep deep
         f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))            # (B, 256)
         if self.extension is None:
             return self.controller(w, f)
-        which = self.extension.place(w)                                # (K,)
-        out = f.new_empty(len(f), len(w), 153)
-        out[:, which < 0] = self.controller(w[which < 0], f)
-        out[:, which >= 0] = self.extension(which[which >= 0], f)
-        return out
+        which = self.extension.find(w)                                 # (K,)
+        old, new = which < 0, which >= 0
+        theta = f.new_empty(len(f), len(w), THETA_DIM)
+        theta[:, old] = self.controller(w[old], f)
+        theta[:, new] = self.extension(which[new], f)
+        return theta
 
-    def forward(self, x: Tensor, w: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Logits (B, K, D, H, W), or only those of the wanted (B, K) pairs, (1, P, D, H, W)."""
+    def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
+        return apply_heads(feat, theta)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities."""
         check_side(x.shape[2:], self.backbone)
-        x = torch.empty_like(x, memory_format=_CL).copy_(x)    # strides that `contiguous` leaves
-        deep, fine = self.backbone(x)                          # open where there is one channel
-        theta = self.theta(deep, w)                        # (B, K, 153)
-        feat = self.reduce(self.reduce_norm(fine))         # (B, 8, D, H, W)
-        if wanted is None:
-            return apply_heads(feat, theta)
-        return torch.cat([apply_heads(f[None], t[None, own]) for f, t, own in
-                          zip(feat, theta, wanted, strict=True) if own.any()], 1)
+        deep, fine = self.backbone(x)                  # (B, 8 C, D/8, ...), (B, C, D, H, W)
+        theta = self.theta(deep, w)                    # (B, K, 153)
+        feat = self.reduce(self.reduce_norm(fine))     # (B, 8, D, H, W)
+        return self.heads(feat, theta)                 # (B, K, D, H, W)
 
 
 def check_side(size, backbone) -> None:
-    """raises ValueError  unless every side is one that the backbone takes (its `sides`)."""
-    step, least = backbone.sides
-    if any(s % step or s < least for s in size):
-        raise ValueError(f"window sides must be multiples of {step} and at least {least}, "
+    """raises ValueError  unless every side of a window is one that the backbone takes."""
+    multiple, minimum = backbone.side_multiple, backbone.side_minimum
+    if any(side % multiple or side < minimum for side in size):
+        raise ValueError(f"window sides must be multiples of {multiple} and at least {minimum}, "
                          f"got {tuple(size)}")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
-FORMAT = "universal-model/1"
+FORMAT = "universal-model/2"
+OLDER_FORMATS = ("universal-model/1",)       # read as well; they lack settings that are newer
+BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
 def build_model(spec: dict) -> UniversalModel:
-    """{"backbone": "unet", "width": 64, "text_dim": 512} -> an untrained model."""
+    """{"backbone": "unet", "width": 64, "text_dim": 512} -> an untrained model.
+
+    "extension": n adds n new classes, whose text embeddings are still zero
+    """
     spec = dict(spec)
-    backbone, text_dim, new = spec.pop("backbone"), spec.pop("text_dim"), spec.pop("extension", 0)
+    backbone, text_dim = spec.pop("backbone"), spec.pop("text_dim")
+    new_classes = spec.pop("extension", 0)
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
     model = UniversalModel(BACKBONES[backbone](**spec), text_dim)
-    if new:
-        model.extend(torch.zeros(new, text_dim))
+    if new_classes:
+        model.extend(torch.zeros(new_classes, text_dim))
     return model
-
-
-BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
 def read_checkpoint(path) -> dict:
@@ -682,60 +539,121 @@ def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
     """
     content = read_checkpoint(path)
     if "format" not in content:
-        return *load_released(content, where=str(path)), {}
-    if content["format"] != FORMAT:
+        model, w = load_released(content, where=str(path))
+        return model, w, {}
+    if content["format"] not in (FORMAT, *OLDER_FORMATS):
         raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, this reads "
                          f"{FORMAT!r}")
     model = build_model(content["spec"])
     try:
-        model.load_state_dict(content.pop("model"))
+        model.load_state_dict(current_names(content.pop("model")))
     except RuntimeError as e:
         raise ValueError(f"{path}: weights do not fit the model it names: {e}") from None
     return model.eval(), content["w"], content
 
 
+def current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names of today."""
+    renamed = {"extension.rows": "extension.w_new"}                    # universal-model/1
+    return {renamed.get(name, name): value for name, value in state.items()}
+
+
 # ---- public weights ----------------------------------------------------------------------------
-_RENAME = [(re.compile(a), b) for a, b in (       # released name -> ours, one after the other
-    (r"^module\.", ""), (r"^(layers\d|patch_embed)", r"swinViT.\1"),    # older Swin files, SSL
-    (r"^(swinViT|encoder\d|decoder\d|down_tr|up_tr)", r"backbone.\1"),
-    (r"swinViT\.patch_embed\.proj", "patch"), (r"\.mlp\.(?:linear|fc)1\.", ".mlp.0."),
-    (r"\.mlp\.(?:linear|fc)2\.", ".mlp.2."), (r"\.relative_position_bias_table", ".bias_table"),
-    (r"swinViT\.layers(\d)\.0\.", lambda m: f"stages.{int(m[1]) - 1}."),
-    (r"\.downsample\.", ".merge."), (r"encoder10\.layer\.", "bottom."),
-    (r"encoder(\d)\.layer\.", lambda m: f"enc.{int(m[1]) - 1}."),
-    (r"decoder(\d)\.transp_conv\.conv", lambda m: f"up.{5 - int(m[1])}"),
-    (r"decoder(\d)\.conv_block", lambda m: f"dec.{5 - int(m[1])}"),
-    (r"\.conv(\d)\.conv\.", r".conv\1."),
-    (r"down_tr(64|128|256|512)\.", lambda m: f"down.{(64, 128, 256, 512).index(int(m[1]))}."),
-    (r"up_tr(256|128|64)\.up_conv", lambda m: f"up.{(256, 128, 64).index(int(m[1]))}"),
-    (r"up_tr(256|128|64)\.", lambda m: f"merge.{(256, 128, 64).index(int(m[1]))}."),
-    (r"\.ops\.(\d)\.conv1\.", r".\1.conv."), (r"\.ops\.(\d)\.bn1\.", r".\1.norm."),
-    (r"^precls_conv\.0", "reduce_norm"), (r"^precls_conv\.2", "reduce"),
-    (r"^GAP\.0", "pool_norm"), (r"^GAP\.3", "pool"), (r"^controller\.", "controller.out."),
-    (r"^text_to_vision", "controller.text"))]
+_DOUBLE_CONV = {".conv1.": ".conv.", ".bn1.": ".norm."}
+_SWIN_STAGE = {".mlp.linear1.": ".mlp.0.", ".mlp.linear2.": ".mlp.2.",
+               ".mlp.fc1.": ".mlp.0.", ".mlp.fc2.": ".mlp.2.",         # self-supervised files
+               ".relative_position_bias_table": ".bias_table", "downsample.": "merge."}
+_RES_BLOCK = {"conv1.conv.": "conv1.", "conv2.conv.": "conv2.", "conv3.conv.": "conv3."}
+_PUBLIC_NAMES = [
+    # a public name starts with     here                        and inside of it
+    ("down_tr64.ops.",              "backbone.down.0.",         _DOUBLE_CONV),
+    ("down_tr128.ops.",             "backbone.down.1.",         _DOUBLE_CONV),
+    ("down_tr256.ops.",             "backbone.down.2.",         _DOUBLE_CONV),
+    ("down_tr512.ops.",             "backbone.down.3.",         _DOUBLE_CONV),
+    ("up_tr256.up_conv.",           "backbone.up.0.",           {}),
+    ("up_tr128.up_conv.",           "backbone.up.1.",           {}),
+    ("up_tr64.up_conv.",            "backbone.up.2.",           {}),
+    ("up_tr256.ops.",               "backbone.merge.0.",        _DOUBLE_CONV),
+    ("up_tr128.ops.",               "backbone.merge.1.",        _DOUBLE_CONV),
+    ("up_tr64.ops.",                "backbone.merge.2.",        _DOUBLE_CONV),
+    ("swinViT.patch_embed.proj.",   "backbone.patch.",          {}),
+    ("swinViT.layers1.0.",          "backbone.stages.0.",       _SWIN_STAGE),
+    ("swinViT.layers2.0.",          "backbone.stages.1.",       _SWIN_STAGE),
+    ("swinViT.layers3.0.",          "backbone.stages.2.",       _SWIN_STAGE),
+    ("swinViT.layers4.0.",          "backbone.stages.3.",       _SWIN_STAGE),
+    ("encoder1.layer.",             "backbone.enc.0.",          _RES_BLOCK),
+    ("encoder2.layer.",             "backbone.enc.1.",          _RES_BLOCK),
+    ("encoder3.layer.",             "backbone.enc.2.",          _RES_BLOCK),
+    ("encoder4.layer.",             "backbone.enc.3.",          _RES_BLOCK),
+    ("encoder10.layer.",            "backbone.bottom.",         _RES_BLOCK),
+    ("decoder5.transp_conv.conv.",  "backbone.up.0.",           {}),
+    ("decoder4.transp_conv.conv.",  "backbone.up.1.",           {}),
+    ("decoder3.transp_conv.conv.",  "backbone.up.2.",           {}),
+    ("decoder2.transp_conv.conv.",  "backbone.up.3.",           {}),
+    ("decoder1.transp_conv.conv.",  "backbone.up.4.",           {}),
+    ("decoder5.conv_block.",        "backbone.dec.0.",          _RES_BLOCK),
+    ("decoder4.conv_block.",        "backbone.dec.1.",          _RES_BLOCK),
+    ("decoder3.conv_block.",        "backbone.dec.2.",          _RES_BLOCK),
+    ("decoder2.conv_block.",        "backbone.dec.3.",          _RES_BLOCK),
+    ("decoder1.conv_block.",        "backbone.dec.4.",          _RES_BLOCK),
+    ("GAP.0.",                      "pool_norm.",               {}),
+    ("GAP.3.",                      "pool.",                    {}),
+    ("precls_conv.0.",              "reduce_norm.",             {}),
+    ("precls_conv.2.",              "reduce.",                  {}),
+    ("text_to_vision.",             "controller.text.",         {}),
+    ("controller.weight",           "controller.out.weight",    {}),
+    ("controller.bias",             "controller.out.bias",      {}),
+]
 _UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_position_index")
 
 
-def _public_names(content: dict, where: str) -> dict[str, Tensor]:
+def our_name(public: str) -> str:
+    """A parameter's name in a public file -> its name here; an unknown name stays as it is.
+
+    "module.backbone.down_tr64.ops.0.conv1.weight" -> "backbone.down.0.0.conv.weight"
+    """
+    public = public.removeprefix("module.")
+    name = public.removeprefix("backbone.")
+    if name.startswith(("layers", "patch_embed")):                     # self-supervised files
+        name = "swinViT." + name
+    for start, ours, inside in _PUBLIC_NAMES:
+        if name.startswith(start):
+            name = ours + name.removeprefix(start)
+            for old, new in inside.items():
+                name = name.replace(old, new)
+            return name
+    return public
+
+
+def _check_unused(name: str, value: Tensor, where: str) -> None:
+    """raises ValueError  if a buffer that is not used here has not the content it must have."""
+    if name.endswith(".relative_position_index"):
+        if not torch.equal(value, relative_position_index()):
+            raise ValueError(f"{where}: {name} is not that of {WINDOW}^3 windows")
+    elif name.endswith((".running_mean", ".running_var")) and value.ndim != 1:
+        raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, expected a vector")
+
+
+def public_weights(content: dict, where: str) -> dict[str, Tensor]:
     """A public payload -> {our name: tensor}, without the buffers that the release never uses."""
-    inner = [content.get(k) for k in ("net", "state_dict", "model")]
-    state = next((c for c in inner if isinstance(c, dict)), content)
-    out = {}
-    for key, value in state.items():
+    state = content
+    for key in ("net", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    weights = {}
+    for public, value in state.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{where}: not a checkpoint of this model: {key!r} is "
+            raise ValueError(f"{where}: not a checkpoint of this model: {public!r} is "
                              f"{type(value).__name__}, not a tensor")
-        name = key
-        for old, new in _RENAME:
-            name = old.sub(new, name)
-        if name.endswith(".relative_position_index") and not torch.equal(value, _relative_index()):
-            raise ValueError(f"{where}: {key} is not that of {WINDOW}^3 windows")
-        if name.endswith((".running_mean", ".running_var")) and value.ndim != 1:
-            raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, expected a vector")
-        if not name.endswith(_UNUSED):
-            fc = name in ("pool.weight", "controller.out.weight") and value.ndim == 5
-            out[name] = value.flatten(1) if fc else value
-    return out
+        name = our_name(public)
+        if name.endswith(_UNUSED):
+            _check_unused(name, value, where)
+            continue
+        if name in ("pool.weight", "controller.out.weight") and value.ndim == 5:
+            value = value.flatten(1)                       # released as a 1x1x1 convolution
+        weights[name] = value
+    return weights
 
 
 def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel, Tensor]:
@@ -747,27 +665,33 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     """
     if not isinstance(source, dict):
         where, source = str(source), read_checkpoint(source)
-    state = _public_names(source, where)
+    state = public_weights(source, where)
     w = state.pop("organ_embedding", None)
-    conv, patch = (state.get(f"backbone.{k}.weight") for k in ("down.0.0.conv", "patch"))
-    first, text = patch if conv is None else conv, state.get("controller.text.weight")
+    unet_first = state.get("backbone.down.0.0.conv.weight")            # (width / 2, 1, 3, 3, 3)
+    swin_first = state.get("backbone.patch.weight")                    # (feature_size, 1, 2, 2, 2)
+    text = state.get("controller.text.weight")                         # (256, E)
+    first = swin_first if unet_first is None else unet_first
     if any(t is None or t.ndim < 2 for t in (first, text, w)):
         raise ValueError(f"{where}: not a released CLIP-driven model: no backbone, "
                          "text_to_vision or organ_embedding that this code knows")
-    size = {"backbone": "swin_unetr", "feature_size": len(first)} if conv is None else \
-        {"backbone": "unet", "width": 2 * len(first)}
+    if unet_first is None:
+        spec = {"backbone": "swin_unetr", "feature_size": len(first)}
+    else:
+        spec = {"backbone": "unet", "width": 2 * len(first)}
     with torch.device("meta"):
-        model = build_model({**size, "text_dim": text.shape[1]})
+        model = build_model({**spec, "text_dim": text.shape[1]})
     own = model.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state]
-    wrong += [f"unknown {k}" for k in state if k not in own]
-    wrong += [f"{k} has shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-              for k in own if k in state and own[k].shape != state[k].shape]
+    wrong = [f"missing {name}" for name in own if name not in state]
+    wrong += [f"unknown {name}" for name in state if name not in own]
+    for name in own:
+        if name in state and own[name].shape != state[name].shape:
+            wrong.append(f"{name} has shape {tuple(state[name].shape)}, "
+                         f"expected {tuple(own[name].shape)}")
     if wrong:
-        raise ValueError(f"{where}: does not fit the released {size['backbone']}: "
+        raise ValueError(f"{where}: does not fit the released {spec['backbone']}: "
                          + "; ".join(wrong))
-    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-    return model.to(memory_format=_CL).eval(), w.float()
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model.eval(), w.float()
 
 
 def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
@@ -777,14 +701,14 @@ def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
     returns  (names filled, names in the file that are no part of this backbone)
     raises   ValueError  if a tensor has another shape, or nothing fits
     """
-    state, own = _public_names(read_checkpoint(path), str(path)), model.state_dict()
-    fits = [k for k in state if k.startswith("backbone.") and k in own]
+    state, own = public_weights(read_checkpoint(path), str(path)), model.state_dict()
+    fits = [name for name in state if name.startswith("backbone.") and name in own]
     if not fits:
         raise ValueError(f"{path}: no weight in it fits this backbone; it starts with "
                          f"{next(iter(state), 'nothing')!r}")
-    for k in fits:
-        if own[k].shape != state[k].shape:
-            raise ValueError(f"{path}: {k} has shape {tuple(state[k].shape)}, this model "
-                             f"{tuple(own[k].shape)}")
-    model.load_state_dict({k: state[k] for k in fits}, strict=False)
-    return fits, [k for k in state if k not in fits]
+    for name in fits:
+        if own[name].shape != state[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(state[name].shape)}, this model "
+                             f"{tuple(own[name].shape)}")
+    model.load_state_dict({name: state[name] for name in fits}, strict=False)
+    return fits, [name for name in state if name not in fits]

@@ -7,6 +7,21 @@
 Randomness is a pure function of (seed, sample number): a resumed run ends bit-identical to an
 undisturbed one, on another number of processes if the crops of a step stay the same. OUT gets
 last.pt, best.pt (with a validation set), log.jsonl and config.json.
+
+What differs from the release in training:
+
+|                    | release                             | here                            |
+|--------------------|-------------------------------------|---------------------------------|
+| crops of a step    | several of one scan on every GPU    | each of a scan drawn anew       |
+| gradient           | not clipped                         | norm clipped at 1 (--clip-grad) |
+| foreground crops   | drawn by volume: any labelled voxel | drawn by class, then by voxel   |
+| tumour crops       | LiTS and three MSD tasks            | every MSD task                  |
+| Dice               | averaged over slices, or an error   | of the whole patch              |
+| precision          | float32                             | bf16 where the hardware has it  |
+| start of the heads | as any linear layer                 | as small networks that say "no" |
+
+As in the release every scan weighs the same in the loss, background crops are centred in the body,
+and datasets are drawn uniformly.
 """
 from __future__ import annotations
 
@@ -22,16 +37,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # else a busy neighbour costs 10x
-
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # limit OpenMP spinning; otherwise a shared CPU
+                                                   # can be 10x slower
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from tqdm import tqdm
 
 import clip_text
 import data
+import fast
 import infer
 import labels
 import losses
@@ -40,53 +56,77 @@ from data import PATCH, SPACING_MM
 from model import (
     BACKBONES,
     FORMAT,
+    OLDER_FORMATS,
+    UniversalModel,
     build_model,
     check_side,
+    current_names,
     load_checkpoint,
     load_pretrained,
     read_checkpoint,
 )
 
-ONEHOT_NORM = 8.8      # mean norm of the released CLIP rows, so that only directions differ
+ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
+
+
+def setting(default, help_text: str):
+    """A field of Config: its default and what --help says about it."""
+    return dataclasses.field(default=default, metadata={"help": help_text})
 
 
 @dataclass
 class Config:
-    """One field a line; flags are made from them."""
-    data: tuple[str, ...] = ()    # datasets (nnU-Net raw), or folders of several
-    out: str = "run"              # where checkpoints and the log go
-    backbone: str = "unet"        # unet or swin_unetr
-    text: str = "clip"            # clip, onehot, or a file of rows (K, E)
-    prompt_template: str = "V3"   # V1, V2, V3 of the paper, or a text with {} (release: V3)
-    clip_weights: str = ""        # a CLIP file (default: ViT-B/32, downloaded on first use)
-    classes: str = ""             # a class table of your own (JSON)
-    resume: bool = False          # go on from OUT/last.pt
-    extend: str = ""              # add the classes of --classes to this checkpoint, the old frozen
-    spacing_mm: float = SPACING_MM   # isotropic target spacing (release: 1.5; 0: the data's median)
-    patch: int = PATCH       # side of a crop, voxels (release: 96)
-    width: int = 0                # channels of the decoder feature (0: 64 U-Net, 48 Swin UNETR)
-    pretrained: str = ""          # start the backbone from MONAI's Swin, Genesis, or a last.pt
-    recompute: bool = False       # activations again in backward: less memory, a third more time
-    steps: int = 100_000          # optimiser steps in all
-    batch: int = 2                # crops a step and process
-    lr: float = 1e-4              # AdamW, highest rate (release: 1e-4)
-    head_lr: float = 0.0          # of what generates the heads (0: lr; 5e-4 if Dice sticks at 0)
-    weight_decay: float = 1e-5    # AdamW (release)
-    warmup: float = 0.05          # share of the steps with a rising rate (release: 100 of 2000)
-    clip_grad: float = 1.0        # largest norm of the whole gradient
-    unmasked: bool = False        # ablation: count what a dataset does not label as background
-    val_fraction: float = 0.1     # share of the scans held out; 5 scans or fewer: none
-    fold: str = ""                # i/k: hold out part i of k (0 first) instead of a share
-    val_every: int = 1000         # steps between validations
-    val_scans: int = 20           # at most this many scans a validation
-    save_every: int = 500         # steps between checkpoints
-    workers: int = 0              # processes that cut crops
-    skip_bad: bool = False        # leave out scans that cannot be read instead of stopping
-    dry_run: bool = False         # report on the data and stop
-    cache: str = ""               # preprocessed scans (default: cache beside OUT)
-    seed: int = 0
-    amp: bool | None = None       # bf16 (default: where the hardware computes in it)
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """All settings of a run; every field is a flag."""
+    data: tuple[str, ...] = setting((), "dataset folders (nnU-Net raw or MSD task), or folders "
+                                    "that hold several")
+    out: str = setting("run", "folder for checkpoints and the log")
+    backbone: str = setting("unet", "backbone network")
+    text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (K, E)")
+    prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
+                                   "with {} for the class name (release: V3)")
+    clip_weights: str = setting("", "file with CLIP weights (default: ViT-B/32, downloaded on "
+                                "first use)")
+    classes: str = setting("", "class table of your own (JSON) instead of the built-in one")
+    resume: bool = setting(False, "continue from OUT/last.pt if it is there")
+    extend: str = setting("", "add the classes of --classes to this checkpoint, whose weights are "
+                          "frozen")
+    spacing_mm: float = setting(SPACING_MM, "isotropic spacing to which scans are resampled, in mm "
+                                "(release: 1.5; 0: median of the data)")
+    patch: int = setting(PATCH, "side of a training crop in voxels (release: 96)")
+    width: int = setting(0, "channels of the decoder feature (0: 64 for unet, 48 for swin_unetr)")
+    pretrained: str = setting("", "start the backbone from MONAI's self-supervised Swin UNETR, "
+                              "Models Genesis, or a checkpoint of train.py")
+    recompute: bool = setting(False, "activation checkpointing: less memory, about a third slower")
+    plain: bool = setting(False, "use the plain code of model.py instead of its faster "
+                          "equivalents in fast.py")
+    steps: int = setting(100_000, "total number of optimiser steps")
+    batch: int = setting(2, "crops per step and process")
+    lr: float = setting(1e-4, "highest learning rate of AdamW (release: 1e-4)")
+    head_lr: float = setting(0.0, "learning rate of the controller (0: same as --lr; try 5e-4 if "
+                             "Dice stays at 0)")
+    weight_decay: float = setting(1e-5, "weight decay of AdamW (release: 1e-5)")
+    warmup: float = setting(0.05, "share of the steps in which the learning rate rises (release: "
+                            "100 of 2000 epochs)")
+    clip_grad: float = setting(1.0, "largest norm of the gradient; a larger one is scaled down")
+    unmasked: bool = setting(False, "ablation: take what a dataset does not label for background")
+    val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
+                                  "rounds to 0)")
+    fold: str = setting("", "i/k: hold out part i (0 first) of k equal parts instead of a share")
+    val_every: int = setting(1000, "steps between validations")
+    val_scans: int = setting(20, "largest number of scans in a validation")
+    save_every: int = setting(500, "steps between checkpoints")
+    workers: int = setting(0, "processes that cut crops (0: the training process itself)")
+    skip_bad: bool = setting(False, "leave out scans that cannot be read instead of stopping")
+    dry_run: bool = setting(False, "report what the data covers and stop")
+    cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
+    seed: int = setting(0, "seed of all random numbers")
+    amp: bool | None = setting(None, "compute in bf16 (default: where the hardware does)")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
+
+
+# Settings that a resumed run must share with the run it continues
+FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
+         "unmasked", "plain")
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -97,336 +137,489 @@ def lr_at(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
 
 
-def text_embeddings(cfg: Config, classes) -> torch.Tensor:
-    """w (K, E): CLIP rows of the classes' prompts, one-hot rows, or a file of rows."""
-    if cfg.text == "onehot":
-        return torch.eye(len(classes)) * ONEHOT_NORM
-    if cfg.text == "clip":
-        return clip_text.encode_classes([c.sentence(cfg.prompt_template) for c in classes], "{}",
-                                        weights=cfg.clip_weights or None)
-    rows = clip_text.read_embeddings(cfg.text)
-    if len(rows) != len(classes):
-        raise ValueError(f"{cfg.text}: {len(rows)} rows for {len(classes)} classes")
-    return rows
-
-
-def world() -> int:
+def process_count() -> int:
     """How many processes train together (torchrun says so)."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def save(path: Path, model, opt, classes, w, spec: dict, trained, modality: str, step: int,
-         best: float, cfg: Config) -> None:
-    """All that inference and resume need, as plain tensors, numbers and strings; atomic.
+def process_rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
-    trained  names of the classes that some training scan annotates: infer.py offers only these
-    """
-    content = {"format": FORMAT, "spec": spec, "model": model.state_dict(), "w": w.cpu(),
-               "classes": [{k: list(v) if isinstance(v, tuple) else v
-                            for k, v in dataclasses.asdict(c).items()} for c in classes],
-               "config": {**dataclasses.asdict(cfg), "data": list(cfg.data),
-                          "batch": cfg.batch * world()},
-               "trained": trained, "modality": modality, "optimizer": opt.state_dict(),
-               "step": step, "best": best}
+
+# ---- classes and their text embeddings -----------------------------------------------------------
+@dataclass
+class Task:
+    """What is to be learned."""
+    classes: tuple[labels.Class, ...]
+    w: Tensor                      # (K, E) text embeddings, on the device
+    base: UniversalModel | None    # the model that --extend adds classes to
+    base_spec: dict                # what build_model needs for it
+    base_trained: list[str]        # names of the classes that it was trained on
+    frozen: int = 0                # how many classes, the first ones, are frozen
+
+
+def text_embeddings(cfg: Config, classes) -> Tensor:
+    """w (K, E): CLIP embeddings of the classes' prompts, one-hot vectors, or those of a file."""
+    if cfg.text == "onehot":
+        return torch.eye(len(classes)) * ONEHOT_NORM
+    if cfg.text == "clip":
+        prompts = [c.sentence(cfg.prompt_template) for c in classes]
+        return clip_text.encode_classes(prompts, "{}", weights=cfg.clip_weights or None)
+    w = clip_text.read_embeddings(cfg.text)
+    if len(w) != len(classes):
+        raise ValueError(f"{cfg.text}: {len(w)} text embeddings for {len(classes)} classes")
+    return w
+
+
+def load_task(cfg: Config) -> Task:
+    """The classes of --classes with their embeddings; with --extend, those of its checkpoint and
+    after them the new ones."""
+    classes = labels.load_classes(cfg.classes or None)
+    w = text_embeddings(cfg, classes).to(cfg.device)
+    if not cfg.extend:
+        return Task(classes, w, None, {}, [])
+    base, old_w, rest = load_checkpoint(cfg.extend)
+    old = labels.classes_of_checkpoint(rest)
+    if cfg.text == "onehot":                       # embeddings that no old class has
+        w = -torch.eye(len(classes), old_w.shape[1]).to(w) * ONEHOT_NORM
+    old_names = [c.name for c in old]
+    new = [k for k, c in enumerate(classes) if c.name not in old_names]
+    if not new or w.shape[1] != old_w.shape[1]:
+        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it, "
+                         f"with text embeddings of width {old_w.shape[1]} (--text)")
+    entries = [dataclasses.asdict(c) for c in (*old, *(classes[k] for k in new))]
+    return Task(labels.make_classes(entries), torch.cat([old_w.to(w), w[new]]), base,
+                rest.get("spec", {}), rest.get("trained", old_names), frozen=len(old))
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def load_data(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Scan], list[data.Scan]]:
+    """Preprocess every scan once -> (training scans, validation scans)."""
+    cache = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
+    several, first = process_count() > 1, process_rank() == 0
+    if several and not first:
+        dist.barrier()                             # rank 0 fills the cache, the others find it
+    built = data.build_all(cases, cache, cfg.spacing_mm, skip_bad=cfg.skip_bad, quiet=not first)
+    if several and first:
+        dist.barrier()
+    scans, val = data.split_scans(built, cfg.val_fraction, cfg.seed, cfg.fold)
+    if not scans:
+        raise ValueError("no scan left to train on; lower --val-fraction")
+    return scans, val
+
+
+def covered_classes(task: Task, scans) -> Tensor:
+    """(K,) bool: classes that some training scan annotates, or that a base model was trained on."""
+    covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))
+    for k in range(task.frozen):
+        covered[k] = task.classes[k].name in task.base_trained
+    return covered
+
+
+def describe_dataset(name: str, training, validation, classes) -> str:
+    """One line: how many scans, their modality and spacing, what is annotated."""
+    both = training + validation
+    case = both[0].case
+    spacings = [s.meta["spacing_mm"] for s in both]
+    low, high = (" x ".join(f"{v:.2g}" for v in f(spacings)) for f in (min, max))
+    covered = [c.name for c, a in zip(classes, case.annotated, strict=True) if a]
+    line = f"{name}: {len(training)} scan" + ("" if len(training) == 1 else "s")
+    if validation:
+        line += f" + {len(validation)} validation"
+    line += f", {case.modality}, spacing {low}"
+    if min(spacings) != max(spacings):
+        line += f" to {high}"
+    line += f" mm; annotated: {', '.join(covered)}"
+    if case.label_map.unmatched:
+        line += f"; {len(case.label_map.unmatched)} names are no class here, left out"
+    return line
+
+
+def describe(scans, val, classes, trained: list[str]) -> None:
+    """Print what the data covers, before anything is trained."""
+    first_of: dict[str, str] = {}                  # fingerprint -> name of the first scan with it
+    for name in sorted({s.case.dataset for s in scans + val}):
+        training = [s for s in scans if s.case.dataset == name]
+        validation = [s for s in val if s.case.dataset == name]
+        print(describe_dataset(name, training, validation, classes))
+        for scan in training + validation:
+            twin = first_of.setdefault(scan.meta["fingerprint"], scan.case.name)
+            if twin != scan.case.name:
+                print(f"  {scan.case.name} is the same scan as {twin}")
+    nobody = [c.name for c in classes if c.name not in trained]
+    if nobody:
+        print(f"annotated by no dataset: {', '.join(nobody)}")
+
+
+def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoader:
+    """This process's batches from first_step on. Step s of rank r takes the crops
+    (s * processes + r) * batch + 0 ... batch - 1 of the run."""
+    n = process_count()
+    crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
+    numbers = np.arange(len(crops)).reshape(cfg.steps, n, cfg.batch)
+    order = numbers[first_step:, process_rank()].ravel().tolist()
+    return torch.utils.data.DataLoader(
+        crops, cfg.batch, sampler=order, collate_fn=data.collate, num_workers=cfg.workers,
+        pin_memory=cfg.device.startswith("cuda"))
+
+
+# ---- network and optimiser -----------------------------------------------------------------------
+def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
+    """-> (the network on the device, what build_model needs to make it again)."""
+    if task.base is None:
+        spec = {"backbone": cfg.backbone, "text_dim": task.w.shape[1]}
+        if cfg.width:
+            spec[{"unet": "width", "swin_unetr": "feature_size"}[cfg.backbone]] = cfg.width
+        network = build_model(spec)
+    else:
+        network, w_new = task.base, task.w[task.frozen:].cpu()
+        kind = next(n for n, b in BACKBONES.items() if isinstance(network.backbone, b))
+        spec = task.base_spec or {"backbone": kind, "text_dim": task.w.shape[1]}   # as released
+        spec = {**spec, "extension": len(w_new)}
+        network.extend(w_new)
+    if cfg.pretrained:
+        filled, left = load_pretrained(network, cfg.pretrained)
+        total = len(network.backbone.state_dict())
+        print(f"{cfg.pretrained}: {len(filled)} of {total} tensors of the backbone filled; "
+              f"not used: {', '.join(left) or 'none'}")
+    network.backbone.recompute = cfg.recompute
+    if not cfg.plain:
+        fast.accelerate(network)
+    return network.to(cfg.device).train(), spec
+
+
+def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
+    """AdamW; what generates the heads may have a learning rate of its own (--head-lr)."""
+    generator = set((network.extension or network.controller).parameters())
+    by_rate: dict[float, list] = {}
+    for p in network.parameters():
+        if p.requires_grad:
+            rate = cfg.head_lr if cfg.head_lr and p in generator else cfg.lr
+            by_rate.setdefault(rate, []).append(p)
+    groups = [{"params": params, "scale": rate / (cfg.lr or 1)} for rate, params in by_rate.items()]
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """A training between two steps: all that a checkpoint holds."""
+    network: UniversalModel
+    optimiser: torch.optim.Optimizer
+    classes: tuple[labels.Class, ...]
+    w: Tensor                      # (K, E) text embeddings
+    spec: dict                     # what build_model needs to make the network again
+    trained: list[str]             # classes that some training scan annotates, for infer.py
+    modality: str                  # of most training scans: ct or mri
+    step: int = 0                  # steps done
+    best: float = -1.0             # best mean Dice of a validation
+
+
+def save(path: Path, run: Run, cfg: Config) -> None:
+    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+    classes = []
+    for c in run.classes:
+        entry = dataclasses.asdict(c)
+        classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
+    config = {**dataclasses.asdict(cfg), "data": list(cfg.data),
+              "batch": cfg.batch * process_count()}
+    content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
+               "w": run.w.cpu(), "classes": classes, "config": config, "trained": run.trained,
+               "modality": run.modality, "optimizer": run.optimiser.state_dict(),
+               "step": run.step, "best": run.best}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
 
-def load(path: Path, model, opt, classes, w, spec: dict, cfg: Config) -> tuple[int, float]:
-    """Fill model and optimiser from a checkpoint of the same run -> (step, best score)."""
-    content = read_checkpoint(path)
-    if content.get("format") != FORMAT:
+def check_same_run(path: Path, content: dict, run: Run, cfg: Config) -> None:
+    """raises ValueError  unless a checkpoint belongs to a run with the settings of this one."""
+    if content.get("format") not in (FORMAT, *OLDER_FORMATS):
         raise ValueError(f"{path}: not a checkpoint of train.py")
     names = [c["name"] for c in content["classes"]]
-    if names != [c.name for c in classes] or content["spec"] != spec:
+    if names != [c.name for c in run.classes] or content["spec"] != run.spec:
         raise ValueError(f"{path}: other classes or another model than asked for now "
                          f"({content['spec']}); start a new --out instead")
-    now = {**dataclasses.asdict(cfg), "batch": cfg.batch * world()}
-    for key in ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay",
-                "seed", "unmasked"):
-        if (was := content["config"].get(key, 0.0)) != now[key]:           # older: no head_lr
+    now = {**dataclasses.asdict(cfg), "batch": cfg.batch * process_count()}
+    for key in FIXED:
+        was = content["config"].get(key, getattr(Config, key))     # older runs lack newer settings
+        if was != now[key]:
             raise ValueError(f"{path}: was made with --{key.replace('_', '-')} {was}, now "
                              f"{now[key]}; a resumed run must have the same (crops of all "
                              "processes together)")
-    if not torch.equal(content["w"], w.cpu()):
-        raise ValueError(f"{path}: was made with other text rows (--text "
+    if not torch.equal(content["w"], run.w.cpu()):
+        raise ValueError(f"{path}: was made with other text embeddings (--text "
                          f"{content['config']['text']}); a resumed run must have the same")
-    model.load_state_dict(content["model"])
-    opt.load_state_dict(content["optimizer"])
-    return content["step"], content["best"]
+
+
+def resume(path: Path, run: Run, cfg: Config) -> None:
+    """Continue from a checkpoint of the same run."""
+    content = read_checkpoint(path)
+    check_same_run(path, content, run, cfg)
+    if content["format"] != FORMAT:
+        print(f"note: {path} was written by an earlier version ({content['format']}). Weights and "
+              "optimiser state fit; from here on every scan weighs the same in the loss (before: "
+              "every annotated class of a scan), and background crops are centred in the body")
+    run.network.load_state_dict(current_names(content["model"]))
+    run.optimiser.load_state_dict(content["optimizer"])
+    run.step, run.best = content["step"], content["best"]
+
+
+# ---- one step ------------------------------------------------------------------------------------
+def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, frozen: int) -> Tensor:
+    """annotated (B, K) of a batch -> (B, K) bool: the classes that its loss counts.
+
+    covered   (K,) bool  the classes that some training scan annotates
+    unmasked             count all of them in every scan (the ablation of the paper)
+    frozen               the first classes, which --extend leaves as they are, do not count
+    """
+    counted = covered.expand_as(annotated) if unmasked else annotated
+    new = torch.arange(len(covered)) >= frozen
+    return counted & new
+
+
+def step_loss(net, batch: dict, w: Tensor, *, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The masked step of the paper (Sec. 3.3) -> (loss, its cross-entropy, its Dice loss).
+
+    net    (x, w) -> logits
+    batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions (B, V, K) bool and
+           annotated (B, K) bool: the classes that count; on the CPU
+    w      (K, E) text embeddings, on the device of net
+
+    The network computes the union of the classes that the batch's scans annotate; the losses then
+    select, for every scan, its own.
+    """
+    annotated = batch["annotated"]                                     # (B, K), stays on the CPU
+    asked = torch.nonzero(annotated.any(0))[:, 0]                      # (k,)
+    if len(asked) == 0:
+        asked = torch.zeros(1, dtype=torch.long)   # a zero gradient, for which DDP would wait
+    x, label_rows, regions = (batch[name].to(w.device, non_blocking=True)
+                              for name in ("image", "label_rows", "regions"))
+    with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
+        logits = net(x, w[asked])                                      # (B, k, D, H, W)
+    y = data.targets(label_rows, regions, asked)                       # (B, k, D, H, W) bool
+    bce = losses.masked_bce(logits, y, annotated[:, asked])
+    dice = losses.masked_dice(logits, y, annotated[:, asked])
+    return bce + dice, bce, dice
 
 
 class Stop:
     """Ctrl-C and SIGTERM end a run after the step under way, with its checkpoint."""
 
     def __enter__(self):
-        self.asked = 0
+        self.asked = False
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number, frame):
-        self.asked = 1
+        self.asked = True
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
 
+# ---- validation ----------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, w, scans, classes, cfg: Config, amp: bool) -> dict[str, dict[str, float]]:
+def validate(network, w: Tensor, scans, classes, cfg: Config,
+             amp: bool) -> dict[str, dict[str, float]]:
     """Mean Dice per dataset and class of at most val_scans whole scans, every dataset in turn."""
-    model.eval()
     by_dataset: dict[str, list] = {}
     for scan in scans:
         by_dataset.setdefault(scan.case.dataset, []).append(scan)
     turns = itertools.chain(*itertools.zip_longest(*by_dataset.values()))
-    scores: dict[str, dict[str, list[float]]] = {}
-    for scan in [s for s in turns if s is not None][:cfg.val_scans]:
-        ks = np.flatnonzero(scan.case.annotated)
-        logits = infer.sliding_window(scan.image(), model, w[ks], patch=cfg.patch, amp=amp)
-        rows = scan.rows()
-        for i, k in enumerate(ks):
-            d = metrics.dice(logits[i].cpu().numpy() > 0, scan.case.lm.regions[:, k][rows])
-            if not math.isnan(d):
-                scores.setdefault(scan.case.dataset, {}).setdefault(classes[k].name, []).append(d)
-    model.train()
-    return {dataset: {name: sum(v) / len(v) for name, v in part.items()}
-            for dataset, part in scores.items()}
+    chosen = [scan for scan in turns if scan is not None][:cfg.val_scans]
+    dice: dict[str, dict[str, list[float]]] = {}
+    network.eval()
+    for scan in chosen:
+        annotated = np.flatnonzero(scan.case.annotated)
+        logits = infer.sliding_window(scan.image(), network, w[annotated], patch=cfg.patch, amp=amp)
+        label_rows = scan.label_rows()
+        for scores, k in zip(logits, annotated, strict=True):
+            truth = scan.case.label_map.regions[:, k][label_rows]
+            value = metrics.dice(scores.cpu().numpy() > 0, truth)
+            if not math.isnan(value):
+                own = dice.setdefault(scan.case.dataset, {})
+                own.setdefault(classes[k].name, []).append(value)
+    network.train()
+    return {dataset: {name: sum(v) / len(v) for name, v in own.items()}
+            for dataset, own in dice.items()}
 
 
-def describe(scans, val, classes, trained) -> None:
-    """What the data covers, before anything is trained."""
-    seen: dict[str, str] = {}
-    for name in sorted({s.case.dataset for s in scans + val}):
-        own, held = ([s for s in part if s.case.dataset == name] for part in (scans, val))
-        case = (own + held)[0].case
-        low, high = (f(s.meta["spacing_mm"] for s in own + held) for f in (min, max))
-        covered = [c.name for c, a in zip(classes, case.annotated, strict=True) if a]
-        print(f"{name}: {len(own)} scan" + "s" * (len(own) != 1)
-              + (f" + {len(held)} validation" if held else "")
-              + f", {case.modality}, spacing {' x '.join(f'{v:.2g}' for v in low)}"
-              + (f" to {' x '.join(f'{v:.2g}' for v in high)}" if high != low else "")
-              + f" mm; annotated: {', '.join(covered)}"
-              + (f"; {len(case.lm.unmatched)} names are no class here, left out"
-                 if case.lm.unmatched else ""))
-        for s in own + held:
-            twin = seen.setdefault(s.meta["fingerprint"], s.case.name)
-            if twin != s.case.name:
-                print(f"  {s.case.name} is the same scan as {twin}")
-    nobody = [c.name for c in classes if c.name not in trained]
-    if nobody:
-        print(f"annotated by no dataset: {', '.join(nobody)}")
-
-
-def train(cfg: Config) -> dict[str, dict[str, float]]:
-    """One run -> the last validation's Dice per dataset and class."""
-    # seed and device
-    torch.manual_seed(cfg.seed)
-    check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-    out = Path(cfg.out)
-    last = out / "last.pt"
-    if last.exists() and not cfg.resume:
-        raise ValueError(f"{last} exists; pass --resume to go on, or another --out")
-    rank, n = int(os.environ.get("RANK", 0)), world()
-    if n > 1:
-        if cfg.device == "cuda":
-            cfg = dataclasses.replace(cfg, device=f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(cfg.device)
-        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
-    amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
-
-    # data
-    classes = labels.load_classes(cfg.classes or None)
-    w = text_embeddings(cfg, classes).to(cfg.device)
-    base = None
-    if cfg.extend:
-        base, old_w, rest = load_checkpoint(cfg.extend)
-        old = labels.make_classes(rest["classes"]) if rest else labels.CLASSES
-        old_trained = rest.get("trained", [c.name for c in old])
-        known = [c.name for c in old]
-        if cfg.text == "onehot":                   # rows that no old class has
-            w = -torch.eye(len(classes), old_w.shape[1]).to(w) * ONEHOT_NORM
-        new = [k for k, c in enumerate(classes) if c.name not in known]
-        if not new or w.shape[1] != old_w.shape[1]:
-            raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in "
-                             f"it, with text rows of width {old_w.shape[1]} (--text)")
-        w = torch.cat([old_w.to(w), w[new]])
-        classes = labels.make_classes([dataclasses.asdict(c) for c in
-                                     (*old, *(classes[k] for k in new))])
-    cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, classes)]
-    if not cfg.spacing_mm:
-        cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
-    cache = Path(cfg.cache) if cfg.cache else out.parent / "cache"
-    if n > 1 and rank > 0:
-        dist.barrier()                             # rank 0 fills the cache, the others find it
-    built = data.build_all(cases, cache, cfg.spacing_mm, skip_bad=cfg.skip_bad, quiet=rank > 0)
-    if n > 1 and rank == 0:
-        dist.barrier()
-    scans, val = data.split_scans(built, cfg.val_fraction, cfg.seed, cfg.fold)
-    if not scans:
-        raise ValueError("no scan left to train on; lower --val-fraction")
-    covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))       # (K,)
-    if base is not None:
-        covered[:len(old)] = torch.tensor([c.name in old_trained for c in old])
-    trained = [c.name for c, a in zip(classes, covered, strict=True) if a]
-    if rank == 0:
-        describe(scans, val, classes, trained)
-    if cfg.dry_run:
-        return {}
-
-    # model and optimiser
-    size = {"unet": "width", "swin_unetr": "feature_size"}[cfg.backbone]
-    spec = {"backbone": cfg.backbone, "text_dim": w.shape[1],
-            **({size: cfg.width} if cfg.width else {})}
-    if base is not None:
-        own = next(n for n, b in BACKBONES.items() if isinstance(base.backbone, b))
-        spec = {**rest.get("spec", {"backbone": own, "text_dim": w.shape[1]}),    # as released
-                "extension": len(new)}
-        base.extend(w[-len(new):].cpu())
-    model = (base or build_model(spec)).to(cfg.device).train()
-    model.backbone.recompute = cfg.recompute
-    net = model if n == 1 else nn.parallel.DistributedDataParallel(model)
-    if cfg.pretrained:
-        filled, left = load_pretrained(model, cfg.pretrained)
-        print(f"{cfg.pretrained}: {len(filled)} of {len(model.backbone.state_dict())} tensors of "
-              f"the backbone filled; not used: {', '.join(left) or 'none'}")
-    heads, rates = set((model.extension or model.controller).parameters()), {}
-    for p in filter(lambda p: p.requires_grad, model.parameters()):
-        rates.setdefault(p in heads and cfg.head_lr or cfg.lr, []).append(p)
-    opt = torch.optim.AdamW([{"params": ps, "scale": rate / (cfg.lr or 1)}
-                             for rate, ps in rates.items()], weight_decay=cfg.weight_decay)
-
-    # resume
-    step, best = load(last, model, opt, classes, w, spec, cfg) if cfg.resume and last.exists() \
-        else (0, -1.0)
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.jsonl"
-    if rank == 0:
-        kept = [] if not log.exists() else log.read_text().splitlines(keepends=True)
-        with data.atomic_write(log) as part:
-            part.write_text("".join(r for r in kept if r.endswith("\n")
-                                    and json.loads(r)["step"] < step))
-        with data.atomic_write(out / "config.json") as part:
-            part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-    modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
-    run = model, opt, classes, w, spec, trained, modality
-
-    # loop
-    crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
-    order = np.arange(len(crops)).reshape(-1, n, cfg.batch)[step:, rank].ravel().tolist()
-    loader = torch.utils.data.DataLoader(
-        crops, cfg.batch, sampler=order, collate_fn=data.collate, num_workers=cfg.workers,
-        pin_memory=cfg.device.startswith("cuda"))
-    scores: dict[str, dict[str, float]] = {}
-    with open(log if rank == 0 else os.devnull, "a") as file, Stop() as stop, tqdm(
-            total=cfg.steps, initial=step, desc="train", unit="step", disable=rank > 0) as bar:
-        for batch in loader:
-            t = time.perf_counter()
-            for group in opt.param_groups:
-                group["lr"] = lr_at(step, cfg) * group.get("scale", 1.0)
-            annotated = batch["annotated"]                              # (B, K)
-            if cfg.unmasked:
-                annotated = covered.expand_as(annotated)
-            if base is not None:                                        # the old ones are frozen
-                annotated = annotated & (torch.arange(len(classes)) >= len(old))
-            ks = torch.nonzero(annotated.any(0))[:, 0]                  # classes of this batch
-            ks = ks if len(ks) else torch.zeros(1, dtype=torch.long)    # nothing: a zero gradient
-            x, rows, regions, annotated, ks_ = (
-                v.to(cfg.device, non_blocking=True) for v in
-                (batch["image"], batch["rows"], batch["regions"], annotated[:, ks], ks))
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                wanted = annotated if annotated.any() else None
-                logits = net(x, w[ks_], wanted)                         # (1, pairs, D, H, W)
-            y = data.targets(rows, regions, ks_)
-            if wanted is not None:
-                y, annotated = y[wanted][None], wanted[wanted][None]
-            bce = losses.masked_bce(logits, y, annotated)
-            dice = losses.masked_dice(logits, y, annotated)
-            here = torch.tensor([annotated.sum().item(), stop.asked], device=x.device)
-            total = here.clone()
-            if n > 1:                              # mean over all pairs; DDP averages over ranks
-                dist.all_reduce(total)
-            loss = (bce + dice) * (here[0] * n / total[0].clamp_min(1))
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} at step {step}, scans "
-                                 f"{batch['name']}; last.pt holds the state before")
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-            opt.step()
-            file.write(json.dumps({"step": step, "loss": loss.item(), "bce": bce.item(),
-                                   "dice": dice.item(), "lr": lr_at(step, cfg),
-                                   "seconds": round(time.perf_counter() - t, 3)}) + "\n")
-            step += 1
-            leave = bool(total[1])
-            bar.update()
-            bar.set_postfix(bce=f"{bce.item():.3f}", dice=f"{dice.item():.3f}", refresh=False)
-            if rank == 0 and val and (step % cfg.val_every == 0 or step == cfg.steps):
-                scores = evaluate(model, w, val, classes, cfg, amp)
-                means = {d: sum(v.values()) / len(v) for d, v in scores.items()}
-                mean = sum(means.values()) / max(1, len(means))
-                file.write(json.dumps({"step": step - 1, "val": mean, "dice": scores}) + "\n")
-                bar.write(f"step {step}: validation Dice {mean:.3f} (" + ", ".join(
-                    f"{d} {m:.3f}" for d, m in means.items()) + ")")
-                if mean > best:
-                    best = mean
-                    save(out / "best.pt", *run, step, best, cfg)
-            if rank == 0 and (leave or step % cfg.save_every == 0 or step == cfg.steps):
-                file.flush()
-                save(last, *run, step, best, cfg)
-            if leave:
-                raise KeyboardInterrupt
-    if n > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank:
-        return scores
-    draw_curve(log, out / "curve.png")
-    print(f"done: {step} steps, {last}" + (f", best validation Dice {best:.3f}" if val else ""))
+def validate_and_keep_best(run: Run, val, cfg: Config, amp: bool, file, bar) -> dict:
+    """Validate, log, and save best.pt if the mean over datasets is the best so far."""
+    scores = validate(run.network, run.w, val, run.classes, cfg, amp)
+    means = {dataset: sum(own.values()) / len(own) for dataset, own in scores.items()}
+    mean = sum(means.values()) / max(1, len(means))
+    write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
+    each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
+    bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
+    if mean > run.best:
+        run.best = mean
+        save(Path(cfg.out) / "best.pt", run, cfg)
     return scores
+
+
+# ---- the log -------------------------------------------------------------------------------------
+def write_record(file, record: dict) -> None:
+    file.write(json.dumps(record) + "\n")
+
+
+def start_log(path: Path, step: int) -> None:
+    """Cut the log back to the steps before `step`; a line that a kill left unfinished goes too."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    with data.atomic_write(path) as part:
+        part.write_text("".join(kept))
 
 
 def draw_curve(log: Path, png: Path) -> None:
     """The loss curve, where matplotlib is installed."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+        fig = data.new_figure(8, 4, layout="constrained")
+    except ValueError:
         return
-    lines = [json.loads(r) for r in log.read_text().splitlines()]
-    train_, val = [r for r in lines if "loss" in r], [r for r in lines if "val" in r]
-    fig = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(fig)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    validations = [r for r in records if "val" in r]
     ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
-    n = max(1, len(train_) // 100)
+    n = max(1, len(steps) // 100)                  # means of n steps: a hundred points
     for key in ("bce", "dice"):
-        ax.plot([r["step"] for r in train_[::n]], [np.mean([r[key] for r in train_[i:i + n]])
-                for i in range(0, len(train_), n)], label=f"{key} loss")
-    if val:
-        ax.plot([r["step"] for r in val], [r["val"] for r in val], "o-", label="validation Dice")
+        means = [np.mean([r[key] for r in steps[i:i + n]]) for i in range(0, len(steps), n)]
+        ax.plot([r["step"] for r in steps[::n]], means, label=f"{key} loss")
+    if validations:
+        ax.plot([r["step"] for r in validations], [r["val"] for r in validations], "o-",
+                label="validation Dice")
     ax.legend()
     with data.atomic_write(png) as part:
         fig.savefig(part, dpi=100)
 
 
+# ---- the run -------------------------------------------------------------------------------------
+def start_process(cfg: Config) -> Config:
+    """Join the other processes of torchrun, each on a device of its own."""
+    if process_count() > 1:
+        if cfg.device == "cuda":
+            cfg = dataclasses.replace(cfg, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(cfg.device)
+        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+    return cfg
+
+
+def start_run(cfg: Config, task: Task, scans, covered: Tensor) -> Run:
+    """Network, optimiser and folder; with --resume as its last checkpoint left them."""
+    network, spec = build_network(cfg, task)
+    trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
+    modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
+    run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality)
+    out = Path(cfg.out)
+    if cfg.resume and (out / "last.pt").exists():
+        resume(out / "last.pt", run, cfg)
+    out.mkdir(parents=True, exist_ok=True)
+    if process_rank() == 0:
+        start_log(out / "log.jsonl", run.step)
+        with data.atomic_write(out / "config.json") as part:
+            part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    return run
+
+
+def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tuple[dict, bool]:
+    """One optimiser step -> (its numbers for the log, whether some process was asked to stop).
+
+    The only values fetched from the device are one stack of four numbers, before the weights
+    change, so that a loss that is not finite leaves them as they were.
+    """
+    loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
+    asked = torch.tensor(float(stop.asked), device=loss.device)
+    if process_count() > 1:
+        dist.all_reduce(asked)
+    numbers = torch.stack([loss.detach(), bce.detach(), dice.detach(), asked]).tolist()
+    if not math.isfinite(numbers[0]):
+        raise ValueError(f"the loss is {numbers[0]} at step {run.step}, scans {batch['name']}; "
+                         "last.pt holds the state before")
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
+    run.optimiser.step()
+    return dict(zip(("loss", "bce", "dice"), numbers, strict=False)), numbers[3] > 0
+
+
+def train(cfg: Config) -> dict[str, dict[str, float]]:
+    """One run -> the last validation's Dice per dataset and class."""
+    torch.manual_seed(cfg.seed)
+    check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
+    out = Path(cfg.out)
+    last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
+    if last.exists() and not cfg.resume:
+        raise ValueError(f"{last} exists; pass --resume to continue, or another --out")
+    cfg = start_process(cfg)
+    amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
+    task = load_task(cfg)
+    cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, task.classes)]
+    if not cfg.spacing_mm:
+        cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
+    scans, val = load_data(cfg, cases)
+    covered = covered_classes(task, scans)
+    if first:
+        describe(scans, val, task.classes,
+                 [c.name for c, a in zip(task.classes, covered, strict=True) if a])
+    if cfg.dry_run:
+        return {}
+    run = start_run(cfg, task, scans, covered)
+    net = run.network
+    if process_count() > 1:
+        net = nn.parallel.DistributedDataParallel(net)
+    scores: dict[str, dict[str, float]] = {}
+    with open(log if first else os.devnull, "a") as file, Stop() as stop, tqdm(
+            total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first) as bar:
+        for batch in load_crops(cfg, scans, run.step):
+            start, rate = time.perf_counter(), lr_at(run.step, cfg)
+            for group in run.optimiser.param_groups:
+                group["lr"] = rate * group.get("scale", 1.0)
+            batch["annotated"] = counted_classes(batch["annotated"], covered, unmasked=cfg.unmasked,
+                                                 frozen=task.frozen)
+            numbers, leave = update(run, net, batch, cfg, amp, stop)
+            write_record(file, {"step": run.step, **numbers, "lr": rate,
+                                "seconds": round(time.perf_counter() - start, 3)})
+            run.step += 1
+            bar.update()
+            bar.set_postfix(bce=f"{numbers['bce']:.3f}", dice=f"{numbers['dice']:.3f}",
+                            refresh=False)
+            done = run.step == cfg.steps
+            if first and val and (run.step % cfg.val_every == 0 or done):
+                scores = validate_and_keep_best(run, val, cfg, amp, file, bar)
+            if first and (run.step % cfg.save_every == 0 or done or leave):
+                file.flush()
+                save(last, run, cfg)
+            if leave:
+                raise KeyboardInterrupt
+    if process_count() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if first:
+        draw_curve(log, out / "curve.png")
+        best = f", best validation Dice {run.best:.3f}" if val else ""
+        print(f"done: {run.step} steps, {last}{best}")
+    return scores
+
+
+# ---- the command ---------------------------------------------------------------------------------
 def parse(argv=None) -> Config:
     """Flags from the fields of Config."""
-    ap = argparse.ArgumentParser(description="Train the universal model on partial labels.")
-    lines = Path(__file__).read_text().splitlines()
+    parser = argparse.ArgumentParser(description="Train the universal model on partial labels.")
     for f in dataclasses.fields(Config):
-        line = next(s for s in lines if s.startswith(f"    {f.name}: "))
-        about = line.split("#", 1)[1].strip() if "#" in line else f.name
-        about += f" (default: {f.default})" if f.default not in ("", (), None, False) else ""
-        flag = "--" + f.name.replace("_", "-")
+        flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.default not in ("", (), None, False):
+            about += f" (default: {f.default})"
         if f.name == "data":
-            ap.add_argument(flag, nargs="+", required=True, metavar="DIR", help=about)
+            parser.add_argument(flag, nargs="+", required=True, metavar="DIR", help=about)
         elif f.type.startswith("bool"):
-            ap.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
-                            help=about)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
+                                help=about)
         else:
-            ap.add_argument(flag, type=type(f.default), default=f.default, help=about,
-                            choices=sorted(BACKBONES) if f.name == "backbone" else None)
-    cfg = Config(**vars(ap.parse_args(argv)))
+            choices = sorted(BACKBONES) if f.name == "backbone" else None
+            parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices,
+                                help=about)
+    cfg = Config(**vars(parser.parse_args(argv)))
     return dataclasses.replace(cfg, data=tuple(cfg.data))
 
 
