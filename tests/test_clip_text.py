@@ -84,7 +84,8 @@ def test_tokenize_pads_and_refuses_a_prompt_that_is_too_long(toy_merges):
 def test_tokens_match_openai_clip():
     tokenizer = clip_text.Tokenizer(MERGES_FILE)
     for case in json.loads((SHARED / "golden" / "clip_tokens.json").read_text()):
-        assert [tokenizer.start, *tokenizer.encode(case["text"]), tokenizer.end] == case["ids"], case["text"]
+        ids = [tokenizer.start, *tokenizer.encode(case["text"]), tokenizer.end]
+        assert ids == case["ids"], case["text"]
 
 
 def strings(n, seed=0):
