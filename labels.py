@@ -219,12 +219,12 @@ def classes_of_checkpoint(content: dict) -> tuple[Class, ...]:
     """
     if "classes" not in content:
         return CLASSES
-    built_in = {c.name: c for c in CLASSES}
     entries = []
     for entry in content["classes"]:
-        if isinstance(entry, dict) and "solid" not in entry and entry.get("name") in built_in:
-            c = built_in[entry["name"]]
-            entry = {**entry, "solid": c.solid, "vessel": c.vessel}
+        if isinstance(entry, dict) and "solid" not in entry:
+            for c in CLASSES:
+                if c.name == entry.get("name"):
+                    entry = {**entry, "solid": c.solid, "vessel": c.vessel}
         entries.append(entry)
     return make_classes(entries, where="classes of the checkpoint")
 

@@ -258,6 +258,8 @@ def test_an_old_checkpoints_classes_take_solid_and_vessel_of_the_built_in_ones()
     other_spelling = (labels.Class("left lung", side="left"),)
     content = {"classes": as_old_entries(other_spelling)}
     assert labels.classes_of_checkpoint(content) == other_spelling
+    with pytest.raises(ValueError, match="entry 0 needs a name"):
+        labels.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]})
 
 
 def test_a_new_checkpoints_classes_keep_their_own_solid_and_vessel():
