@@ -1,16 +1,17 @@
-"""What there is to segment: the class table, prompts, and what a dataset's label map means.
+"""What there is to segment: the class table, its prompts, and the meaning of a label file.
 
-    python labels.py                        the 32 classes of the paper, with prompts and parents
-    python labels.py --classes my.json      the same for a class table of your own
-    python labels.py kits                   a public dataset's dataset.json
-    python labels.py kits DIR               the same with its pairs of files, written to DIR
+    python labels.py                        print the 32 classes of the paper with their prompts
+    python labels.py --classes my.json      print a class table of your own
+    python labels.py kits                   print the dataset.json of a public dataset
+    python labels.py kits DIR               write it to DIR, with the list of the scans in DIR
 
-A class is an index 0..K-1 here and the value index + 1 in a segmentation file. A scan's label stays
-one integer map; `LabelMap.regions` says which raw value belongs to which classes (a tumour voxel is
-also an organ voxel: two trues in a row) and `LabelMap.annotated` which classes the dataset labels
-at all (paper, Sec. 3.1: partial labels).
+In the code, a class is an index 0..K-1; in a segmentation file, its value is that index + 1. The
+label of a scan stays one integer map. Two tables give it its meaning (paper, Sec. 3.1, partial
+labels): `LabelMap.regions` says which classes a value belongs to (a tumour voxel is also an organ
+voxel, so a row may hold two trues), and `LabelMap.annotated` says which classes the dataset labels
+at all.
 
-K classes   V rows of a label map   D, H, W voxels
+K classes   V values of a label map   D, H, W voxels
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -27,20 +29,59 @@ from scipy import ndimage
 TEMPLATES = {
     "V1": "A photo of a {}.",
     "V2": "There is {} in this computerized tomography.",
-    "V3": "A computerized tomography of a {}",      # the one used; as released, without a full stop
+    "V3": "A computerized tomography of a {}",      # the default; the release has no full stop
 }
+MAX_VALUE = 65535           # the largest value that a label map may hold (16 bits)
+WHOLE_SHARE = 0.8           # with this share of it on one side, a piece goes to that side whole
 
 
+# ---- names -------------------------------------------------------------------------------------
+_SAME_WORD = {
+    "l": "left", "r": "right",
+    "tumour": "tumor", "tumours": "tumor", "tumors": "tumor", "cancer": "tumor",
+    "cysts": "cyst", "kidneys": "kidney", "lungs": "lung", "veins": "vein", "vessels": "vessel",
+    "adrenals": "adrenal",
+}
+_IGNORED_WORDS = {"of", "the", "and", "gland", "glands"}
+
+
+def name_key(name: str) -> tuple[str, ...]:
+    """The normalised words of a name: names that differ only in case, punctuation, word order or
+    a known spelling variant have the same key.
+
+    >>> name_key("Left Adrenal Gland"), name_key("ADRENALS_L")
+    (('adrenal', 'left'), ('adrenal', 'left'))
+    """
+    words = re.sub(r"[\W_]+", " ", name.lower()).split()
+    return tuple(sorted(_SAME_WORD.get(word, word) for word in words
+                        if word not in _IGNORED_WORDS))
+
+
+# ---- the class table ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Class:
-    """One row of the class table."""
-    name: str                          # what people read
-    parents: tuple[str, ...] = ()      # classes that contain this one; drawn below it
-    side: str = ""                     # "left", "right" or ""
-    lesion: bool = False               # tumour or cyst: scored apart, may be absent
-    synonyms: tuple[str, ...] = ()     # other spellings found in public datasets
-    prompt_name: str = ""              # what goes into the template where it is not the name
-    prompt: str = ""                   # a whole sentence instead of a template
+    """One entry of the class table."""
+    name: str                          # shown to users and matched against datasets' names
+    parents: tuple[str, ...] = ()      # names of the classes that contain this one. Two parents
+                                       # are the right and the left organ: it lies in one of them
+    side: str = ""                     # "left", "right", or "" for a structure without a side
+    lesion: bool = False               # a tumour or cyst: may be absent, and is scored separately
+    synonyms: tuple[str, ...] = ()     # other names that public datasets use for it
+    prompt_name: str = ""              # fills the prompt template; "": the name does
+    prompt: str = ""                   # a complete prompt, used instead of the template
+    solid: float = 0.0                 # post-processing keeps a connected piece that has at least
+                                       # this share of the largest piece's volume. 1: only the
+                                       # largest; 0: every piece above a minimum volume
+    vessel: bool = False               # a tubular structure, such as the aorta
+
+    @property
+    def organ(self) -> tuple[str, ...]:
+        """The normalised words of the name without the side: the same for both sides of an organ.
+
+        >>> Class("Right Kidney", side="right").organ, Class("kidney (left)", side="left").organ
+        (('kidney',), ('kidney',))
+        """
+        return tuple(word for word in name_key(self.name) if word != self.side)
 
     def sentence(self, template: str) -> str:
         """The prompt of this class; `template` is a key of TEMPLATES or a text with {}."""
@@ -50,35 +91,40 @@ class Class:
         return self.prompt or text.replace("{}", self.prompt_name or self.name)
 
 
-_KIDNEYS, _LUNGS = ("Right Kidney", "Left Kidney"), ("Right Lung", "Left Lung")
+_KIDNEYS = ("Right Kidney", "Left Kidney")
+_LUNGS = ("Right Lung", "Left Lung")
 
-CLASSES = (     # order and prompt names as released; "Arota" and "Celiac Truck" are its spellings
-    Class("Spleen"),
-    Class("Right Kidney", side="right"),
-    Class("Left Kidney", side="left"),
-    Class("Gall Bladder", synonyms=("gallbladder",)),
+# In the order of the release, whose misspelt prompts "Arota" and "Celiac Truck" its weights need.
+# solid is 0.1 for a lung, because the edge of a scan may cut its base into separate pieces.
+CLASSES = (
+    Class("Spleen", solid=1.0),
+    Class("Right Kidney", side="right", solid=1.0),
+    Class("Left Kidney", side="left", solid=1.0),
+    Class("Gall Bladder", solid=1.0, synonyms=("gallbladder",)),
     Class("Esophagus", synonyms=("oesophagus",)),
-    Class("Liver"),
-    Class("Stomach"),
-    Class("Aorta", prompt_name="Arota"),
-    Class("Postcava", synonyms=("inferior vena cava", "ivc", "post cava", "vena cava inferior")),
-    Class("Portal Vein and Splenic Vein", synonyms=("portal and splenic vein",)),
-    Class("Pancreas"),
-    Class("Right Adrenal Gland", side="right"),
-    Class("Left Adrenal Gland", side="left"),
+    Class("Liver", solid=1.0),
+    Class("Stomach", solid=1.0),
+    Class("Aorta", vessel=True, prompt_name="Arota"),
+    Class("Postcava", vessel=True,
+          synonyms=("inferior vena cava", "ivc", "post cava", "vena cava inferior")),
+    Class("Portal Vein and Splenic Vein", vessel=True, synonyms=("portal and splenic vein",)),
+    Class("Pancreas", solid=1.0),
+    Class("Right Adrenal Gland", side="right", solid=1.0),
+    Class("Left Adrenal Gland", side="left", solid=1.0),
     Class("Duodenum"),
-    Class("Hepatic Vessel", parents=("Liver",), synonyms=("liver vessel",)),
-    Class("Right Lung", side="right",
+    Class("Hepatic Vessel", parents=("Liver",), vessel=True, synonyms=("liver vessel",)),
+    Class("Right Lung", side="right", solid=0.1,
           synonyms=("right lung upper lobe", "right lung middle lobe", "right lung lower lobe")),
-    Class("Left Lung", side="left", synonyms=("left lung upper lobe", "left lung lower lobe")),
+    Class("Left Lung", side="left", solid=0.1,
+          synonyms=("left lung upper lobe", "left lung lower lobe")),
     Class("Colon", synonyms=("large bowel", "large intestine")),
     Class("Intestine", synonyms=("small bowel", "small intestine")),
     Class("Rectum"),
-    Class("Bladder", synonyms=("urinary bladder",)),
-    Class("Prostate", synonyms=("prostate uterus",)),
-    Class("Left Head of Femur", side="left", synonyms=("left femoral head",)),
-    Class("Right Head of Femur", side="right", synonyms=("right femoral head",)),
-    Class("Celiac Trunk", prompt_name="Celiac Truck",
+    Class("Bladder", solid=1.0, synonyms=("urinary bladder",)),
+    Class("Prostate", solid=1.0, synonyms=("prostate uterus",)),
+    Class("Left Head of Femur", side="left", solid=1.0, synonyms=("left femoral head",)),
+    Class("Right Head of Femur", side="right", solid=1.0, synonyms=("right femoral head",)),
+    Class("Celiac Trunk", vessel=True, prompt_name="Celiac Truck",
           synonyms=("celiac truck", "coeliac trunk", "celiac artery")),
     Class("Kidney Tumor", parents=_KIDNEYS, lesion=True, synonyms=("renal tumor",)),
     Class("Liver Tumor", parents=("Liver",), lesion=True, synonyms=("hepatic tumor",)),
@@ -91,347 +137,547 @@ CLASSES = (     # order and prompt names as released; "Arota" and "Celiac Truck"
 
 
 def load_classes(path: str | Path | None = None) -> tuple[Class, ...]:
-    """The built-in table, or one's own: a JSON list of names or of objects with Class's fields.
+    """Read a class table: a JSON list of names, or of objects with the fields of Class.
 
-    raises ValueError  with the file and the row, if a field, a name or a parent is wrong
+    path    None: the built-in table
+    raises  ValueError  with the file and the entry, if a field, a name or a parent is wrong
     """
     if path is None:
         return CLASSES
     try:
-        rows = json.loads(Path(path).read_text())
+        entries = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
-    return make_classes(rows, where=str(path))
+    return make_classes(entries, where=str(path))
 
 
-def make_classes(rows: list, where: str = "class table") -> tuple[Class, ...]:
-    """[{field: value} or name, ...] -> classes, checked."""
-    classes = []
-    for i, row in enumerate(rows):
-        row = {"name": row} if isinstance(row, str) else row
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
-            raise ValueError(f"{where}: row {i} needs a name")
-        wrong = set(row) - set(Class.__dataclass_fields__)
-        if wrong:
-            raise ValueError(f"{where}: {row['name']}: unknown field {sorted(wrong)}; "
-                             f"known: {list(Class.__dataclass_fields__)}")
-        row = {k: (v,) if k in ("parents", "synonyms") and isinstance(v, str) else v
-               for k, v in row.items()}
-        for key, value in row.items():
-            want = {"lesion": bool, "parents": (list, tuple), "synonyms": (list, tuple)}
-            items = value if key in ("parents", "synonyms") and isinstance(value, (list, tuple)) \
-                else []
-            if not isinstance(value, want.get(key, str)) or any(type(s) is not str for s in items):
-                raise ValueError(f"{where}: {row['name']}: field {key} cannot be {value!r}")
-        if row.get("side", "") not in ("", "left", "right"):
-            raise ValueError(f"{where}: {row['name']}: side is left, right or empty")
-        classes.append(Class(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
-    keys = {}
+def make_classes(entries: list, where: str = "class table") -> tuple[Class, ...]:
+    """Names, or dicts of the fields of Class -> a checked class table.
+
+    where   what an error message names as the source
+    raises  ValueError  if a field, a name or a parent is wrong
+    """
+    classes = tuple(_make_class(entry, i, where) for i, entry in enumerate(entries))
+    names = {c.name for c in classes}
+    seen: dict[tuple[str, ...], str] = {}
     for c in classes:
-        if not (key := _key(c.name)) or key in keys:
-            raise ValueError(f"{where}: {c.name!r} and {keys.get(key)!r} are the same name")
-        keys[key] = c.name
-        if any(p not in {d.name for d in classes} or p == c.name for p in c.parents):
-            raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be other rows")
+        key = name_key(c.name)
+        if not key or key in seen:
+            raise ValueError(f"{where}: {c.name!r} and {seen.get(key)!r} are the same name")
+        seen[key] = c.name
+        if any(parent not in names or parent == c.name for parent in c.parents):
+            raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be names of "
+                             "other classes of the table")
     for k, c in enumerate(classes):
         if k in ancestors(k, classes):
             raise ValueError(f"{where}: {c.name} is its own ancestor")
-    return tuple(classes)
+    return classes
+
+
+def _make_class(entry, i: int, where: str) -> Class:
+    """Entry number i of a class table -> Class, its fields checked."""
+    if isinstance(entry, str):
+        entry = {"name": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise ValueError(f"{where}: entry {i} needs a name")
+    name = entry["name"]
+    known = list(Class.__dataclass_fields__)
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: {name}: unknown field {unknown}; known: {known}")
+    fields = {}
+    for key, value in entry.items():
+        if key in ("parents", "synonyms"):
+            value = (value,) if isinstance(value, str) else value
+            value = tuple(value) if isinstance(value, list) else value
+        if not _is_valid(key, value):
+            raise ValueError(f"{where}: {name}: field {key} cannot be {value!r}")
+        fields[key] = value
+    if fields.get("side", "") not in ("", "left", "right"):
+        raise ValueError(f"{where}: {name}: side is left, right or empty")
+    return Class(**fields)
+
+
+def _is_valid(field_name: str, value) -> bool:
+    """Whether a field of Class may have this value."""
+    if field_name in ("parents", "synonyms"):
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if field_name in ("lesion", "vessel"):
+        return isinstance(value, bool)
+    if field_name == "solid":
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, str)
+
+
+def classes_of_checkpoint(content: dict) -> tuple[Class, ...]:
+    """The class table of a checkpoint, as load_checkpoint returns its content.
+
+    A released checkpoint holds no classes: they are the built-in ones. A checkpoint written before
+    Class had the fields solid and vessel takes both from the built-in class of the same name.
+    """
+    if "classes" not in content:
+        return CLASSES
+    entries = []
+    for entry in content["classes"]:
+        if isinstance(entry, dict) and "solid" not in entry:
+            for c in CLASSES:
+                if c.name == entry.get("name"):
+                    entry = {**entry, "solid": c.solid, "vessel": c.vessel}
+        entries.append(entry)
+    return make_classes(entries, where="classes of the checkpoint")
 
 
 def ancestors(k: int, classes) -> set[int]:
     """Indices of all classes that contain class k, as far as they are among `classes`."""
     index = {c.name: i for i, c in enumerate(classes)}
-    found, todo = set(), [k]
+    found: set[int] = set()
+    todo = [k]
     while todo:
-        new = {index[p] for p in classes[todo.pop()].parents if p in index} - found
-        found |= new
-        todo += new
+        parents = {index[p] for p in classes[todo.pop()].parents if p in index}
+        todo += parents - found
+        found |= parents
     return found
 
 
-# ---- names -------------------------------------------------------------------------------------
-_ALIAS = {"l": "left", "r": "right", "tumour": "tumor", "tumours": "tumor", "tumors": "tumor",
-          "cancer": "tumor", "cysts": "cyst", "kidneys": "kidney", "lungs": "lung",
-          "veins": "vein", "vessels": "vessel", "adrenals": "adrenal"}
-_SILENT = {"of", "the", "and", "gland", "glands"}
+def other_side(k: int, classes) -> int | None:
+    """The index of the same organ on the other side of the body, or None.
 
-
-def _key(name: str) -> tuple[str, ...]:
-    """A name without case, punctuation, word order and spelling variants."""
-    words = re.sub(r"[\W_]+", " ", name.lower()).split()
-    return tuple(sorted(_ALIAS.get(w, w) for w in words if w not in _SILENT))
+    >>> other_side(1, CLASSES), other_side(5, CLASSES)      # Right Kidney, Liver
+    (2, None)
+    """
+    opposite = {"right": "left", "left": "right"}.get(classes[k].side)
+    for i, c in enumerate(classes):
+        if c.side and c.side == opposite and c.organ == classes[k].organ:
+            return i
+    return None
 
 
 def match(name: str, classes: tuple[Class, ...] = CLASSES) -> tuple[int, ...]:
-    """The classes a dataset's name denotes.
+    """The indices of the classes that a dataset's name denotes.
 
-    "kidney_left" -> (2,)   "kidney" -> (1, 2), right first: both sides   "femur_left" -> ()
+    One class, or none; or, for an organ's name without a side, both sides, the right one first.
+
+    >>> match("kidney_left"), match("kidney"), match("femur_left")
+    ((2,), (1, 2), ())
     """
-    key = _key(name)
-    for i, c in enumerate(classes):
-        if key in [_key(n) for n in (c.name, c.prompt_name, *c.synonyms) if n]:
-            return (i,)
-    sides = {c.side: i for i, c in enumerate(classes)
-             if c.side and key == tuple(w for w in _key(c.name) if w != c.side)}
-    return (sides["right"], sides["left"]) if len(sides) == 2 else ()
+    key = name_key(name)
+    for k, c in enumerate(classes):
+        spellings = [c.name, *c.synonyms]
+        if c.prompt_name:
+            spellings.append(c.prompt_name)
+        if key in [name_key(spelling) for spelling in spellings]:
+            return (k,)
+    for right, c in enumerate(classes):
+        if c.side == "right" and c.organ == key:
+            left = other_side(right, classes)
+            if left is not None:
+                return (right, left)
+    return ()
 
 
 def select(names: list[str], classes: tuple[Class, ...]) -> list[int]:
-    """Class indices of the names a user typed, in table order; a side-less name means both sides.
+    """Indices of the classes that a user named, in table order; without a side, both sides.
 
-    raises ValueError  if a name matches nothing
+    raises  ValueError  if a name matches nothing
     """
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
         raise ValueError(f"expected a list of class names, got {names!r}")
-    found = {n: match(n, classes) for n in names}
-    missing = [n for n, ks in found.items() if not ks]
+    matches = {name: match(name, classes) for name in names}
+    missing = [name for name, indices in matches.items() if not indices]
     if missing:
         raise ValueError(f"no class is called {missing}; known: {[c.name for c in classes]}")
-    return sorted({k for ks in found.values() for k in ks})
+    return sorted({k for indices in matches.values() for k in indices})
 
 
-# ---- what the numbers in a label file mean -----------------------------------------------------
+# ---- the meaning of a label file -----------------------------------------------------------------
 @dataclass
 class LabelMap:
-    """Raw values of one dataset and what they mean.
+    """The values of one dataset's label files, and their meaning.
 
-    Row 0 is background. A map is stored as row numbers: raw value values[v] becomes row v, or row
-    v + V where a structure that its dataset does not tell apart lies on the patient's left.
+    A label file is converted to label rows, the indices into `regions`. Row 0 is background, and
+    the value values[v] becomes row v. Where the dataset does not tell left from right,
+    `split_sides` moves the voxels on the patient's left from row v to row v + V.
     """
-    values: list[int]                  # V raw values, 0 first
-    known: set[int]                    # every value dataset.json names, matched or not
-    regions: np.ndarray                # (2V, K) bool: row belongs to class
-    annotated: np.ndarray              # (K,) bool
-    pairs: dict[tuple[int, int], list[int]]      # (right, left) -> rows to be told apart by side
-    unmatched: list[str] = field(default_factory=list)
+    values: list[int]              # the V values that belong to a class, after 0 for background
+    named: set[int]                # every value that dataset.json names, with a class or without
+    regions: np.ndarray            # (2V, K) bool: voxels with this label row belong to class k
+    annotated: np.ndarray          # (K,) bool: the dataset labels class k
+    unsplit: dict[tuple[int, int], list[int]]    # (right, left) classes: the label rows that are
+                                                 # one of the two, to be told apart by position
+    unmatched: list[str] = field(default_factory=list)     # names that are no class of the table
 
-    def rows(self, raw: np.ndarray, where: str) -> np.ndarray:
-        """(D, H, W) raw values -> row numbers, uint8 or uint16.
+    def to_label_rows(self, raw: np.ndarray, where: str) -> np.ndarray:
+        """(D, H, W) values of a label file -> label rows, uint8 or uint16.
 
-        raises ValueError  if a value is no integer or is not named in dataset.json
+        where   the file, for error messages
+        raises  ValueError  if a value is not an integer or is not named in dataset.json
         """
-        if raw.dtype.kind not in "iub":
-            whole = np.rint(raw)
-            if not np.all(np.abs(raw - whole) < 1e-3):
-                raise ValueError(f"{where}: a label map must hold integers, found "
-                                 f"{float(raw.flat[np.argmax(np.abs(raw - whole) >= 1e-3)])!r}")
-            raw = whole.astype(np.int64)
+        raw = _as_integers(raw, where)
         low, high = int(raw.min()), int(raw.max())
-        if low < 0 or high > 65535:
-            raise ValueError(f"{where}: label values must lie in 0..65535, found {low}..{high}")
-        table = np.full(high + 1, -1, np.int32)
-        table[[v for v in self.known if v <= high]] = 0
+        if low < 0 or high > MAX_VALUE:
+            raise ValueError(f"{where}: label values must lie in 0..{MAX_VALUE}, "
+                             f"found {low}..{high}")
+        row_of_value = np.full(high + 1, -1, np.int32)                 # -1: not named
+        row_of_value[[v for v in self.named if v <= high]] = 0
         for row, value in enumerate(self.values):
             if value <= high:
-                table[value] = row
-        if (table < 0).any():
-            seen = np.flatnonzero(np.bincount(raw.ravel(), minlength=high + 1))
-            unknown = [int(v) for v in seen if table[v] < 0]
+                row_of_value[value] = row
+        if (row_of_value < 0).any():
+            present = np.flatnonzero(np.bincount(raw.ravel(), minlength=high + 1))
+            unknown = [int(v) for v in present if row_of_value[v] < 0]
             if unknown:
                 raise ValueError(f"{where}: label values {unknown[:5]} are not named in "
                                  "dataset.json; name them there or remove them from the map")
-        return table.astype(np.uint8 if len(self.regions) <= 256 else np.uint16)[raw]
+        dtype = np.uint8 if len(self.regions) <= 256 else np.uint16
+        return row_of_value.astype(dtype)[raw]
+
+
+def _as_integers(raw: np.ndarray, where: str) -> np.ndarray:
+    """A label map stored as floating-point numbers -> integers; others are returned as they are."""
+    if raw.dtype.kind in "iub":
+        return raw
+    rounded = np.rint(raw)
+    off = ~(np.abs(raw - rounded) < 1e-3)            # NaN is off, too
+    if off.any():
+        raise ValueError(f"{where}: a label map must hold integers, found "
+                         f"{float(raw.flat[np.argmax(off)])!r}")
+    return rounded.astype(np.int64)
 
 
 def label_map(labels: dict, classes: tuple[Class, ...], where: str = "dataset.json") -> LabelMap:
-    """What `labels` of a dataset.json means, in three spellings of the same thing:
+    """The meaning of `labels`, the table of names and values in a dataset.json.
 
-    nnU-Net {"liver": 1}, nnU-Net's regions {"kidney": [1, 2, 3]} and MSD {"1": "liver"}.
-    A child lies in its parent ("liver": 1, "liver tumor": 2 -> a tumour voxel is liver too).
+    where   the file, for error messages
+    raises  ValueError  if the table is malformed or no name matches a class
+    """
+    named_values = parse_labels(labels, where)
+    meaning, annotated, unmatched = match_labels(named_values, classes, where)
+    values, regions, unsplit = build_regions(meaning, classes)
+    named = {0, *(v for _, values_of_name in named_values for v in values_of_name)}
+    return LabelMap(values, named, regions, annotated, unsplit, unmatched)
 
-    raises ValueError  if the table is malformed or no name matches a class
+
+def parse_labels(labels: dict, where: str) -> list[tuple[str, list[int]]]:
+    """Step 1 of label_map: a table in one of three spellings -> [(name, values), ...].
+
+    >>> parse_labels({"liver": 1, "liver tumor": 2}, "nnU-Net")
+    [('liver', [1]), ('liver tumor', [2])]
+    >>> parse_labels({"liver": [1, 2], "liver tumor": 2}, "nnU-Net, region-based")
+    [('liver', [1, 2]), ('liver tumor', [2])]
+    >>> parse_labels({"1": "liver", "2": "liver tumor"}, "MSD")
+    [('liver', [1]), ('liver tumor', [2])]
     """
     if not isinstance(labels, dict):
         raise ValueError(f'{where}: "labels" must be a table of names and values')
-    msd = all(re.fullmatch(r"\d+", str(k)) for k in labels)
-    named = [(str(b), [a]) if msd else (a, b if isinstance(b, list) else [b])
-             for a, b in labels.items()]
+    if all(re.fullmatch(r"\d+", str(key)) for key in labels):                       # MSD
+        pairs = [(str(name), [value]) for value, name in labels.items()]
+    else:
+        pairs = [(name, value if isinstance(value, list) else [value])
+                 for name, value in labels.items()]
     try:
-        named = [(name, [int(str(v)) for v in values]) for name, values in named]
+        named_values = [(name, [int(str(v)) for v in values]) for name, values in pairs]
     except ValueError:
         raise ValueError(f"{where}: label values must be integers") from None
-    if any(not 0 <= v <= 65535 for _, values in named for v in values):
-        raise ValueError(f"{where}: label values must lie in 0..65535")
+    if any(not 0 <= v <= MAX_VALUE for _, values in named_values for v in values):
+        raise ValueError(f"{where}: label values must lie in 0..{MAX_VALUE}")
+    return named_values
 
-    K, index = len(classes), {c.name: k for k, c in enumerate(classes)}
-    annotated = np.zeros(K, bool)
-    sure: dict[int, set[int]] = {}                # raw value -> classes it belongs to
-    open_: dict[int, set[tuple[int, int]]] = {}   # raw value -> (right, left): one of the two
+
+def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class, ...],
+                 where: str) -> tuple[dict[int, tuple[set, set]], np.ndarray, list[str]]:
+    """Step 2 of label_map: the classes that each value belongs to by the names given to it.
+
+    returns  meaning    {value: (sure, either)} of the values that belong to a class.
+                        sure: set of classes it belongs to;
+                        either: set of (right, left), where it belongs to one of the two classes
+             annotated  (K,) bool
+             unmatched  the names that match no class
+
+    >>> named_values = [("kidney", [1, 2]), ("kidney tumor", [2]), ("sacrum", [3])]
+    >>> meaning, annotated, unmatched = match_labels(named_values, CLASSES, "dataset.json")
+    >>> meaning                 # 1 and 2: Right and Left Kidney, 25: Kidney Tumor
+    {1: (set(), {(1, 2)}), 2: ({25}, {(1, 2)})}
+    >>> np.flatnonzero(annotated).tolist(), unmatched
+    ([1, 2, 25], ['sacrum'])
+    """
+    meaning: dict[int, tuple[set, set]] = {}
+    annotated = np.zeros(len(classes), bool)
     unmatched = []
-    for name, values in named:
+    for name, values in named_values:
         if name.lower() == "background":
             continue
-        ks = match(name, classes)
-        if not ks:
+        indices = match(name, classes)
+        if not indices:
             unmatched.append(name)
-        annotated[list(ks)] = True
-        for v in values:
-            if v == 0 and ks:
+            continue
+        annotated[list(indices)] = True
+        for value in values:
+            if value == 0:
                 raise ValueError(f"{where}: {name!r} has value 0, which is background")
-            if len(ks) == 1:
-                sure.setdefault(v, set()).add(ks[0])
-            elif ks:
-                open_.setdefault(v, set()).add(ks)
-    for v in sorted(set(sure) | set(open_)):      # a child belongs to its parents as well
-        todo = list(sure.get(v, ()))
-        while todo:
-            parents = [index[p] for p in classes[todo.pop()].parents]
-            if len(parents) == 1 and parents[0] not in sure[v]:
-                sure[v].add(parents[0])
-                todo.append(parents[0])
-            elif len(parents) == 2 and not sure[v] & set(parents):
-                open_.setdefault(v, set()).add((parents[0], parents[1]))
+            sure, either = meaning.setdefault(value, (set(), set()))
+            if len(indices) == 1:
+                sure.add(indices[0])
+            else:
+                either.add(indices)
     if not annotated.any():
-        raise ValueError(f"{where}: none of {[n for n, _ in named][:8]} is a class here; "
+        raise ValueError(f"{where}: none of {[n for n, _ in named_values][:8]} is a class here; "
                          "see `python labels.py`, or pass a class table with --classes")
-
-    values = [0, *sorted(set(sure) | set(open_))]
-    V = len(values)
-    regions = np.zeros((2 * V, K), bool)
-    pairs: dict[tuple[int, int], list[int]] = {}
-    for row, v in enumerate(values):
-        for k in sure.get(v, ()):
-            regions[[row, row + V], k] = True
-        for right, left in open_.get(v, ()):
-            regions[row, right] = regions[row + V, left] = True
-            pairs.setdefault((right, left), []).append(row)
-    known = {0, *(v for _, vs in named for v in vs)}
-    return LabelMap(values, known, regions, annotated, pairs, unmatched)
+    return meaning, annotated, unmatched
 
 
-def split_sides(rows: np.ndarray, lm: LabelMap, midline: float) -> np.ndarray:
-    """Tell left from right where the dataset does not: rows v on the left become v + V.
+def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[set, set]:
+    """What a value means, with the parents of its classes: a child lies inside its parent.
 
-    rows     (D, H, W)  row numbers, axis 0 growing towards the patient's right (RAS+)
-    midline  voxels     position of the body's mid-sagittal plane on axis 0
-    returns  (D, H, W)  a new map. A piece (26-connected, organ with its lesions) goes to the side
-                        whose labelled organ it touches; else, with 80 % of it on one side of the
-                        plane, to that side as a whole; else it is cut at the plane.
+    A class with two parents lies in one of the two, unless one of them is sure already.
+
+    >>> add_parents({26}, set(), CLASSES)       # Liver Tumor: in the Liver
+    ({26, 5}, set())
+    >>> add_parents({25}, set(), CLASSES)       # Kidney Tumor: in the right or the left kidney
+    ({25}, {(1, 2)})
+    >>> add_parents({25, 2}, set(), CLASSES)    # Kidney Tumor and Left Kidney
+    ({25, 2}, set())
     """
-    V = len(lm.values)
-    out = rows.copy()
-    for (right, left), todo in lm.pairs.items():
-        mask = np.isin(rows, todo)
-        pieces, n = ndimage.label(mask, np.ones((3, 3, 3)))
-        fixed = [np.isin(rows, [r for r in range(V) if r not in todo and lm.regions[r, k]])
-                 for k in (right, left)]
-        on_left = np.arange(rows.shape[0])[:, None, None] < midline
+    index = {c.name: k for k, c in enumerate(classes)}
+    sure, either = set(sure), set(either)
+    todo = list(sure)
+    while todo:
+        parents = [index[p] for p in classes[todo.pop()].parents]
+        if len(parents) == 1 and parents[0] not in sure:
+            sure.add(parents[0])
+            todo.append(parents[0])
+        elif len(parents) == 2 and not sure & set(parents):
+            either.add((parents[0], parents[1]))
+    return sure, either
+
+
+def build_regions(meaning: dict[int, tuple[set, set]], classes) -> tuple[list, np.ndarray, dict]:
+    """Step 3 of label_map: add the parents and build `regions`.
+
+    returns  values (V), regions (2V, K), unsplit, as in LabelMap. Row v + V is the value of row v
+             on the patient's left; the two rows differ where the value belongs to either side.
+
+    >>> meaning = {1: (set(), {(1, 2)}), 2: ({25}, {(1, 2)})}      # kidney, its tumour
+    >>> values, regions, unsplit = build_regions(meaning, CLASSES)
+    >>> values, unsplit
+    ([0, 1, 2], {(1, 2): [1, 2]})
+    >>> [np.flatnonzero(row).tolist() for row in regions]
+    [[], [1], [1, 25], [], [2], [2, 25]]
+    """
+    values = [0, *sorted(meaning)]
+    V = len(values)
+    regions = np.zeros((2 * V, len(classes)), bool)
+    unsplit: dict[tuple[int, int], list[int]] = {}
+    for row, value in enumerate(values[1:], 1):
+        sure, either = add_parents(*meaning[value], classes)
+        regions[row, list(sure)] = True
+        regions[row + V, list(sure)] = True
+        for right, left in either:
+            regions[row, right] = True
+            regions[row + V, left] = True
+            unsplit.setdefault((right, left), []).append(row)
+    return values, regions, unsplit
+
+
+def split_sides(label_rows: np.ndarray, label_map: LabelMap, midline: float) -> np.ndarray:
+    """Tell left from right where the dataset does not: on the left, row v becomes row v + V.
+
+    label_rows  (D, H, W)  axis 0 runs towards the patient's right (RAS+)
+    midline     voxels     position of the body's mid-sagittal plane on axis 0
+    returns     (D, H, W)  a new map
+
+    An organ with its lesions is split piece by piece (26-connected); see `_left_part`.
+    """
+    V = len(label_map.values)
+    cube = np.ones((3, 3, 3))
+    on_left = np.arange(label_rows.shape[0])[:, None, None] < midline
+    out = label_rows.copy()
+    for (right, left), unsplit_rows in label_map.unsplit.items():
+        split_rows = [row for row in range(V) if row not in unsplit_rows]
+        is_right, is_left = (np.isin(label_rows, [r for r in split_rows if label_map.regions[r, k]])
+                             for k in (right, left))
+        pieces, _ = ndimage.label(np.isin(label_rows, unsplit_rows), cube)
         for i, box in enumerate(ndimage.find_objects(pieces), 1):
             box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in box)
-            piece = pieces[box] == i
-            rim = ndimage.binary_dilation(piece, np.ones((3, 3, 3)))
-            touch_r, touch_l = ((f[box] & rim).sum() for f in fixed)
-            side = np.broadcast_to(on_left[box[0]], piece.shape)
-            share = side[piece].mean()
-            if touch_r != touch_l:
-                side = np.full_like(piece, touch_l > touch_r)
-            elif max(share, 1 - share) >= 0.8:
-                side = np.full_like(piece, share > 0.5)
-            out[box][piece & side] = rows[box][piece & side] + V
+            to_left = _left_part(pieces[box] == i, on_left[box[0]], is_right[box], is_left[box])
+            out[box][to_left] = label_rows[box][to_left] + V
     return out
 
 
+def _left_part(piece: np.ndarray, on_left: np.ndarray, is_right: np.ndarray,
+               is_left: np.ndarray) -> np.ndarray:
+    """The voxels of one connected piece that belong to the left organ, (d, h, w) bool.
+
+    A piece goes as a whole to the side whose labelled organ it touches more; otherwise to the side
+    of the plane that holds WHOLE_SHARE of it; otherwise it is cut at the plane.
+
+    piece, is_right, is_left  (d, h, w) bool  the piece; voxels that the dataset labels as right
+                                              and as left
+    on_left                   (d, 1, 1) bool  on the left of the body's mid-sagittal plane
+    """
+    rim = ndimage.binary_dilation(piece, np.ones((3, 3, 3)))
+    touches_right = (is_right & rim).sum()
+    touches_left = (is_left & rim).sum()
+    if touches_left > touches_right:
+        return piece
+    if touches_right > touches_left:
+        return np.zeros_like(piece)
+    share = np.broadcast_to(on_left, piece.shape)[piece].mean()
+    if share >= WHOLE_SHARE:
+        return piece
+    if 1 - share >= WHOLE_SHARE:
+        return np.zeros_like(piece)
+    return piece & on_left
+
+
 # ---- public datasets ---------------------------------------------------------------------------
-def _in_order(names: str) -> dict:
-    """ "liver, -, spleen" -> {"liver": 1, "spleen": 3}"""
-    return {n: i for i, n in enumerate(names.split(", "), 1) if n != "-"}
+class PublicDataset(NamedTuple):
+    labels: dict        # name -> value or values, as in the release's table
+    image: str          # file of a case relative to the dataset's folder; {} is the case's name
+    label: str
 
 
-_BTCV = ("spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, aorta, "
-         "postcava, portal vein and splenic vein, pancreas, right adrenal gland, left adrenal "
-         "gland, duodenum")
-_NNUNET, _MSD = ("imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz"), ("imagesTr/{}.nii.gz",
-                                                                     "labelsTr/{}.nii.gz")
-# name: (labels, image pattern, label pattern); the raw values are those of the release's table
+def _numbered(names: str) -> dict[str, int]:
+    """
+    >>> _numbered("liver, spleen")
+    {'liver': 1, 'spleen': 2}
+    """
+    return {name: i for i, name in enumerate(names.split(", "), 1)}
+
+
+_BTCV = _numbered("spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, "
+                  "aorta, postcava, portal vein and splenic vein, pancreas, right adrenal gland, "
+                  "left adrenal gland, duodenum")
+# only these are annotated in the scans numbered 60 and up
+_BTCV_FROM_60 = ["spleen", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
+                 "pancreas", "duodenum"]
+_MSD_FILES = ("imagesTr/{}.nii.gz", "labelsTr/{}.nii.gz")
+_NNUNET_FILES = ("imagesTr/{}_0000.nii.gz", "labelsTr/{}.nii.gz")
+
 PUBLIC = {
-    "btcv": (_in_order(_BTCV), "img/img{}.nii.gz", "label/label{}.nii.gz"),
-    "lits": ({"liver": [1, 2], "liver tumor": 2}, "volume-{}.nii", "segmentation-{}.nii"),
-    "kits": ({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3},
-             "{}/imaging.nii.gz", "{}/segmentation.nii.gz"),
-    "word": (_in_order("liver, spleen, left kidney, right kidney, stomach, gallbladder, esophagus, "
-                       "pancreas, duodenum, colon, intestine, adrenal gland, rectum, bladder, left "
-                       "head of femur, right head of femur"), *_MSD),
-    "abdomenct-1k": (_in_order("liver, kidney, spleen, pancreas"),
-                     "Images/{}_0000.nii.gz", "Masks/{}.nii.gz"),
-    "amos": (_in_order("spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, "
-                       "aorta, postcava, pancreas, right adrenal gland, left adrenal gland, "
-                       "duodenum, bladder, prostate"), *_MSD),
-    "ct-org": (_in_order("liver, bladder, lung, kidney, bone, brain"),
-               "volume-{}.nii.gz", "labels-{}.nii.gz"),
-    "abdomenct-12organ": (_in_order("liver, kidney, spleen, pancreas, aorta, postcava, stomach, "
-                                    "gallbladder, esophagus, right adrenal gland, left adrenal "
-                                    "gland, celiac trunk"), *_NNUNET),
-    "msd-liver": ({"liver": [1, 2], "liver tumor": 2}, *_MSD),
-    "msd-lung": ({"lung tumor": 1}, *_MSD),
-    "msd-pancreas": ({"pancreas": [1, 2], "pancreas tumor": 2}, *_MSD),
-    "msd-hepaticvessel": ({"hepatic vessel": 1, "hepatic vessel tumor": 2}, *_MSD),
-    "msd-spleen": ({"spleen": 1}, *_MSD), "msd-colon": ({"colon tumor": 1}, *_MSD),
-    "totalsegmentator": ({}, "{}/ct.nii.gz", "{}/labels.nii.gz"),
+    "btcv": PublicDataset(_BTCV, "img/img{}.nii.gz", "label/label{}.nii.gz"),
+    "lits": PublicDataset(
+        {"liver": [1, 2], "liver tumor": 2}, "volume-{}.nii", "segmentation-{}.nii"),
+    "kits": PublicDataset(
+        {"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3},
+        "{}/imaging.nii.gz", "{}/segmentation.nii.gz"),
+    "word": PublicDataset(
+        _numbered("liver, spleen, left kidney, right kidney, stomach, gallbladder, esophagus, "
+                  "pancreas, duodenum, colon, intestine, adrenal gland, rectum, bladder, "
+                  "left head of femur, right head of femur"), *_MSD_FILES),
+    "abdomenct-1k": PublicDataset(
+        _numbered("liver, kidney, spleen, pancreas"),
+        "Images/{}_0000.nii.gz", "Masks/{}.nii.gz"),
+    "amos": PublicDataset(
+        _numbered("spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, "
+                  "aorta, postcava, pancreas, right adrenal gland, left adrenal gland, duodenum, "
+                  "bladder, prostate"), *_MSD_FILES),
+    "ct-org": PublicDataset(
+        _numbered("liver, bladder, lung, kidney, bone, brain"),
+        "volume-{}.nii.gz", "labels-{}.nii.gz"),
+    "abdomenct-12organ": PublicDataset(
+        _numbered("liver, kidney, spleen, pancreas, aorta, postcava, stomach, gallbladder, "
+                  "esophagus, right adrenal gland, left adrenal gland, celiac trunk"),
+        *_NNUNET_FILES),
+    "msd-liver": PublicDataset({"liver": [1, 2], "liver tumor": 2}, *_MSD_FILES),
+    "msd-lung": PublicDataset({"lung tumor": 1}, *_MSD_FILES),
+    "msd-pancreas": PublicDataset({"pancreas": [1, 2], "pancreas tumor": 2}, *_MSD_FILES),
+    "msd-hepaticvessel": PublicDataset(
+        {"hepatic vessel": 1, "hepatic vessel tumor": 2}, *_MSD_FILES),
+    "msd-spleen": PublicDataset({"spleen": 1}, *_MSD_FILES),
+    "msd-colon": PublicDataset({"colon tumor": 1}, *_MSD_FILES),
+    "totalsegmentator": PublicDataset({}, "{}/ct.nii.gz", "{}/labels.nii.gz"),
 }
-_DICOM = ("pancreas-ct", "chaos", "3d-ircadb")
+NOT_NIFTI = ("pancreas-ct", "chaos", "3d-ircadb")
 
 
 def public_json(name: str, folder: Path | None = None) -> dict:
-    """The dataset.json of a public dataset; with its folder also the pairs of files in it.
+    """The content of dataset.json for a public dataset.
 
-    TotalSegmentator's masks, one file a structure, are first merged into CASE/labels.nii.gz.
-    raises ValueError  for an unknown dataset, one that is not NIfTI, or no pair of files
+    folder  where the dataset lies: its pairs of image and label are listed, too, and the masks of
+            TotalSegmentator, one file per structure, are merged into CASE/labels.nii.gz
+    raises  ValueError  for an unknown dataset, one that is not NIfTI, or a folder without a pair
     """
     name = name.lower()
-    if name in _DICOM:
+    if name in NOT_NIFTI:
         raise ValueError(f"{name} is not NIfTI as distributed; convert it first (`dcm2niix -z y -f "
                          "%i_0000 -o imagesTr DICOM_FOLDER`), put the label maps into labelsTr, "
                          "and write a dataset.json with their values")
     if name not in PUBLIC:
-        raise ValueError(f"unknown dataset {name!r}; known: {', '.join([*PUBLIC, *_DICOM])}")
-    names, image, label = PUBLIC[name]
-    content = {"name": name, "channel_names": {"0": "CT"}, "labels": {"background": 0, **names}}
-    if folder is None:
-        return content
-    start, end = image.split("{}")
-    found = {str(p.relative_to(folder))[len(start):-len(end)]: p
-             for p in sorted(folder.glob(image.replace("{}", "*")))}
-    if name == "totalsegmentator":
-        content["labels"] |= _merge_masks(folder, list(found))
-    if name == "amos":
-        found = {k: p for k, p in found.items() if int(k.split("_")[-1]) <= 500}   # the rest is MR
-    content["training"] = [{"image": image.replace("{}", k), "label": label.replace("{}", k)}
-                           for k in found if (folder / label.replace("{}", k)).is_file()]
-    if not content["training"]:
-        raise ValueError(f"{folder}: no pair {image} and {label} in it")
-    if name == "btcv":
-        content["annotated"] = {f"img{k}": [_BTCV.split(", ")[i - 1] for i in
-                                            (1, 3, 4, 5, 6, 7, 11, 14)]
-                                for k in found if int(k) >= 60}
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join([*PUBLIC, *NOT_NIFTI])}")
+    content = {"name": name, "channel_names": {"0": "CT"},
+               "labels": {"background": 0, **PUBLIC[name].labels}}
+    if folder is not None:
+        cases = _find_cases(name, folder)
+        if name == "totalsegmentator":
+            content["labels"] |= _merge_masks(folder, cases)
+        content["training"] = _find_pairs(name, folder, cases)
+        if name == "btcv":
+            content["annotated"] = {f"img{case}": _BTCV_FROM_60
+                                    for case in cases if int(case) >= 60}
     return content
 
 
-def _merge_masks(folder: Path, cases: list[str]) -> dict:
-    """CASE/segmentations/STRUCTURE.nii.gz -> CASE/labels.nii.gz; returns {structure: value}."""
+def _find_cases(name: str, folder: Path) -> list[str]:
+    """The names of the cases whose image lies in the folder of a public dataset."""
+    image = PUBLIC[name].image
+    before, after = image.split("{}")
+    files = [str(path.relative_to(folder)) for path in sorted(folder.glob(image.format("*")))]
+    cases = [file[len(before):-len(after)] for file in files]
+    if name == "amos":                                   # scans numbered above 500 are MR
+        cases = [case for case in cases if int(case.split("_")[-1]) <= 500]
+    return cases
+
+
+def _find_pairs(name: str, folder: Path, cases: list[str]) -> list[dict[str, str]]:
+    """The image and label files, relative to the folder, of the cases that have a label."""
+    _, image, label = PUBLIC[name]
+    pairs = [{"image": image.format(case), "label": label.format(case)} for case in cases]
+    pairs = [pair for pair in pairs if (folder / pair["label"]).is_file()]
+    if not pairs:
+        raise ValueError(f"{folder}: no pair {image} and {label} in it")
+    return pairs
+
+
+def _merge_masks(folder: Path, cases: list[str]) -> dict[str, int]:
+    """CASE/segmentations/STRUCTURE.nii.gz -> CASE/labels.nii.gz; returns {structure: value}.
+
+    Structures that match no class are left out. Where two overlap, the one whose name comes later
+    in the alphabet stays.
+    """
+    files = [file for case in cases
+             for file in (folder / case / "segmentations").glob("*.nii.gz")]
+    names = {file.name.removesuffix(".nii.gz") for file in files}
+    values = {name: i for i, name in enumerate(sorted(filter(match, names)), 1)}
+    for case in cases:
+        _merge_case(folder / case, values)
+    return values
+
+
+def _merge_case(case: Path, values: dict[str, int]) -> None:
+    """Merge the masks of one case into labels.nii.gz, in the axes of its CT."""
     import nibabel as nib
-    names = sorted({p.name.removesuffix(".nii.gz") for c in cases
-                    for p in (folder / c / "segmentations").glob("*.nii.gz")
-                    if match(p.name.removesuffix(".nii.gz"))})
-    for c in cases:
-        img, out = nib.load(folder / c / "ct.nii.gz"), None
-        for value, n in enumerate(names, 1):
-            file = folder / c / "segmentations" / f"{n}.nii.gz"
-            if file.is_file():
-                mask = np.asarray(nib.load(file).dataobj) > 0
-                out = np.zeros(mask.shape, np.uint8) if out is None else out
-                out[mask] = value
-        if out is not None:
-            part = folder / c / "labels.part.nii.gz"
-            nib.save(nib.Nifti1Image(out, img.affine), part)
-            part.replace(folder / c / "labels.nii.gz")
-    return {n: value for value, n in enumerate(names, 1)}
+
+    import data
+    files = {case / "segmentations" / f"{name}.nii.gz": value for name, value in values.items()}
+    files = {file: value for file, value in files.items() if file.is_file()}
+    if not files:
+        return
+    ct = nib.load(case / "ct.nii.gz")                            # only its header is read
+    merged = np.zeros(ct.shape[:3], np.uint8)
+    merged = nib.apply_orientation(merged, nib.io_orientation(ct.affine))     # as load_volume does
+    for file, value in files.items():
+        mask = data.load_volume(file).array > 0
+        if mask.shape != merged.shape:
+            raise ValueError(f"{file}: shape {mask.shape} in RAS axes, its CT has {merged.shape}")
+        merged[mask] = value
+    data.save_like(case / "labels.nii.gz", merged, like=case / "ct.nii.gz")
 
 
+# ---- commands ----------------------------------------------------------------------------------
 def run(main, argv=None) -> int:
-    """Run a command: what a user can cause ends in one line and exit status 2, no traceback."""
+    """Run a command. An error that a user can cause is printed as one line, with exit status 2."""
     try:
         return main(argv) or 0
     except (ValueError, OSError) as e:
@@ -442,29 +688,44 @@ def run(main, argv=None) -> int:
         return 130
 
 
-def main(argv=None) -> int:
-    ap = argparse.ArgumentParser(description="Print the class table, or prepare a public dataset.")
-    ap.add_argument("dataset", nargs="?", help=f"print its dataset.json: {', '.join(PUBLIC)}")
-    ap.add_argument("folder", nargs="?", type=Path, help="write it here, with the pairs of files; "
-                    "touches nothing else (totalsegmentator: and one merged map per case)")
-    ap.add_argument("--classes", metavar="FILE", help="a class table of your own (JSON)")
-    ap.add_argument("--prompt-template", default="V3", help="V1, V2, V3 or a text with {}")
-    args = ap.parse_args(argv)
-    if args.dataset:
-        text = json.dumps(public_json(args.dataset, args.folder), indent=1) + "\n"
-        if args.folder is None:
-            print(text, end="")
-        else:
-            part = args.folder / ".dataset.json.part"
-            part.write_text(text)
-            part.replace(args.folder / "dataset.json")
-            print(f"written: {args.folder / 'dataset.json'}")
-        return 0
-    classes = load_classes(args.classes)
+def _print_table(classes: tuple[Class, ...], template: str) -> None:
     print(f"{'value':>5}  {'name':29} {'parents':25} prompt")
     for i, c in enumerate(classes, 1):
-        print(f"{i:5}  {c.name:29} {', '.join(c.parents) or '-':25} "
-              f"{c.sentence(args.prompt_template)}")
+        print(f"{i:5}  {c.name:29} {', '.join(c.parents) or '-':25} {c.sentence(template)}")
+
+
+def _prepare(name: str, folder: Path | None) -> None:
+    """Print the dataset.json of a public dataset, or write it into the dataset's folder."""
+    text = json.dumps(public_json(name, folder), indent=1) + "\n"
+    if folder is None:
+        print(text, end="")
+        return
+    import data
+    with data.atomic_write(folder / "dataset.json") as part:
+        part.write_text(text)
+    print(f"written: {folder / 'dataset.json'}")
+
+
+def main(argv=None) -> int:
+    ap = argparse.ArgumentParser(
+        description="Print the class table, or prepare a public dataset for training.")
+    ap.add_argument("dataset", nargs="?",
+                    help="print the dataset.json of this public dataset instead of the class "
+                    f"table: {', '.join(PUBLIC)}")
+    ap.add_argument("folder", nargs="?", type=Path,
+                    help="the folder with the files of the dataset: write dataset.json into it, "
+                    "with the list of its pairs of image and label; no other file is written "
+                    "(totalsegmentator: also one merged label map per case)")
+    ap.add_argument("--classes", metavar="FILE",
+                    help="print this class table (JSON) instead of the built-in one")
+    ap.add_argument("--prompt-template", default="V3",
+                    help="template of the prompts printed: V1, V2 or V3 of the paper, or a text "
+                    "with {} for the class name (default: V3)")
+    args = ap.parse_args(argv)
+    if args.dataset:
+        _prepare(args.dataset, args.folder)
+    else:
+        _print_table(load_classes(args.classes), args.prompt_template)
     return 0
 
 

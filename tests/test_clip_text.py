@@ -1,4 +1,5 @@
-"""CLIP's text side: tokens by hand and as OpenAI's, features as transformers', safe files."""
+"""CLIP's text encoder: tokens worked by hand and equal to OpenAI's, features equal to those of the
+transformers package, weights files read without running code, downloads."""
 import gzip
 import hashlib
 import html
@@ -17,7 +18,7 @@ import torch
 from conftest import SHARED, needs_shared
 from torch import nn
 
-import clip_text as C
+import clip_text
 
 MERGES_FILE = SHARED / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 
@@ -27,7 +28,7 @@ def toy_merges(tmp_path_factory):
     """A merges file of the right length whose first lines make "liver" one token."""
     first = [("l", "i"), ("e", "r</w>"), ("li", "v"), ("liv", "er</w>")]
     letters = [*map(chr, range(256, 500))]
-    filler = itertools.islice(itertools.product(letters, letters), C.N_MERGES - len(first))
+    filler = itertools.islice(itertools.product(letters, letters), clip_text.N_MERGES - len(first))
     path = tmp_path_factory.mktemp("merges") / "toy.txt.gz"
     lines = ["#version: 0.2", *(" ".join(p) for p in [*first, *filler]), "beyond the end"]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -36,57 +37,59 @@ def toy_merges(tmp_path_factory):
 
 # ---- tokenizer ---------------------------------------------------------------------------------
 def test_tokens_by_hand(toy_merges):
-    """Letters: '!' is 0, 'a' 64; with the end mark 256 more; merges follow from 512 on.
+    """Bytes: '!' is token 0 and 'a' is 64; at the end of a word, 256 more. Merges start at 512.
 
     "liver": l i v e r</w> -> li v e r</w> -> li v er</w> -> liv er</w> -> liver</w>, the fourth
-    merge: 515. "live" stops at liv (514) e</w> (68 + 256). "er" is the second merge: 513.
+    merge: 515. "live" ends as liv (514) and e</w> (68 + 256). "er" is the second merge: 513.
     """
-    t = C.Tokenizer(toy_merges)
-    assert t.encode("A liver") == [64 + 256, 515]
-    assert t.encode("live er") == [514, 68 + 256, 513]
-    assert (t.start, t.end, len(t.ids)) == (49406, 49407, 49408)
-    assert t.encode("") == [] and t.encode(" \n\t ") == []
+    tokenizer = clip_text.Tokenizer(toy_merges)
+    assert tokenizer.encode("A liver") == [64 + 256, 515]
+    assert tokenizer.encode("live er") == [514, 68 + 256, 513]
+    assert (tokenizer.start, tokenizer.end, len(tokenizer.ids)) == (49406, 49407, 49408)
+    assert tokenizer.encode("") == [] and tokenizer.encode(" \n\t ") == []
 
 
 def test_cleaning_by_hand(toy_merges):
-    """HTML twice, broken UTF-8 repaired, white space squeezed, lower case, digits one by one."""
-    t = C.Tokenizer(toy_merges)
-    assert t.encode("&amp;amp;") == t.encode("&")
-    assert t.encode("cafÃ©") == t.encode("café")
-    assert t.encode("  A \n LIVER ") == t.encode("a liver")
-    assert t.encode("12") == [ord("1") - 33 + 256, ord("2") - 33 + 256]
-    assert t.encode("isn't") == t.encode("isn") + t.encode("'t")
-    assert t.encode("<|endoftext|>") == [t.end]
+    """HTML is unescaped twice, broken UTF-8 repaired, white space collapsed, upper case lowered;
+    every digit is a token."""
+    tokenizer = clip_text.Tokenizer(toy_merges)
+    assert tokenizer.encode("&amp;amp;") == tokenizer.encode("&")
+    assert tokenizer.encode("cafÃ©") == tokenizer.encode("café")
+    assert tokenizer.encode("  A \n LIVER ") == tokenizer.encode("a liver")
+    assert tokenizer.encode("12") == [ord("1") - 33 + 256, ord("2") - 33 + 256]
+    assert tokenizer.encode("isn't") == tokenizer.encode("isn") + tokenizer.encode("'t")
+    assert tokenizer.encode("<|endoftext|>") == [tokenizer.end]
 
 
 def test_decode_undoes_encode(toy_merges):
-    t = C.Tokenizer(toy_merges)
-    assert t.decode(t.encode("a liver in CT")) == "a liver in ct "
-    assert t.decode(t.encode("naïve 肝 🫀")) == "naïve 肝 🫀 "
+    tokenizer = clip_text.Tokenizer(toy_merges)
+    assert tokenizer.decode(tokenizer.encode("a liver in CT")) == "a liver in ct "
+    assert tokenizer.decode(tokenizer.encode("naïve 肝 🫀")) == "naïve 肝 🫀 "
 
 
-def test_rows_of_tokens_and_a_prompt_that_is_too_long(toy_merges):
-    """Nine tokens fit into eleven with start and end, ten do not."""
-    t = C.Tokenizer(toy_merges)
-    rows = t.tokenize(["liver", "liver " * 9], context_length=11)
-    assert rows.dtype == torch.long
-    assert rows[0].tolist() == [49406, 515, 49407, *[0] * 8]
-    assert rows[1].tolist() == [49406, *[515] * 9, 49407]
+def test_tokenize_pads_and_refuses_a_prompt_that_is_too_long(toy_merges):
+    """Nine tokens, with start and end, fit into eleven; ten do not."""
+    tokenizer = clip_text.Tokenizer(toy_merges)
+    tokens = tokenizer.tokenize(["liver", "liver " * 9], context_length=11)
+    assert tokens.dtype == torch.long
+    assert tokens[0].tolist() == [49406, 515, 49407, *[0] * 8]
+    assert tokens[1].tolist() == [49406, *[515] * 9, 49407]
     with pytest.raises(ValueError, match=r"'liver liver.* has 12 tokens.* limit is 11"):
-        t.tokenize("liver " * 10, context_length=11)
-    cut = t.tokenize("liver " * 10, context_length=11, truncate=True)
+        tokenizer.tokenize("liver " * 10, context_length=11)
+    cut = tokenizer.tokenize("liver " * 10, context_length=11, truncate=True)
     assert cut[0].tolist() == [49406, *[515] * 9, 49407]
 
 
 @needs_shared
 def test_tokens_match_openai_clip():
-    t = C.Tokenizer(MERGES_FILE)
+    tokenizer = clip_text.Tokenizer(MERGES_FILE)
     for case in json.loads((SHARED / "golden" / "clip_tokens.json").read_text()):
-        assert [t.start, *t.encode(case["text"]), t.end] == case["ids"], case["text"]
+        ids = [tokenizer.start, *tokenizer.encode(case["text"]), tokenizer.end]
+        assert ids == case["ids"], case["text"]
 
 
 def strings(n, seed=0):
-    """Words, numbers, emoji, entities, contractions, accents, scripts and long words, mixed."""
+    """n random mixtures of words, numbers, emoji, entities, contractions, accents and scripts."""
     rng = np.random.default_rng(seed)
     parts = ["liver", "Tumor's", "they'll", "WE'VE", "don't", "&amp;", "&lt;b&gt;", "&#233;", "é",
              "naïve", "Ångström", "肝臓", "печень", "الكبد", "🫀", "👩‍⚕️", "🇩🇪", "3.14", "1,000",
@@ -102,8 +105,8 @@ def strings(n, seed=0):
 @needs_shared
 def test_tokens_match_another_implementation():
     oracle = pytest.importorskip("instant_clip_tokenizer").Tokenizer()
-    ours = C.Tokenizer(MERGES_FILE)
-    for text in strings(400):        # the oracle leaves out the clean-up, so it gets clean text
+    ours = clip_text.Tokenizer(MERGES_FILE)
+    for text in strings(400):        # the oracle does not clean its text, so it gets clean text
         clean = html.unescape(html.unescape(ftfy.fix_text(text)))
         assert ours.encode(text) == list(oracle.encode(" ".join(clean.split()))), text
 
@@ -113,7 +116,7 @@ def test_a_wrong_merges_file_is_named(tmp_path, content):
     path = tmp_path / "merges.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="merges.gz: not"):
-        C.Tokenizer(path)
+        clip_text.Tokenizer(path)
 
 
 # ---- encoder and its files -----------------------------------------------------------------------
@@ -131,13 +134,13 @@ def hf_model(size):
         max_position_embeddings=length, eos_token_id=vocabulary - 1, bos_token_id=vocabulary - 2)
     model = transformers.CLIPTextModelWithProjection(config).eval()
     with torch.no_grad():
-        for p in model.parameters():        # all different, norms and biases too
+        for p in model.parameters():        # norms and biases differ from one and zero, too
             p.add_(torch.randn_like(p) * 0.05)
     return model
 
 
 def openai_state(model):
-    """The same tensors under the names of OpenAI's state dict, q, k and v in one."""
+    """The same tensors under the names of OpenAI's state dict, with q, k and v joined."""
     hf, out = model.state_dict(), {}
     out["token_embedding.weight"] = hf["text_model.embeddings.token_embedding.weight"]
     out["positional_embedding"] = hf["text_model.embeddings.position_embedding.weight"]
@@ -158,7 +161,7 @@ def openai_state(model):
 
 
 class _Node(nn.Module):
-    """A module that only carries parameters, to write a real TorchScript archive."""
+    """A module that only holds parameters, to write a real TorchScript archive."""
 
     def forward(self, x):
         return x + 1
@@ -196,16 +199,16 @@ def write(model, kind, folder):
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "state", "script"])
 def test_features_equal_those_of_transformers(tmp_path, size, kind):
     model = hf_model(size)
-    if kind == "script":                        # fp16 on disk: round the oracle's weights as well
+    if kind == "script":                # the archive holds fp16: round the oracle's weights, too
         model = model.half().float()
     vocabulary, length = SIZES[size][3:]
     tokens = torch.randint(1, vocabulary - 2, (3, length),
                            generator=torch.Generator().manual_seed(1))
     for row, end in zip(tokens, (4, 9, length - 1), strict=True):
         row[0], row[end], row[end + 1:] = vocabulary - 2, vocabulary - 1, 0
-    odd_name = tmp_path / "weights.xyz"         # the content says what it is, not the name
+    odd_name = tmp_path / "weights.xyz"     # the kind is found from the content, not the name
     os.replace(write(model, kind, tmp_path), odd_name)
-    encoder = C.load_text_encoder(odd_name)
+    encoder = clip_text.load_text_encoder(odd_name)
     with torch.no_grad():
         want, got = model(input_ids=tokens).text_embeds, encoder(tokens)
     assert want.std() > 0.1 and not got.requires_grad
@@ -219,20 +222,22 @@ def test_features_match_openai_clip(tmp_path):
     golden = np.load(SHARED / "golden" / "clip_text_vitb32_seed1.npz")
     shapes = json.loads((SHARED / "golden" / "clip_text_shapes.json").read_text())
     torch.save(recipe.fill(shapes, 1), tmp_path / "vit.pt")
-    encoder = C.load_text_encoder(tmp_path / "vit.pt")
-    rows = C.Tokenizer(MERGES_FILE).tokenize(golden["texts"].tolist())
+    encoder = clip_text.load_text_encoder(tmp_path / "vit.pt")
+    tokens = clip_text.Tokenizer(MERGES_FILE).tokenize(golden["texts"].tolist())
     with torch.no_grad():
-        assert np.abs(encoder(rows).numpy() - golden["embeddings"]).max() < 1e-4
+        assert np.abs(encoder(tokens).numpy() - golden["embeddings"]).max() < 1e-4
 
 
-def test_a_later_token_cannot_change_an_earlier_feature():
+def test_tokens_after_the_end_do_not_change_the_feature():
     torch.manual_seed(0)
-    e = C.TextEncoder(vocabulary=50, context_length=9, width=64, layers=2, heads=1, embed_dim=8)
+    encoder = clip_text.TextEncoder(vocabulary=50, context_length=9, width=64, layers=2, heads=1,
+                                    embed_dim=8)
     a = torch.tensor([[48, 3, 4, 49, 0, 0]])
     b = torch.tensor([[48, 3, 4, 49, 7, 9]])
     c = torch.tensor([[48, 3, 5, 49, 0, 0]])
     with torch.no_grad():
-        assert torch.equal(e(a), e(b)) and not torch.allclose(e(a), e(c))
+        assert torch.equal(encoder(a), encoder(b))
+        assert not torch.allclose(encoder(a), encoder(c))
 
 
 class _Attack:
@@ -243,8 +248,8 @@ class _Attack:
         return open, (str(self.target), "w")
 
 
-def test_nothing_in_a_file_is_run(tmp_path):
-    """The pickles do write the file where they are run; read by us they do not."""
+def test_no_code_in_a_weights_file_is_run(tmp_path):
+    """pickle.loads runs the code in these files, which creates a file; ours do not."""
     target = tmp_path / "owned"
     evil = pickle.dumps({"token_embedding.weight": _Attack(target)})
     pickle.loads(evil)
@@ -258,7 +263,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
         z.writestr("m/version", "3")
     for name in ("state.pt", "legacy.bin", "script.pt"):
         with pytest.raises(ValueError, match=name):
-            C.load_text_encoder(tmp_path / name)
+            clip_text.load_text_encoder(tmp_path / name)
         assert not target.exists(), name
 
 
@@ -268,7 +273,7 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
     path = write(hf_model("short"), kind, tmp_path)
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match=f"{path.name}: ") as e:
-        C.load_text_encoder(path)
+        clip_text.load_text_encoder(path)
     assert "\n" not in str(e.value)
 
 
@@ -281,15 +286,15 @@ def test_a_missing_tensor_another_shape_and_another_model_are_named(tmp_path):
     for i, (what, content) in enumerate(cases.items()):
         torch.save(content, tmp_path / f"{i}.pt")
         with pytest.raises(ValueError, match=what):
-            C.load_text_encoder(tmp_path / f"{i}.pt")
+            clip_text.load_text_encoder(tmp_path / f"{i}.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     for name, error in (("list.pt", ValueError), ("none.pt", FileNotFoundError)):
         with pytest.raises(error, match=name):
-            C.load_text_encoder(tmp_path / name)
+            clip_text.load_text_encoder(tmp_path / name)
     header = json.dumps({"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
     with pytest.raises(ValueError, match="a.safetensors: not a readable"):
-        C.load_text_encoder(tmp_path / "a.safetensors")
+        clip_text.load_text_encoder(tmp_path / "a.safetensors")
 
 
 # ---- download ------------------------------------------------------------------------------------
@@ -297,64 +302,65 @@ CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
+def test_a_broken_download_continues_where_it_stopped(server, tmp_path):
     handler, url = server
     handler.content, handler.stop_after = CONTENT, 100_000
     with pytest.raises(OSError, match="broken off after 100000 of 300000 bytes"):
-        C.fetch(url, DIGEST, tmp_path)
+        clip_text.fetch(url, DIGEST, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin.part"]
     handler.stop_after = None
-    path = C.fetch(url, DIGEST, tmp_path)
+    path = clip_text.fetch(url, DIGEST, tmp_path)
     assert path.read_bytes() == CONTENT and handler.asked == [None, "bytes=100000-"]
-    assert C.fetch(url, DIGEST, tmp_path) == path and len(handler.asked) == 2      # not again
+    assert clip_text.fetch(url, DIGEST, tmp_path) == path
+    assert len(handler.asked) == 2                                     # no third request
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_a_server_without_ranges_starts_over(server, tmp_path):
+def test_a_server_without_ranges_makes_the_download_start_over(server, tmp_path):
     handler, url = server
     handler.content, handler.ranges = CONTENT, False
     (tmp_path / "file.bin.part").write_bytes(b"wrong start")
-    assert C.fetch(url, DIGEST, tmp_path).read_bytes() == CONTENT
+    assert clip_text.fetch(url, DIGEST, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_part_that_is_already_whole_is_taken(server, tmp_path):
+def test_a_part_file_that_is_already_complete_is_used(server, tmp_path):
     handler, url = server
     handler.content = CONTENT
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
-    assert C.fetch(url, DIGEST, tmp_path).read_bytes() == CONTENT
+    assert clip_text.fetch(url, DIGEST, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_wrong_checksum_leaves_the_old_file_untouched(server, tmp_path):
+def test_a_download_with_a_wrong_checksum_leaves_the_old_file_untouched(server, tmp_path):
     handler, url = server
     handler.content = CONTENT[:-1] + b"x"
     (tmp_path / "file.bin").write_bytes(b"the good old file")
     with pytest.raises(ValueError, match=r"file.bin: the download has SHA-256 .* expected"):
-        C.fetch(url, DIGEST, tmp_path)
+        clip_text.fetch(url, DIGEST, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == \
         {"file.bin": b"the good old file"}
 
 
-def test_no_network_names_url_path_and_alternatives(tmp_path):
+def test_an_error_without_network_names_url_path_and_alternatives(tmp_path):
     url = "http://127.0.0.1:9/ViT-B-32.pt"
     with pytest.raises(OSError) as e:
-        C.fetch(url, DIGEST, tmp_path / "cache", alternative="pass --clip-weights FILE")
+        clip_text.fetch(url, DIGEST, tmp_path / "cache", alternative="pass --clip-weights FILE")
     text = str(e.value)
     assert url in text and str(tmp_path / "cache" / "ViT-B-32.pt") in text
     assert "--clip-weights" in text and "\n" not in text
 
 
-# ---- rows ----------------------------------------------------------------------------------------
+# ---- text embeddings -----------------------------------------------------------------------------
 @pytest.fixture
 def small_clip(tmp_path, monkeypatch, toy_merges):
-    """A tiny CLIP in the place of the real one; network out of reach."""
+    """A tiny CLIP replaces the real one, and every download fails."""
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(3)
-    e = C.TextEncoder(width=64, layers=1, heads=1, embed_dim=24)
-    names = (("token.weight", "token_embedding.weight"), ("position", "positional_embedding"),
-             ("layers.", "transformer.resblocks."), ("self_attn", "attn"), ("norm1", "ln_1"),
-             ("norm2", "ln_2"), ("linear1", "mlp.c_fc"), ("linear2", "mlp.c_proj"))
+    encoder = clip_text.TextEncoder(width=64, layers=1, heads=1, embed_dim=24)
+    names = (("position_embedding", "positional_embedding"), ("layers.", "transformer.resblocks."),
+             ("self_attn", "attn"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("linear1", "mlp.c_fc"),
+             ("linear2", "mlp.c_proj"))
     state = {}
-    for key, value in e.state_dict().items():
+    for key, value in encoder.state_dict().items():
         for new, old in names:
             key = key.replace(new, old)
         key = key.replace("norm.", "ln_final.") if key.startswith("norm.") else key
@@ -363,57 +369,59 @@ def small_clip(tmp_path, monkeypatch, toy_merges):
     path = tmp_path / "cache" / "ViT-B-32.pt"
     path.parent.mkdir()
     torch.save(state, path)
-    digest = C.sha256(path)
-    monkeypatch.setattr(C, "WEIGHTS", ("http://127.0.0.1:9/ViT-B-32.pt", digest))
+    digest = clip_text.sha256(path)
+    monkeypatch.setattr(clip_text, "WEIGHTS", ("http://127.0.0.1:9/ViT-B-32.pt", digest))
     copy = tmp_path / "cache" / "toy.txt.gz"
     copy.write_bytes(toy_merges.read_bytes())
-    monkeypatch.setattr(C, "MERGES", ("http://127.0.0.1:9/toy.txt.gz", C.sha256(copy)))
+    digest = clip_text.sha256(copy)
+    monkeypatch.setattr(clip_text, "MERGES", ("http://127.0.0.1:9/toy.txt.gz", digest))
     return path
 
 
-def test_rows_are_the_encoders_features_and_a_second_call_needs_no_weights(small_clip):
-    w = C.encode_classes(["Liver", "Spleen", "Liver"], "A photo of a {}.")
-    encoder = C.load_text_encoder(small_clip)
-    tokenizer = C.Tokenizer(small_clip.parent / "toy.txt.gz")
+def test_encode_classes_gives_the_encoders_features_and_a_second_call_needs_no_weights(small_clip):
+    w = clip_text.encode_classes(["Liver", "Spleen", "Liver"], "A photo of a {}.")
+    encoder = clip_text.load_text_encoder(small_clip)
+    tokenizer = clip_text.Tokenizer(small_clip.parent / "toy.txt.gz")
     want = encoder(tokenizer.tokenize(["A photo of a Liver.", "A photo of a Spleen."]))
     assert torch.equal(w[0], w[2]) and not torch.equal(w[0], w[1])
     assert torch.allclose(w[:2], want, atol=1e-6)
     small_clip.unlink()
     (small_clip.parent / "toy.txt.gz").unlink()
-    assert torch.equal(C.encode_classes(["Spleen", "Liver"], "A photo of a {}."), w[[1, 0]])
+    assert torch.equal(clip_text.encode_classes(["Spleen", "Liver"], "A photo of a {}."), w[[1, 0]])
     with pytest.raises(OSError, match="--clip-weights"):
-        C.encode_classes(["Spleen"], "Another {}")
+        clip_text.encode_classes(["Spleen"], "Another {}")
 
 
-def test_own_weights_have_rows_of_their_own(small_clip, tmp_path):
-    w = C.encode_classes(["Liver"])
+def test_other_weights_have_a_cache_of_their_own(small_clip, tmp_path):
+    w = clip_text.encode_classes(["Liver"])
     state = torch.load(small_clip, weights_only=True)
     state["ln_final.bias"] = state["ln_final.bias"] + 1
     torch.save(state, tmp_path / "other.pt")
-    assert not torch.allclose(C.encode_classes(["Liver"], weights=tmp_path / "other.pt"), w)
+    assert not torch.allclose(clip_text.encode_classes(["Liver"], weights=tmp_path / "other.pt"), w)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
-        C.encode_classes(["Liver"], weights=tmp_path / "nowhere.pt")
+        clip_text.encode_classes(["Liver"], weights=tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match="no {}"):
-        C.encode_classes(["Liver"], "a template")
+        clip_text.encode_classes(["Liver"], "a template")
 
 
-def test_a_damaged_cache_of_rows_is_named_and_left_alone(small_clip):
-    C.encode_classes(["Liver"])
+def test_a_damaged_cache_of_prompts_is_named_and_left_alone(small_clip):
+    clip_text.encode_classes(["Liver"])
     store, = small_clip.parent.glob("prompts-*.pt")
     store.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="prompts-.*delete it"):
-        C.encode_classes(["Liver"])
+        clip_text.encode_classes(["Liver"])
     assert store.read_bytes() == b"damaged"
 
 
-def test_command_writes_rows_and_prints_norms(small_clip, tmp_path, capsys, monkeypatch):
+def test_command_writes_text_embeddings_and_prints_norms(small_clip, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert C.main(["--classes", "liver", "spleen", "--out", "rows.pt", "--template", "V1"]) == 0
-    assert torch.equal(C.read_embeddings("rows.pt"), C.encode_classes(["Liver", "Spleen"],
-                                                                "A photo of a {}."))
-    assert "2 rows of 24" in capsys.readouterr().out
+    arguments = ["--classes", "liver", "spleen", "--out", "rows.pt", "--template", "V1"]
+    assert clip_text.main(arguments) == 0
+    want = clip_text.encode_classes(["Liver", "Spleen"], "A photo of a {}.")
+    assert torch.equal(clip_text.read_embeddings("rows.pt"), want)
+    assert "2 text embeddings of width 24" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
-    assert C.main(["--similarity"]) == 0
+    assert clip_text.main(["--similarity"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [r.split("  ")[0] for r in lines[1:5]] == ["Spleen", "Right Kidney", "Left Kidney",
                                                       "Kidney Tumor"]
@@ -421,28 +429,28 @@ def test_command_writes_rows_and_prints_norms(small_clip, tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])
-def test_a_file_that_holds_no_rows_is_named(tmp_path, content):
+def test_a_file_without_text_embeddings_is_named(tmp_path, content):
     path = tmp_path / "rows.pt"
     torch.save({"a": 1}, path) if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match="rows.pt: "):
-        C.read_embeddings(path)
+        clip_text.read_embeddings(path)
 
 
 @needs_shared
-def test_released_rows_have_their_norms_and_neighbours():
+def test_released_text_embeddings_have_their_norms_and_neighbours():
     import labels
-    w = C.read_embeddings(SHARED / "clip" / "txt_encoding.pth")
+    w = clip_text.read_embeddings(SHARED / "clip" / "txt_encoding.pth")
     norms = w.norm(dim=1)
     assert w.shape == (32, 512) and 8.0 < norms.min() < 8.2 and 9.5 < norms.max() < 9.7
     names = [c.name for c in labels.CLASSES]
-    near = C.cosine(w).fill_diagonal_(-1).argmax(1)
+    near = clip_text.cosine(w).fill_diagonal_(-1).argmax(1)
     assert names[near[names.index("Left Kidney")]] == "Right Kidney"
     assert names[near[names.index("Left Lung")]] == "Right Lung"
-    alike = C.cosine(w)[names.index("Liver")]
+    alike = clip_text.cosine(w)[names.index("Liver")]
     assert alike[names.index("Liver Tumor")] > alike.mean()
 
 
 def test_cosine_by_hand():
     """(3, 4) and (4, 3): 24 / 25."""
-    assert torch.allclose(C.cosine(torch.tensor([[3., 4.], [4., 3.]])),
+    assert torch.allclose(clip_text.cosine(torch.tensor([[3., 4.], [4., 3.]])),
                           torch.tensor([[1, 0.96], [0.96, 1]]))

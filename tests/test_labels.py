@@ -1,9 +1,12 @@
-"""Names, label maps and sides."""
+"""The class table, names, the meaning of label files, and sides."""
+import dataclasses
+import doctest
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
-from conftest import write_nifti
+from conftest import affine_of, write_nifti
 
 import labels
 
@@ -25,11 +28,11 @@ def name(i):
     ("lungs", ["Right Lung", "Left Lung"]), ("head_of_femur_r", ["Right Head of Femur"]),
     ("femur_left", []), ("liver segment", []), ("background", []), ("", []), ("tumor", []),
 ])
-def test_names_of_public_datasets_find_their_class(text, want):
+def test_names_of_public_datasets_match_their_class(text, want):
     assert [name(i) for i in labels.match(text)] == want
 
 
-def test_table_has_the_papers_order_and_spelling():
+def test_the_built_in_table_has_the_papers_order_and_the_releases_prompts():
     assert len(labels.CLASSES) == 32
     assert [name(i) for i in (0, 7, 24, 31)] == ["Spleen", "Aorta", "Celiac Trunk", "Kidney Cyst"]
     assert labels.CLASSES[7].sentence("V3") == "A computerized tomography of a Arota"
@@ -38,103 +41,185 @@ def test_table_has_the_papers_order_and_spelling():
         labels.CLASSES[0].sentence("spleen")
 
 
-def test_no_spelling_means_two_classes():
-    keys = [(labels._key(n), c.name) for c in labels.CLASSES
+def test_solid_and_vessel_of_the_built_in_table():
+    assert {c.name for c in labels.CLASSES if c.solid == 1.0} == {
+        "Spleen", "Right Kidney", "Left Kidney", "Gall Bladder", "Liver", "Stomach", "Pancreas",
+        "Right Adrenal Gland", "Left Adrenal Gland", "Bladder", "Prostate", "Left Head of Femur",
+        "Right Head of Femur"}
+    assert {c.name: c.solid for c in labels.CLASSES if 0 < c.solid < 1} == \
+        {"Right Lung": 0.1, "Left Lung": 0.1}
+    assert {c.name for c in labels.CLASSES if c.vessel} == {
+        "Aorta", "Postcava", "Portal Vein and Splenic Vein", "Hepatic Vessel", "Celiac Trunk"}
+
+
+def test_organ_is_the_name_without_case_word_order_and_side():
+    for spelling in ("Right Kidney", "right kidney", "KIDNEY, RIGHT", "kidney_r"):
+        assert labels.Class(spelling, side="right").organ == ("kidney",)
+    assert labels.Class("Head of Left Femur", side="left").organ == ("femur", "head")
+    assert labels.Class("Liver").organ == ("liver",)
+    assert labels.Class("Left Atrium").organ == ("atrium", "left")      # no side: nothing removed
+
+
+def test_other_side_of_every_built_in_class():
+    pairs = [(k, labels.other_side(k, labels.CLASSES)) for k in range(len(labels.CLASSES))]
+    assert {(name(a), name(b)) for a, b in pairs if b is not None and a < b} == {
+        ("Right Kidney", "Left Kidney"), ("Right Adrenal Gland", "Left Adrenal Gland"),
+        ("Right Lung", "Left Lung"), ("Left Head of Femur", "Right Head of Femur")}
+    assert all(labels.other_side(b, labels.CLASSES) == a for a, b in pairs if b is not None)
+
+
+@pytest.mark.parametrize("right, left", [
+    ("Right Kidney", "left kidney"), ("right kidney", "Left Kidney"), ("kidney_right", "L Kidney"),
+    ("Head of Femur (R)", "left femur head")])
+def test_other_side_ignores_case_and_word_order(right, left):
+    table = (labels.Class("Liver"), labels.Class(left, side="left"),
+             labels.Class(right, side="right"))
+    assert [labels.other_side(k, table) for k in range(3)] == [None, 2, 1]
+    assert labels.match(" ".join(table[1].organ), table) == (2, 1)      # both sides, right first
+
+
+def test_other_side_needs_the_side_fields_and_the_same_organ():
+    table = labels.make_classes(["Right Kidney", {"name": "Left Kidney", "side": "left"},
+                                 {"name": "Right Lung", "side": "right"}])
+    assert [labels.other_side(k, table) for k in range(3)] == [None] * 3
+
+
+def test_no_name_or_synonym_denotes_two_classes():
+    keys = [(labels.name_key(n), c.name) for c in labels.CLASSES
             for n in {c.name, *c.synonyms, c.prompt_name} if n]
     seen = {}
     for key, owner in keys:
         assert seen.setdefault(key, owner) == owner
 
 
+# ---- the three steps of label_map, and the whole -------------------------------------------------
+def test_examples_in_the_docstrings_hold():
+    result = doctest.testmod(labels)
+    assert result.failed == 0 and result.attempted > 10
+
+
+KIDNEYS = [("kidney", [1, 2]), ("kidney tumor", [2]), ("sacrum", [3])]
+
+
+@pytest.mark.parametrize("table", [
+    {"kidney": [1, 2], "kidney tumor": 2, "sacrum": [3]},
+    {"kidney": ["1", 2], "kidney tumor": "2", "sacrum": 3}])
+def test_step_1_parses_names_and_values(table):
+    assert labels.parse_labels(table, "x") == KIDNEYS
+
+
+def test_step_1_parses_msds_values_and_names():
+    assert labels.parse_labels({"0": "background", "1": "liver", "2": "cancer"}, "x") == \
+        [("background", [0]), ("liver", [1]), ("cancer", [2])]
+
+
+def test_step_2_matches_names_to_sure_classes_and_to_pairs():
+    """Value 1 is one of the kidneys (1, 2); value 2, too, and surely Kidney Tumor (25)."""
+    meaning, annotated, unmatched = labels.match_labels(KIDNEYS, labels.CLASSES, "x")
+    assert meaning == {1: (set(), {(1, 2)}), 2: ({25}, {(1, 2)})}
+    assert np.flatnonzero(annotated).tolist() == [1, 2, 25] and unmatched == ["sacrum"]
+
+
+def test_step_3_adds_parents_and_builds_a_row_per_value_and_side():
+    """Value 7 is Kidney Tumor (25), value 9 Liver Tumor (26): V = 3, rows 3 to 5 are the left."""
+    values, regions, unsplit = labels.build_regions({9: ({26}, set()), 7: ({25}, set())},
+                                                    labels.CLASSES)
+    assert values == [0, 7, 9] and unsplit == {(1, 2): [1]}
+    assert [np.flatnonzero(row).tolist() for row in regions] == \
+        [[], [1, 25], [5, 26], [], [2, 25], [5, 26]]
+
+
 def test_three_spellings_of_one_label_table():
-    """LiTS in nnU-Net, region and MSD form: a tumour voxel is liver in all three."""
+    """LiTS as nnU-Net, region-based nnU-Net and MSD write it: a tumour voxel is liver in each."""
     forms = [{"background": 0, "liver": 1, "liver tumor": 2},
              {"background": 0, "liver": [1, 2], "liver tumor": [2]},
              {"0": "background", "1": "liver", "2": "liver tumor"}]
     for form in forms:
-        lm = labels.label_map(form, labels.CLASSES)
-        assert lm.values == [0, 1, 2] and not lm.pairs
-        assert [np.flatnonzero(r).tolist() for r in lm.regions] == [[], [5], [5, 26]] * 2
-        assert np.flatnonzero(lm.annotated).tolist() == [5, 26]
+        label_map = labels.label_map(form, labels.CLASSES)
+        assert label_map.values == [0, 1, 2] and not label_map.unsplit
+        assert [np.flatnonzero(r).tolist() for r in label_map.regions] == [[], [5], [5, 26]] * 2
+        assert np.flatnonzero(label_map.annotated).tolist() == [5, 26]
 
 
 def test_kidneys_without_sides_become_two_classes():
-    lm = labels.label_map({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3}, labels.CLASSES)
-    assert np.flatnonzero(lm.annotated).tolist() == [1, 2, 25, 31]
-    assert lm.pairs == {(1, 2): [1, 2, 3]}
-    assert np.flatnonzero(lm.regions[2]).tolist() == [1, 25]        # tumour on the right
-    assert np.flatnonzero(lm.regions[2 + 4]).tolist() == [2, 25]    # and on the left
+    table = {"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3}
+    label_map = labels.label_map(table, labels.CLASSES)
+    assert np.flatnonzero(label_map.annotated).tolist() == [1, 2, 25, 31]
+    assert label_map.unsplit == {(1, 2): [1, 2, 3]}
+    assert np.flatnonzero(label_map.regions[2]).tolist() == [1, 25]        # tumour on the right
+    assert np.flatnonzero(label_map.regions[2 + 4]).tolist() == [2, 25]    # and on the left
 
 
 def test_names_without_class_are_reported_and_their_values_are_background():
-    lm = labels.label_map({"liver": 3, "sacrum": 25}, labels.CLASSES)
-    assert lm.unmatched == ["sacrum"]
+    label_map = labels.label_map({"liver": 3, "sacrum": 25}, labels.CLASSES)
+    assert label_map.unmatched == ["sacrum"]
     raw = np.array([[[0, 3, 25]]])
-    assert lm.rows(raw, "x").tolist() == [[[0, 1, 0]]]
+    assert label_map.to_label_rows(raw, "x").tolist() == [[[0, 1, 0]]]
 
 
 @pytest.mark.parametrize("table, what", [
     ({"sacrum": 1}, "is a class here"), ({"liver": "one"}, "integers"), ([1], "table of names"),
     ({"liver": 0}, "background"), ({"liver": -1}, "0..65535"), ({}, "is a class here")])
-def test_malformed_label_tables_are_one_line(table, what):
+def test_a_malformed_label_table_is_refused_with_the_reason(table, what):
     with pytest.raises(ValueError, match=what):
         labels.label_map(table, labels.CLASSES, "some/dataset.json")
 
 
 def test_values_that_are_not_named_or_not_integers_are_refused():
-    lm = labels.label_map({"liver": 1}, labels.CLASSES)
+    label_map = labels.label_map({"liver": 1}, labels.CLASSES)
     with pytest.raises(ValueError, match=r"a.nii: label values \[7\]"):
-        lm.rows(np.array([0, 1, 7]), "a.nii")
+        label_map.to_label_rows(np.array([0, 1, 7]), "a.nii")
     with pytest.raises(ValueError, match="integers"):
-        lm.rows(np.array([0.0, 1.4]), "a.nii")
-    assert lm.rows(np.array([0.0, 0.9999]), "a.nii").tolist() == [0, 1]
+        label_map.to_label_rows(np.array([0.0, 1.4]), "a.nii")
+    assert label_map.to_label_rows(np.array([0.0, 0.9999]), "a.nii").tolist() == [0, 1]
 
 
-def sided(shape=(40, 12, 12)):
-    lm = labels.label_map({"kidney": [1, 2], "kidney tumor": 2}, labels.CLASSES)
-    return lm, np.zeros(shape, np.uint8)
+def unsplit_kidneys(shape=(40, 12, 12)):
+    label_map = labels.label_map({"kidney": [1, 2], "kidney tumor": 2}, labels.CLASSES)
+    return label_map, np.zeros(shape, np.uint8)
 
 
-def test_pieces_go_to_their_side_of_the_bodys_plane_not_of_the_image():
-    """Axis 0 grows to the right; the body's plane is at 14, the image's middle at 20."""
-    lm, rows = sided()
-    rows[16:20, 3:7, 3:7] = 1             # right of the body, left of the image's middle
-    rows[4:9, 3:7, 3:7] = 1               # left kidney
-    rows[6:8, 4:6, 4:6] = 2               # with a tumour
-    rows[30, 9, 9] = 1                    # a speck on the right
-    out = labels.split_sides(rows, lm, 14.0)
-    V = len(lm.values)
+def test_pieces_are_split_at_the_bodys_midline_not_at_the_middle_of_the_image():
+    """Axis 0 runs to the right; the body's midline is at 14, the middle of the image at 20."""
+    label_map, label_rows = unsplit_kidneys()
+    label_rows[16:20, 3:7, 3:7] = 1       # right in the body, left in the image
+    label_rows[4:9, 3:7, 3:7] = 1         # left kidney
+    label_rows[6:8, 4:6, 4:6] = 2         # with a tumour
+    label_rows[30, 9, 9] = 1              # a speck on the right
+    out = labels.split_sides(label_rows, label_map, 14.0)
+    V = len(label_map.values)
     assert (out[16:20, 3:7, 3:7] == 1).all() and out[30, 9, 9] == 1
     assert set(np.unique(out[4:9, 3:7, 3:7])) == {1 + V, 2 + V}
 
 
-def test_a_single_kidney_keeps_its_side_by_position():
+def test_a_single_kidney_gets_its_side_by_position():
     for at, want in ((2, 2), (30, 1)):
-        lm, rows = sided()
-        rows[at:at + 5, 3:7, 3:7] = 1
-        assert np.flatnonzero(lm.regions[labels.split_sides(rows, lm, 20.0)].any((0, 1, 2))) == [want]
+        label_map, label_rows = unsplit_kidneys()
+        label_rows[at:at + 5, 3:7, 3:7] = 1
+        label_rows = labels.split_sides(label_rows, label_map, 20.0)
+        assert np.flatnonzero(label_map.regions[label_rows].any((0, 1, 2))) == [want]
 
 
-def test_a_piece_across_the_plane_is_cut_only_when_it_lies_on_both_sides():
-    lm, rows = sided()
-    rows[10:20, 3:7, 3:7] = 1
-    most = labels.split_sides(rows, lm, 11.0)            # 90 % right of the plane: not cut
-    half = labels.split_sides(rows, lm, 15.0)            # half and half: cut
-    V = len(lm.values)
+def test_a_piece_across_the_midline_is_cut_only_if_neither_side_holds_80_percent_of_it():
+    label_map, label_rows = unsplit_kidneys()
+    label_rows[10:20, 3:7, 3:7] = 1
+    most = labels.split_sides(label_rows, label_map, 11.0)      # 90 % on the right: not cut
+    half = labels.split_sides(label_rows, label_map, 15.0)      # half and half: cut
+    V = len(label_map.values)
     assert set(np.unique(most)) == {0, 1} and set(np.unique(half)) == {0, 1, 1 + V}
     assert (half[10:15, 3:7, 3:7] == 1 + V).all() and (half[15:20, 3:7, 3:7] == 1).all()
 
 
 def test_a_tumour_follows_the_labelled_lung_it_touches():
-    lm = labels.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, labels.CLASSES)
-    rows = np.zeros((30, 8, 8), np.uint8)
-    rows[2:17], rows[20:28] = lm.values.index(1), lm.values.index(2)
-    rows[15:17, 3:5, 3:5] = lm.values.index(3)      # left lung reaching beyond the plane at 14
-    out = labels.split_sides(rows, lm, 14.0)
-    assert np.flatnonzero(lm.regions[out[15, 3, 3]]).tolist() == [16, 29]
+    label_map = labels.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, labels.CLASSES)
+    label_rows = np.zeros((30, 8, 8), np.uint8)
+    label_rows[2:17], label_rows[20:28] = label_map.values.index(1), label_map.values.index(2)
+    label_rows[15:17, 3:5, 3:5] = label_map.values.index(3)     # the left lung reaches beyond 14
+    out = labels.split_sides(label_rows, label_map, 14.0)
+    assert np.flatnonzero(label_map.regions[out[15, 3, 3]]).tolist() == [16, 29]
 
 
-def test_own_table_replaces_the_built_in_one(tmp_path):
+def test_a_class_table_of_ones_own_replaces_the_built_in_one(tmp_path):
     path = tmp_path / "knee.json"
     path.write_text(json.dumps(["Femur", {"name": "Medial Meniscus", "prompt": "A 3D MRI scan of "
                                           "the medial meniscus", "parents": []}]))
@@ -144,13 +229,54 @@ def test_own_table_replaces_the_built_in_one(tmp_path):
     assert table[1].sentence("V1") == "A 3D MRI scan of the medial meniscus"
 
 
+def test_a_class_table_of_ones_own_sets_solid_and_vessel(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps([{"name": "Liver", "solid": 1}, {"name": "Aorta", "vessel": True},
+                                {"name": "Left Lung", "solid": 0.25}, "Spleen"]))
+    assert [(c.solid, c.vessel) for c in labels.load_classes(path)] == \
+        [(1, False), (0, True), (0.25, False), (0, False)]
+
+
+def test_a_checkpoint_without_classes_has_the_built_in_ones():
+    assert labels.classes_of_checkpoint({}) == labels.CLASSES
+
+
+def as_old_entries(classes):
+    """The fields of Class as a checkpoint kept them before there were solid and vessel."""
+    entries = [dataclasses.asdict(c) for c in classes]
+    for entry in entries:
+        del entry["solid"], entry["vessel"]
+    return entries
+
+
+def test_an_old_checkpoints_classes_take_solid_and_vessel_of_the_built_in_ones():
+    classes = (*labels.CLASSES[::-1], labels.Class("Femur"))
+    content = {"format": 1, "classes": as_old_entries(classes)}
+    before = json.dumps(content)
+    assert labels.classes_of_checkpoint(content) == classes
+    assert json.dumps(content) == before                                     # not changed in place
+    other_spelling = (labels.Class("left lung", side="left"),)
+    content = {"classes": as_old_entries(other_spelling)}
+    assert labels.classes_of_checkpoint(content) == other_spelling
+    with pytest.raises(ValueError, match="entry 0 needs a name"):
+        labels.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]})
+
+
+def test_a_new_checkpoints_classes_keep_their_own_solid_and_vessel():
+    own = (labels.Class("Liver", solid=0.3), labels.Class("Aorta"), labels.Class("Spleen"))
+    assert labels.classes_of_checkpoint({"classes": [dataclasses.asdict(c) for c in own]}) == own
+
+
 @pytest.mark.parametrize("content, what", [
     ("{", "JSON"), ("{}", "list"), ("[]", "list"), ("[3]", "name"), ('[{"prompt": "x"}]', "name"),
     ('[{"name": "a", "colour": 1}]', "colour"), ('["a", "A"]', "same name"),
     ('[{"name": "a", "parents": "b"}]', "parents"), ('[{"name": "a", "side": "up"}]', "side"),
-    ('[{"name": "a", "lesion": "no"}]', "lesion"), ('["a", "a"]', "same name"),
+    ('[{"name": "a", "lesion": "no"}]', "lesion"), ('[{"name": "a", "vessel": 1}]', "vessel"),
+    ('[{"name": "a", "solid": 1.5}]', "solid"), ('[{"name": "a", "solid": -1}]', "solid"),
+    ('[{"name": "a", "solid": true}]', "solid"), ('[{"name": "a", "solid": "1"}]', "solid"),
+    ('[{"name": "a", "solid": NaN}]', "solid"), ('["a", "a"]', "same name"),
     ('[{"name": "a", "parents": "b"}, {"name": "b", "parents": "a"}]', "ancestor")])
-def test_malformed_class_tables_are_one_line(tmp_path, content, what):
+def test_a_malformed_class_table_is_refused_with_the_reason(tmp_path, content, what):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=what):
         labels.load_classes(tmp_path / "t.json")
@@ -163,7 +289,7 @@ def test_command_prints_the_table(capsys):
 
 
 # ---- public datasets ---------------------------------------------------------------------------
-REPLICAS = {    # dataset: (files of one case, raw value, classes it belongs to, some annotated)
+REPLICAS = {    # dataset: ((image, label), a value, its classes, one of the annotated classes)
     "btcv": (("img/img0007.nii.gz", "label/label0007.nii.gz"), 8, {"Aorta"}, "Duodenum"),
     "lits": (("volume-3.nii", "segmentation-3.nii"), 2, {"Liver", "Liver Tumor"}, "Liver"),
     "kits": (("case_00001/imaging.nii.gz", "case_00001/segmentation.nii.gz"), 3,
@@ -194,15 +320,17 @@ def test_a_miniature_replica_gives_the_right_regions(name, tmp_path, capsys):
     assert labels.main([name, str(tmp_path / name)]) == 0
     assert {p for p in (tmp_path / name).rglob("*")} - before == {tmp_path / name / "dataset.json"}
     case, = data.read_dataset(tmp_path / name, labels.CLASSES)
-    row = case.lm.rows(np.array([value]), "x")[0]
-    assert {c.name for k, c in enumerate(labels.CLASSES) if case.lm.regions[row, k]} == belongs
+    row = case.label_map.to_label_rows(np.array([value]), "x")[0]
+    found = np.flatnonzero(case.label_map.regions[row])
+    assert {labels.CLASSES[k].name for k in found} == belongs
     assert case.annotated[[c.name for c in labels.CLASSES].index(annotated)]
-    assert case.image == tmp_path / name / image and not case.lm.unmatched or name == "ct-org"
+    assert case.image == tmp_path / name / image
+    assert case.label_map.unmatched == (["bone", "brain"] if name == "ct-org" else [])
     assert data.find_datasets([tmp_path]) == [tmp_path / name]
 
 
-def test_remarks_on_single_scans(tmp_path):
-    """BTCV from 60 on has eight classes; AMOS above 500 is MR and left out."""
+def test_exceptions_for_single_scans_of_btcv_and_amos(tmp_path):
+    """BTCV scans from 60 on annotate eight classes; AMOS scans above 500 are MR and left out."""
     import data
     for n in ("0007", "0061"):
         for file in (f"img/img{n}.nii.gz", f"label/label{n}.nii.gz"):
@@ -215,7 +343,8 @@ def test_remarks_on_single_scans(tmp_path):
             write_nifti(tmp_path / f"amos/{part}/amos_{n}.nii.gz", np.ones((4, 4, 4), np.int16),
                         np.eye(4))
     labels.main(["amos", str(tmp_path / "amos")])
-    assert [c.name for c in data.read_dataset(tmp_path / "amos", labels.CLASSES)] == ["amos/amos_0500"]
+    case, = data.read_dataset(tmp_path / "amos", labels.CLASSES)
+    assert case.name == "amos/amos_0500"
 
 
 def test_totalsegmentators_masks_become_one_map(tmp_path):
@@ -233,16 +362,37 @@ def test_totalsegmentators_masks_become_one_map(tmp_path):
     assert raw[:, 0, 0].tolist() == [2, 1, 0, 0] and case.name.endswith("/s0001")
 
 
-def test_every_public_dataset_prints_a_table_that_is_understood(capsys):
+def test_totalsegmentators_merged_map_has_the_axes_of_its_ct(tmp_path):
+    """Masks that are stored in other axes than their CT are reoriented; the map lies as the CT."""
+    ct = affine_of("LPS", (1.5, 2.0, 3.0))
+    write_nifti(tmp_path / "s1/ct.nii.gz", np.zeros((4, 5, 6), np.int16), ct)
+    mask = np.arange(4 * 5 * 6).reshape(4, 5, 6) % 7 == 0
+    write_nifti(tmp_path / "s1/segmentations/liver.nii.gz", mask.astype(np.uint8), ct)
+    flipped = affine_of("RPS", (1.5, 2.0, 3.0))
+    flipped[:3, 3] = ct[:3, 3] - [3 * 1.5, 0, 0]
+    write_nifti(tmp_path / "s1/segmentations/spleen.nii.gz",
+                np.roll(mask, 1, axis=2)[::-1].astype(np.uint8), flipped)
+    assert labels.main(["totalsegmentator", str(tmp_path)]) == 0
+    merged = nib.load(tmp_path / "s1/labels.nii.gz")
+    assert np.array_equal(merged.affine, nib.load(tmp_path / "s1/ct.nii.gz").affine)
+    want = np.where(np.roll(mask, 1, axis=2), 2, mask.astype(int))
+    assert np.array_equal(np.asarray(merged.dataobj), want)
+    write_nifti(tmp_path / "s1/segmentations/liver.nii.gz", mask[1:].astype(np.uint8), ct)
+    with pytest.raises(ValueError, match=r"liver.nii.gz: shape \(3, 5, 6\)"):
+        labels.main(["totalsegmentator", str(tmp_path)])
+
+
+def test_the_names_of_every_public_dataset_match_a_class(capsys):
     for name in labels.PUBLIC:
         if name != "totalsegmentator":
             labels.main([name])
-            lm = labels.label_map(json.loads(capsys.readouterr().out)["labels"], labels.CLASSES)
-            assert lm.unmatched in ([], ["bone", "brain"]), name
+            table = json.loads(capsys.readouterr().out)["labels"]
+            label_map = labels.label_map(table, labels.CLASSES)
+            assert label_map.unmatched in ([], ["bone", "brain"]), name
 
 
 @pytest.mark.parametrize("args, what", [(["chaos"], "dcm2niix"), (["nonsense"], "unknown dataset"),
                                         (["kits", "{tmp}"], "no pair")])
-def test_a_dataset_that_cannot_be_prepared_is_one_line(tmp_path, capsys, args, what):
+def test_a_dataset_that_cannot_be_prepared_gives_one_line(tmp_path, capsys, args, what):
     assert labels.run(labels.main, [a.format(tmp=tmp_path) for a in args]) == 2
     assert what in capsys.readouterr().err and not list(tmp_path.iterdir())
