@@ -45,7 +45,7 @@ SHIFT, SHIFT_P = 0.1, 0.2       # largest intensity shift, and its probability (
 ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
                                 # axis (release); no flips, so that left and right keep their sense
 ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
-BACKGROUND_TRIES = 50           # random voxels tried when looking for a background centre
+BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
 ENDINGS = (".nii.gz", ".nii")
 CACHE_VERSION = 2

@@ -552,19 +552,24 @@ def _score_all(pred_folder: Path, refs: list[Path], classes, indices, tolerance)
     from multiprocessing import get_context
 
     from tqdm import tqdm
-    workers = min(len(refs), os.cpu_count() or 1)
+    jobs = [(pred_folder / ref.name, ref, classes, indices, tolerance) for ref in refs]
+    workers = min(len(jobs), os.cpu_count() or 1)
     results = []
-    with ProcessPoolExecutor(workers, get_context("spawn"), _leave_with_parent) as pool, \
-            tqdm(total=len(refs), desc="score", unit="case") as bar:
-        jobs = [pool.submit(score_case, pred_folder / ref.name, ref, classes, indices, tolerance)
-                for ref in refs]
-        try:
+    with tqdm(total=len(jobs), desc="score", unit="case") as bar:
+        if workers == 1:                             # starting a process would take longer
             for job in jobs:
-                results += job.result()
+                results += score_case(*job)
                 bar.update()
-        except BaseException:                        # Ctrl-C included: do not begin the rest
-            pool.shutdown(cancel_futures=True)
-            raise
+            return results
+        with ProcessPoolExecutor(workers, get_context("spawn"), _leave_with_parent) as pool:
+            futures = [pool.submit(score_case, *job) for job in jobs]
+            try:
+                for future in futures:
+                    results += future.result()
+                    bar.update()
+            except BaseException:                    # Ctrl-C included: do not begin the rest
+                pool.shutdown(cancel_futures=True)
+                raise
     return results
 
 

@@ -184,12 +184,12 @@ def test_a_cache_entry_is_built_once_for_each_spacing(tiny_cases, tmp_path):
 
 
 def test_a_cache_that_was_built_before_is_found_again(tmp_path, monkeypatch):
-    """The key of a given file and the names on disk are frozen: caches are large."""
+    """The key of given files (by a relative path here) is frozen: building a cache takes long."""
     monkeypatch.chdir(tmp_path)
     for name in ("image.nii", "label.nii"):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(1_000_000_000, 1_000_000_000))
-    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path)      # not an absolute path
+    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path)
     label_map = labels.label_map({"kidney": [1, 2], "kidney tumor": 2, "sacrum": 7}, labels.CLASSES)
     case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
     assert data._key(case, 1.5) == "adcdbdadb11fbf605e63"
