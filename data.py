@@ -1,16 +1,21 @@
-"""CT in and out, and the crops a training step sees (paper, Sec. 4.1; the release's transforms).
+"""CT scans in and out, and the crops that a training step sees (paper, Sec. 4.1).
 
-On disk a dataset is an nnU-Net raw folder (imagesTr, labelsTr, dataset.json) as its user has it.
-Inside, a volume is closest-canonical RAS+ with array axes (D, H, W) = nibabel's three: axis 0 grows
-towards the patient's right, axis 1 to the front, axis 2 to the head. Preprocessing runs once, into
-a cache; an epoch then touches only the crops it needs.
+On disk, a dataset is an nnU-Net raw folder (imagesTr, labelsTr, dataset.json) or an MSD task
+folder, as its user already has it. In memory, a volume has closest-canonical RAS+ axes (D, H, W),
+which are nibabel's three array axes: axis 0 grows towards the patient's right, axis 1 to the
+front, axis 2 to the head. Every scan is preprocessed once, into a cache that is memory-mapped
+afterwards; an epoch then reads only the crops it needs.
 
-V rows of a label map   K classes   D, H, W voxels
+A label is stored as label rows: the integer at a voxel is the index of a row of `regions`
+(V, K), which says to which classes the voxel belongs (see labels.LabelMap).
+
+B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 """
 from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,20 +29,24 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor
 from tqdm import tqdm
 
 import labels
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
-SPACING_MM = 1.5                # isotropic target (authors' release)
+SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
 PATCH = 96                      # side of a training crop and of an inference window, voxels
-FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (2:1, release)
-SHIFT, SHIFT_P = 0.1, 0.2       # intensity shift and its probability (release)
-ROTATE_P = 0.1                  # 90-degree rotation about the third axis (release); never a flip
-ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnified crops, of MSD tasks only (release)
-TUMOUR = (5, 1, 1)              # tumour : organ : background crops of MSD tasks (release)
-POINTS = 10_000                 # foreground voxels remembered per class and scan
+FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
+MSD_CROPS = (5, 1, 1)           # tumour : organ : background crops of MSD tasks (release)
+SHIFT, SHIFT_P = 0.1, 0.2       # largest intensity shift, and its probability (release)
+ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
+                                # axis (release); no flips, so that left and right keep their sense
+ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
+BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
+VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
 ENDINGS = (".nii.gz", ".nii")
 CACHE_VERSION = 2
 
@@ -48,125 +57,236 @@ class Volume:
     """A scan in RAS+ axes: array (D, H, W) in the file's own type, affine (4, 4) voxel -> mm."""
     array: np.ndarray
     affine: np.ndarray
-    modality: str = "ct"     # ct or mri: how grey values are scaled
+    modality: str = "ct"     # "ct" or "mri": decides how intensities are scaled
 
     @property
     def spacing_mm(self) -> np.ndarray:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
+def load_volume(path: str | Path) -> Volume:
+    """Read a NIfTI file, with its axes flipped and permuted to closest RAS+.
+
+    Trailing axes of length 1 are dropped.
+
+    raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
+                                          off, not NIfTI, not 3D, or its affine is not usable
+    """
+    img = _open(path)
+    raw = _read_voxels(path, img)
+    raw = raw.reshape(raw.shape[:3])
+    orientation = nib.io_orientation(img.affine)
+    array = nib.apply_orientation(raw, orientation)
+    affine = img.affine @ nib.orientations.inv_ornt_aff(orientation, raw.shape)
+    native = array.dtype.newbyteorder("=")
+    return Volume(array.astype(native, copy=False), affine)
+
+
 def _open(path: str | Path) -> nib.Nifti1Image:
-    """The image object behind a path, its shape and affine checked; no voxel is read."""
+    """The image object of a NIfTI file whose header has been checked; no voxel is read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         img = nib.load(path)
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable NIfTI file ({e})") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable NIfTI file ({error})") from None
     if not isinstance(img, nib.Nifti1Image):
-        raise ValueError(f"{path}: expected NIfTI, this is {type(img).__name__}")
-    if len(img.shape) < 3 or any(s != 1 for s in img.shape[3:]) or 0 in img.shape:
-        raise ValueError(f"{path}: expected a 3D scan, its shape is {img.shape}")
-    if img.get_data_dtype().names or img.get_data_dtype().kind == "c":
-        raise ValueError(f"{path}: expected one number a voxel, its type is colour or complex")
-    M = img.affine[:3, :3]
-    if not np.isfinite(img.affine).all() or not abs(np.linalg.det(M)) > 1e-12 \
-            or np.isnan(nib.io_orientation(img.affine)).any():
-        raise ValueError(f"{path}: its affine is not invertible; repair the header (sform/qform)")
-    spacing = np.linalg.norm(M, axis=0)
-    if spacing.min() < 0.02 or spacing.max() > 50:
-        raise ValueError(f"{path}: a spacing of {' x '.join(f'{s:.3g}' for s in spacing)} mm is no "
-                         "body scan's; repair the header (is its unit the millimetre?)")
-    angles = (M / spacing).T @ (M / spacing)
-    if abs(angles - np.eye(3)).max() > 0.1:
-        raise ValueError(f"{path}: its axes are sheared by more than 5 degrees; resample it first")
-    need, have = math.prod(img.shape) * img.get_data_dtype().itemsize, path.stat().st_size
-    if need > have * (1032 if path.name.endswith(".gz") else 1):     # what gzip can hold at most
-        raise ValueError(f"{path}: its header speaks of more voxels ({img.shape}) than the file "
-                         "holds; it is cut off or damaged")
+        raise ValueError(f"{path}: expected a NIfTI file, got {type(img).__name__}")
+    _check_voxel_grid(path, img)
+    _check_affine(path, img.affine)
+    _check_file_size(path, img)
     return img
 
 
-def load_volume(path: str | Path) -> Volume:
-    """Read a NIfTI file, axes flipped and permuted to closest RAS+, a trailing axis of 1 dropped.
+def _check_voxel_grid(path: Path, img: nib.Nifti1Image) -> None:
+    """Raise ValueError unless the header describes a 3D grid with one real number per voxel."""
+    is_3d = len(img.shape) >= 3 and all(n == 1 for n in img.shape[3:])
+    if not is_3d or 0 in img.shape:
+        raise ValueError(f"{path}: expected a 3D scan, its shape is {img.shape}")
+    dtype = img.get_data_dtype()
+    is_colour = dtype.names is not None
+    is_complex = dtype.kind == "c"
+    if is_colour or is_complex:
+        raise ValueError(f"{path}: expected one number per voxel, its type is colour or complex")
 
-    raises FileNotFoundError, ValueError  in one line with the path: missing, truncated, not NIfTI,
-                                          not 3D, a singular affine
+
+def _check_affine(path: Path, affine: np.ndarray) -> None:
+    """Raise ValueError unless voxels are boxes of a plausible size in mm."""
+    matrix = affine[:3, :3]
+    invertible = np.isfinite(affine).all() and abs(np.linalg.det(matrix)) > 1e-12
+    if not invertible or np.isnan(nib.io_orientation(affine)).any():
+        raise ValueError(f"{path}: its affine is not invertible; repair the header (sform/qform)")
+    spacing_mm = np.linalg.norm(matrix, axis=0)
+    if spacing_mm.min() < 0.02 or spacing_mm.max() > 50:
+        text = " x ".join(f"{s:.3g}" for s in spacing_mm)
+        raise ValueError(f"{path}: a spacing of {text} mm is not plausible for a body scan; repair "
+                         "the header (is its unit the millimetre?)")
+    directions = matrix / spacing_mm                     # columns of length 1
+    cosines = directions.T @ directions                  # of the angles between the axes
+    if abs(cosines - np.eye(3)).max() > 0.1:
+        raise ValueError(f"{path}: its axes are sheared by more than 5 degrees; resample it first")
+
+
+def _check_file_size(path: Path, img: nib.Nifti1Image) -> None:
+    """Raise ValueError if the file is too short for the voxels that its header announces.
+
+    Without this check, a damaged header would make numpy allocate an arbitrary amount of memory.
     """
-    img = _open(path)
+    gzip_ratio = 1032                                    # the highest compression gzip can reach
+    needed = math.prod(img.shape) * img.get_data_dtype().itemsize
+    largest = path.stat().st_size * (gzip_ratio if path.name.endswith(".gz") else 1)
+    if needed > largest:
+        raise ValueError(f"{path}: its header announces more voxels ({img.shape}) than the file "
+                         "holds; it is cut off or damaged")
+
+
+def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
+    """Voxels in the file's own type, or as float32 if the header asks for scaling."""
     try:
-        if str(path).endswith(".gz"):       # to its end, so that the checksum is compared
-            limit = img.dataobj.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
+        if str(path).endswith(".gz"):
+            # nibabel stops at the last voxel; reading on to the end verifies gzip's checksum
+            length = img.dataobj.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
             with gzip.open(path) as file:
-                img = type(img).from_bytes(file.read(limit + (1 << 20)))
-        plain = (img.dataobj.slope, img.dataobj.inter) == (1, 0)
-        raw = np.asarray(img.dataobj, dtype=None if plain else np.float32)
-    except Exception as e:
-        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({e})") \
-            from None
+                img = type(img).from_bytes(file.read(length + (1 << 20)))
+        scaled = (img.dataobj.slope, img.dataobj.inter) != (1, 0)
+        raw = np.asarray(img.dataobj, dtype=np.float32 if scaled else None)
+    except Exception as error:
+        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({error})"
+                         ) from None
     if raw.dtype.kind == "f" and not np.isfinite(raw.sum(dtype=np.float64)):
         raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
                          "them first")
-    ornt = nib.io_orientation(img.affine)
-    array = nib.apply_orientation(raw.reshape(raw.shape[:3]), ornt)
-    affine = img.affine @ nib.orientations.inv_ornt_aff(ornt, raw.shape[:3])
-    return Volume(array.astype(array.dtype.newbyteorder("="), copy=False), affine)
+    return raw
 
 
 def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
-    """Write array (RAS+, as load_volume(like) has it) in the axes, affine and codes of `like`.
+    """Write an array in the axes, affine and header codes of the file `like`.
 
-    The file appears whole or not at all.
+    array  (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+
+    The file appears complete or not at all.
     """
     img = _open(like)
-    ornt = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"),
-                                           nib.io_orientation(img.affine))
+    ras = nib.orientations.axcodes2ornt("RAS")
+    back = nib.orientations.ornt_transform(ras, nib.io_orientation(img.affine))
     header = img.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
-    header["cal_min"] = header["cal_max"] = 0
-    out = type(img)(nib.apply_orientation(array, ornt).reshape(img.shape), None, header)
+    header["cal_min"] = 0
+    header["cal_max"] = 0
+    voxels = nib.apply_orientation(array, back).reshape(img.shape)
+    out = type(img)(voxels, None, header)
     with atomic_write(path) as part:
         out.to_filename(part)
 
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """`with atomic_write(path) as part:` write to part; it becomes path only if nothing failed."""
+    """Write a file completely or not at all: `with atomic_write(path) as part:` writes to `part`,
+    which is renamed to `path` if the block succeeds and deleted if it fails."""
     path = Path(path)
-    ending = next((e for e in ENDINGS if path.name.endswith(e)), path.suffix)
+    ending = path.suffix
+    for known in ENDINGS:
+        if path.name.endswith(known):
+            ending = known
+            break
     part = path.with_name(f".{path.name}.{os.getpid()}.part{ending}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         os.replace(part, path)
-    except BaseException as e:
+    except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(e, OSError | RuntimeError):                  # the latter is torch.save's
-            raise OSError(f"{path}: cannot be written, is the disk full? ({e})") from None
+        if isinstance(error, OSError | RuntimeError):    # torch.save raises RuntimeError
+            raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from None
         raise
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    raises ValueError  if the file cannot be read or holds anything but an object
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
 
 
 def case_name(path: Path) -> str:
     """imagesTr/liver_1_0000.nii.gz -> liver_1"""
-    name = next((path.name[:-len(e)] for e in ENDINGS if path.name.endswith(e)), path.stem)
+    name = path.stem
+    for ending in ENDINGS:
+        if path.name.endswith(ending):
+            name = path.name.removesuffix(ending)
+            break
     return name.removesuffix("_0000")
 
 
+def new_figure(width: float, height: float, **kwargs):
+    """A matplotlib Figure, in inches, that can be saved without a display.
+
+    kwargs  of matplotlib.figure.Figure
+
+    raises ValueError  if matplotlib, an optional package, is not installed
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), **kwargs)
+    FigureCanvasAgg(figure)
+    return figure
+
+
 # ---- geometry ----------------------------------------------------------------------------------
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
+    """The smallest box that holds every true voxel, widened by `margin` voxels where there is room.
+
+    returns  one slice per axis, or None if the mask is empty
+
+    [0 0 1 0 1 0] -> (slice(2, 5),)   with margin 2 -> (slice(0, 6),)
+    """
+    box = []
+    for axis in range(mask.ndim):
+        other_axes = tuple(a for a in range(mask.ndim) if a != axis)
+        hits = np.flatnonzero(mask.any(axis=other_axes))
+        if len(hits) == 0:
+            return None
+        start = max(int(hits[0]) - margin, 0)
+        stop = min(int(hits[-1]) + 1 + margin, mask.shape[axis])
+        box.append(slice(start, stop))
+    return tuple(box)
+
+
 def target_shape(shape, spacing_mm, target_mm: float) -> tuple[int, ...]:
-    """Voxels per axis at about target_mm: first and last centres stay where they are."""
-    return tuple(1 if n == 1 else max(2, round((n - 1) * s / target_mm) + 1)
-                 for n, s in zip(shape, spacing_mm, strict=True))
+    """The number of voxels per axis at a spacing of about target_mm.
+
+    The first and the last voxel centre of each axis stay where they are, so the true new spacing
+    differs a little from target_mm. An axis of one voxel stays as it is.
+
+    5 voxels at 3 mm span 12 mm: at 1.5 mm that is 12 / 1.5 + 1 = 9 voxels.
+    """
+    new = []
+    for n, s in zip(shape, spacing_mm, strict=True):
+        new.append(1 if n == 1 else max(2, round((n - 1) * s / target_mm) + 1))
+    return tuple(new)
 
 
 def positions(n: int, m: int) -> np.ndarray:
-    """Where the m new voxels of an axis lie in the n old ones: 0 ... n - 1."""
+    """Where the m new voxels of an axis lie among its n old ones, from 0 to n - 1.
+
+    positions(3, 5) -> [0, 0.5, 1, 1.5, 2]
+    """
     return np.linspace(0.0, n - 1.0, m)
 
 
-def interpolate(x: torch.Tensor, where: np.ndarray, axis: int) -> torch.Tensor:
+def interpolate(x: Tensor, where: np.ndarray, axis: int) -> Tensor:
     """Linear interpolation of x along one axis at the (fractional) positions `where`.
 
     x        any shape, on any device
@@ -180,46 +300,64 @@ def interpolate(x: torch.Tensor, where: np.ndarray, axis: int) -> torch.Tensor:
     if not fraction.any():
         return below
     above = x.index_select(axis, torch.from_numpy(high).to(x.device)).float()
-    along_axis = [-1 if i == axis else 1 for i in range(x.ndim)]
-    return below.lerp_(above, torch.from_numpy(fraction).to(x.device).view(along_axis))
+    along_axis = [1] * x.ndim
+    along_axis[axis] = -1
+    weight = torch.from_numpy(fraction).to(x.device).view(along_axis)
+    return below.lerp_(above, weight)
 
 
 def resample(array: np.ndarray, shape) -> np.ndarray:
-    """Linear, one axis after the other, the one that shrinks most first -> float32.
+    """Linear interpolation to a new shape -> float32.
 
-    First and last centres coincide, so a linear ramp in world coordinates is reproduced exactly.
+    One axis after the other, beginning with the one that shrinks most, which is the fastest order.
+    First and last voxel centres coincide, so a linear ramp in world coordinates survives exactly.
     """
-    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.int8, np.int16, np.int32):
-        array = array.astype(np.int32 if array.dtype.itemsize <= 2 else np.float32)
-    x = torch.from_numpy(np.ascontiguousarray(array))
+    x = torch.from_numpy(np.ascontiguousarray(_as_torch_type(array)))
     for axis in sorted(range(3), key=lambda a: shape[a] / array.shape[a]):
         if shape[axis] != x.shape[axis]:
             x = interpolate(x, positions(x.shape[axis], shape[axis]), axis)
     return x.float().numpy()
 
 
+def _as_torch_type(array: np.ndarray) -> np.ndarray:
+    """The array in a type that torch can interpolate: uint16 and bool become int32, for example."""
+    if array.dtype.kind == "f" or array.dtype in (np.uint8, np.int8, np.int16, np.int32):
+        return array
+    return array.astype(np.int32 if array.dtype.itemsize <= 2 else np.float32)
+
+
 def resample_nearest(array: np.ndarray, shape) -> np.ndarray:
-    """The nearest old voxel of each new one, for label maps."""
-    return array[np.ix_(*(np.rint(positions(n, m)).astype(int)
-                          for n, m in zip(array.shape, shape, strict=True)))]
+    """The value of the nearest old voxel at each new one, for label maps."""
+    nearest = []
+    for old, new in zip(array.shape, shape, strict=True):
+        nearest.append(np.rint(positions(old, new)).astype(int))
+    return array[np.ix_(*nearest)]
 
 
+# ---- preprocessing -----------------------------------------------------------------------------
 def grey_range(volume: Volume) -> tuple[float, float]:
-    """What is shown and fed: the HU window of a CT, percentiles 0.5 and 99.5 of an MRI."""
+    """The lowest and highest intensity that the network sees and pictures show.
+
+    The HU window of a CT. For an MRI, percentiles 0.5 and 99.5, computed on a subset of the voxels
+    (at least 128 per axis, where there are as many).
+    """
     if volume.modality == "ct":
         return HU_WINDOW
-    some = volume.array[tuple(slice(None, None, max(1, n // 128)) for n in volume.array.shape)]
-    low, high = np.percentile(some.astype(np.float32), (0.5, 99.5))
+    every = tuple(slice(None, None, max(1, n // 128)) for n in volume.array.shape)
+    sample = volume.array[every].astype(np.float32)
+    low, high = np.percentile(sample, (0.5, 99.5))
     return float(low), float(max(high, low + 1e-6))
 
 
 def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
-    """A scan as the network sees it: clipped to `grey_range`, a CT scaled to 0..1, an MRI to unit
-    standard deviation (a z-score, shifted so that air stays 0).
+    """A scan as the network sees it: resampled, clipped to `grey_range`, cropped to the body.
 
-    returns  image (d, h, w) float32, cropped to the box of all that is not air
-             shape (D, H, W) of the whole scan at the new spacing
-             box   three slices of that shape: where image lies in it
+    A CT is scaled to 0..1. An MRI is divided by its standard deviation after its lowest value has
+    been subtracted, so that air stays 0.
+
+    returns  image  (d, h, w) float32  the scan inside `box`
+             shape  (D, H, W)          of the whole scan at the new spacing
+             box    three slices       where in that shape the image lies
     """
     shape = target_shape(volume.array.shape, volume.spacing_mm, spacing_mm)
     low, high = grey_range(volume)
@@ -229,84 +367,92 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
     np.clip(x, 0.0, 1.0, out=x)
     if volume.modality != "ct":
         x /= max(float(x.std()), 1e-6)
-    box = []
-    for axis in range(3):
-        hit = np.flatnonzero(x.max(axis=tuple(a for a in range(3) if a != axis)) > 0)
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, shape[axis]))
-    return x[tuple(box)], shape, tuple(box)
+    box = bounding_box(x > 0)
+    if box is None:                                      # nothing but air
+        box = tuple(slice(0, n) for n in shape)
+    return x[box], shape, box
 
 
 def body_midline(image: np.ndarray) -> float:
-    """The body's mid-sagittal plane on axis 0, in voxels: centroid of the largest solid piece.
+    """The position of the body's mid-sagittal plane on axis 0, in voxels.
 
-    image  (d, h, w)  windowed to 0..1, 0 is air
+    It is the centroid of the largest connected piece that is not air, on a coarse grid; thin things
+    (clothes, cables, the edge of the table) are removed by an opening first.
+
+    image  (d, h, w)  scaled to 0..1, where 0 is air
     """
     step = max(1, min(image.shape) // 48)
     solid = ndimage.binary_opening(image[::step, ::step, ::step] > 0)
     pieces, n = ndimage.label(solid)
     if n == 0:
         return (image.shape[0] - 1) / 2
-    body = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-    x = np.flatnonzero(body.any((1, 2)))
-    weight = body.sum((1, 2))[x]
-    return float((x * weight).sum() / weight.sum()) * step
+    sizes = np.bincount(pieces.ravel())[1:]              # without the air, which is piece 0
+    body = pieces == 1 + np.argmax(sizes)
+    planes = np.flatnonzero(body.any((1, 2)))
+    weight = body.sum((1, 2))[planes]
+    return float((planes * weight).sum() / weight.sum()) * step
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
 @dataclass
 class Case:
     """One labelled scan and what its label means."""
-    name: str                # dataset/case
+    name: str                        # dataset/case
     dataset: str
     image: Path
     label: Path
-    lm: labels.LabelMap
-    annotated: np.ndarray    # (K,) bool, the dataset's or this case's own
-    modality: str = "ct"     # ct or mri
-    msd: bool = False        # an MSD task: zoomed, and more crops on tumours (release)
-    tumours: frozenset[int] = frozenset()       # classes that are lesions
+    label_map: labels.LabelMap
+    annotated: np.ndarray            # (K,) bool: the dataset's, or this case's own
+    modality: str = "ct"             # "ct" or "mri"
+    msd: bool = False                # an MSD task: zoomed, and more crops on tumours (release)
+    lesions: frozenset[int] = frozenset()       # indices of the classes that are lesions
 
 
 def find_datasets(roots) -> list[Path]:
-    """Each root is a dataset (has dataset.json) or a folder of several with images to train on."""
+    """The dataset folders among and inside `roots`.
+
+    A root is a dataset itself (it has a dataset.json) or a folder that holds several.
+    """
     found = []
     for root in map(Path, roots):
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; `python -m experiments.phantom "
-                                    "--out DIR` makes a toy set")
-        here = [root] if (root / "dataset.json").is_file() else \
-            sorted(p.parent for p in root.glob("*/dataset.json")
-                   if (p.parent / "imagesTr").is_dir() or "training" in read_json(p))
-        if not here:
+                                    "--out DIR` makes a toy dataset")
+        if (root / "dataset.json").is_file():
+            inside = [root]
+        else:
+            inside = sorted(path.parent for path in root.glob("*/dataset.json")
+                            if _has_training_images(path))
+        if not inside:
             raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
                              "labelsTr (nnU-Net raw), or a folder of such folders")
-        found += here
+        found += inside
     return found
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable JSON: {e}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
+def _has_training_images(dataset_json: Path) -> bool:
+    return (dataset_json.parent / "imagesTr").is_dir() or "training" in read_json(dataset_json)
 
 
-def pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
-    """(image, label) files: MSD's list `training` in dataset.json, or nnU-Net's two folders."""
+def image_label_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
+    """The (image, label) files of a dataset.
+
+    info  the content of dataset.json: MSD lists the files under "training"; without such a list
+          the files are those of nnU-Net's folders imagesTr and labelsTr
+    """
     listed = info.get("training")
-    if isinstance(listed, list) and listed and all(isinstance(t, dict) for t in listed):
+    if isinstance(listed, list) and listed and all(isinstance(item, dict) for item in listed):
         try:
-            found = [(folder / t["image"], folder / t["label"]) for t in listed]
+            found = [(folder / item["image"], folder / item["label"]) for item in listed]
         except (KeyError, TypeError):
             raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
                              '{"image": FILE, "label": FILE}') from None
     else:
-        found = [(image, folder / "labelsTr" / f"{case_name(image)}{ending}") for ending in ENDINGS
-                 for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}"))
-                 if not image.name.startswith(".")]
+        found = []
+        for ending in ENDINGS:
+            for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}")):
+                if not image.name.startswith("."):
+                    found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
     for image, label in found:
         if not image.is_file():
             raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it")
@@ -318,158 +464,227 @@ def pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
 def read_dataset(folder: Path, classes) -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
-    raises ValueError  for a malformed dataset.json, no matching class, no case, a missing file
+    classes  the class table to which the names in dataset.json are matched
+
+    raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
+                       missing
     """
-    where, info = folder / "dataset.json", read_json(folder / "dataset.json")
-    lm = labels.label_map(info.get("labels"), classes, str(where))
-    own = info.get("annotated", {})
-    if not isinstance(own, dict):
+    where = folder / "dataset.json"
+    info = read_json(where)
+    label_map = labels.label_map(info.get("labels"), classes, str(where))
+    own_classes = info.get("annotated", {})              # {case name: class names}
+    if not isinstance(own_classes, dict):
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
-    channel = info.get("channel_names") or info.get("modality") or {}
-    first = str(next(iter(channel.values()), "ct") if isinstance(channel, dict) else channel)
-    tumours = frozenset(k for k, c in enumerate(classes) if c.lesion)
-    modality = "mri" if re.search(r"mr|t1|t2|flair|dess", first.lower()) else "ct"
+    lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     cases = []
-    for image, label in pairs(folder, info):
+    for image, label in image_label_pairs(folder, info):
         name = case_name(image)
-        if name in ("imaging", "image", "ct", "img"):                  # one folder a case
+        if name in ("imaging", "image", "ct", "img"):    # each case has a folder of its own
             name = image.parent.name
-        annotated = lm.annotated
-        if name in own:
-            annotated = np.zeros_like(lm.annotated)
-            annotated[labels.select(own[name], classes)] = True
-        cases.append(Case(f"{folder.name}/{name}", folder.name, image, label, lm, annotated,
-                          modality, "tensorImageSize" in info, tumours))
+        annotated = label_map.annotated
+        if name in own_classes:
+            annotated = np.zeros_like(label_map.annotated)
+            annotated[labels.select(own_classes[name], classes)] = True
+        cases.append(Case(name=f"{folder.name}/{name}", dataset=folder.name, image=image,
+                          label=label, label_map=label_map, annotated=annotated,
+                          modality=_modality(info), msd="tensorImageSize" in info,
+                          lesions=lesions))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
 
 
+def _modality(info: dict) -> str:
+    """Read off the name of the first channel in dataset.json: "MRI", "T2" or "FLAIR" is "mri"."""
+    channels = info.get("channel_names") or info.get("modality") or {}
+    first = next(iter(channels.values()), "ct") if isinstance(channels, dict) else channels
+    return "mri" if re.search(r"mr|t1|t2|flair|dess", str(first).lower()) else "ct"
+
+
 def median_spacing(cases: list[Case]) -> float:
-    """One number in mm for a collection whose spacing nobody has fixed: the median of all axes."""
-    return float(np.median([load_volume(c.image).spacing_mm for c in cases]))
+    """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
+    return float(np.median([load_volume(case.image).spacing_mm for case in cases]))
 
 
 # ---- cache -------------------------------------------------------------------------------------
 @dataclass
 class Scan:
-    """A case in the cache: memory-mapped when read."""
+    """A preprocessed case in the cache; its arrays are memory-mapped.
+
+    entry  the folder of its files
+    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels, and
+           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k
+    """
     case: Case
     entry: Path
     meta: dict
 
-    def image(self) -> np.ndarray:       # (d, h, w) float16, 0..1
+    def image(self) -> np.ndarray:
+        """(d, h, w) float16, 0..1 for a CT"""
         return np.load(self.entry / "image.npy", mmap_mode="r")
 
-    def rows(self) -> np.ndarray:        # (d, h, w) rows of the label map
+    def label_rows(self) -> np.ndarray:
+        """(d, h, w) unsigned integers: each voxel's index into label_map.regions"""
         return np.load(self.entry / "rows.npy", mmap_mode="r")
 
-    def points(self, k: int) -> np.ndarray:      # (n, 3) voxels of class k
+    def class_voxels(self, k: int) -> np.ndarray:
+        """(n, 3) places of voxels of class k, at most VOXELS_PER_CLASS, in random order"""
         start, stop = self.meta["points"].get(str(k), (0, 0))
         return np.load(self.entry / "points.npy", mmap_mode="r")[start:stop]
 
-
-def _key(case: Case, spacing_mm: float) -> str:
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns)
-              for p in (case.image, case.label)]
-    what = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.lm.values,
-            case.lm.regions.astype(int).tolist(), sorted(case.lm.known)]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
-
-
-def fingerprint(array: np.ndarray) -> str:
-    """The same for the same scan in other axes, compression or integer type."""
-    step = np.rint(array).astype(np.int32) if array.dtype.kind == "f" else array
-    values, counts = np.unique(step, return_counts=True)
-    parts = sorted(array.shape), values.tolist(), counts.tolist()
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-def _whole(scan: Scan) -> bool:
-    """Whether an entry is there and its files are as long as they say."""
-    try:
-        scan.meta = json.loads((scan.entry / "meta.json").read_text())
-        n = len(np.load(scan.entry / "points.npy", mmap_mode="r"))
-        return list(scan.image().shape) == list(scan.rows().shape) == scan.meta["shape"] and \
-            n == max((stop for _, stop in scan.meta["points"].values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
-        return False
+    def present_classes(self) -> list[int]:
+        """Indices of the annotated classes that have a voxel in this scan."""
+        return [k for k in np.flatnonzero(self.case.annotated) if str(k) in self.meta["points"]]
 
 
 def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
     """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again."""
-    scan = Scan(case, entry := cache / _key(case, spacing_mm), {})
-    if not _whole(scan):
+    entry = cache / _key(case, spacing_mm)
+    meta = _read_meta(entry)
+    if meta is None:
         volume, label = load_volume(case.image), load_volume(case.label)
-        if volume.array.shape != label.array.shape:
-            raise ValueError(f"{case.label}: label has shape {label.array.shape} in RAS axes, its "
-                             f"image {case.image.name} has {volume.array.shape}")
-        corners = np.meshgrid(*[(0, n - 1) for n in label.array.shape], [1])
-        corners = np.reshape(corners, (4, -1))
-        off = np.abs((volume.affine - label.affine) @ corners).max()
-        if off > 1.0:
-            raise ValueError(f"{case.label}: label and image {case.image.name} lie {off:.1f} mm "
-                             "apart; their affines must agree")
-        if off > 0.01:
-            tqdm.write(f"note: {case.label}: label and image lie {off:.2g} mm apart; taken as one")
-        rows = case.lm.rows(label.array, str(case.label))
         volume.modality = case.modality
-        image, shape, box = preprocess(volume, spacing_mm)
-        rows = resample_nearest(rows, shape)[box]
-        rows = labels.split_sides(rows, case.lm, body_midline(image))
-        points, offsets, n = [], {}, 0
-        found = fingerprint(volume.array)          # not the path: the same data, the same crops
-        rng = np.random.default_rng(int(found, 16))
-        for k in np.flatnonzero(case.lm.annotated):
-            where = np.argwhere(case.lm.regions[:, k][rows])
-            if len(where):
-                points.append(rng.permutation(where)[:POINTS].astype(np.uint16))
-                offsets[str(k)] = (n, n := n + len(points[-1]))
-        part = cache / f".{entry.name}.{os.getpid()}.part"
+        _check_same_grid(case, volume, label)
+        image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
+        scan_id = fingerprint(volume.array)
+        # seeded by the voxels, not by the path: the same scan always gives the same crops
+        voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
+        meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
+                "spacing_mm": volume.spacing_mm.tolist()}
+        _write_entry(entry, image, label_rows, voxels, meta)
+        meta = json.loads((entry / "meta.json").read_text())
+    return Scan(case, entry, meta)
+
+
+def _key(case: Case, spacing_mm: float) -> str:
+    """The name of a cache entry: a hash of the files and of every setting that shapes it."""
+    stamps = []
+    for path in (case.image, case.label):
+        stat = path.stat()
+        stamps.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+    regions = case.label_map.regions.astype(int).tolist()
+    content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.label_map.values,
+               regions, sorted(case.label_map.named)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+
+def _read_meta(entry: Path) -> dict | None:
+    """meta.json of a cache entry; None if the entry is missing, or its files contradict it."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        image = np.load(entry / "image.npy", mmap_mode="r")
+        label_rows = np.load(entry / "rows.npy", mmap_mode="r")
+        voxels = np.load(entry / "points.npy", mmap_mode="r")
+        last_stop = max((stop for _, stop in meta["points"].values()), default=0)
+        same_shape = list(image.shape) == list(label_rows.shape) == meta["shape"]
+        return meta if same_shape and len(voxels) == last_stop else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return None
+
+
+def _check_same_grid(case: Case, image: Volume, label: Volume) -> None:
+    """Raise ValueError unless each voxel of the label covers the same voxel of the image.
+
+    Affines that differ by more than 0.01 mm are reported, by more than 1 mm refused.
+    """
+    if image.array.shape != label.array.shape:
+        raise ValueError(f"{case.label}: label has shape {label.array.shape} in RAS axes, its "
+                         f"image {case.image.name} has {image.array.shape}")
+    corners = list(itertools.product(*[(0, n - 1) for n in label.array.shape]))
+    off_mm = np.abs(nib.affines.apply_affine(image.affine - label.affine, corners)).max()
+    if off_mm > 1.0:
+        raise ValueError(f"{case.label}: label and image {case.image.name} lie {off_mm:.1f} mm "
+                         "apart; their affines must agree")
+    if off_mm > 0.01:
+        tqdm.write(f"note: {case.label}: label and image lie {off_mm:.2g} mm apart; treated "
+                   "as one grid")
+
+
+def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: float):
+    """image (d, h, w) float32 and label_rows (d, h, w), on one grid, left and right told apart."""
+    label_rows = case.label_map.to_label_rows(label.array, str(case.label))
+    image, shape, box = preprocess(volume, spacing_mm)
+    label_rows = resample_nearest(label_rows, shape)[box]
+    return image, labels.split_sides(label_rows, case.label_map, body_midline(image))
+
+
+def fingerprint(array: np.ndarray) -> str:
+    """A hash of the histogram and the sorted shape of a scan.
+
+    It is the same for the same scan in another axis order, compression or integer type, and so
+    finds copies of one scan in several datasets.
+    """
+    if array.dtype.kind == "f":
+        array = np.rint(array).astype(np.int32)
+    values, counts = np.unique(array, return_counts=True)
+    content = sorted(array.shape), values.tolist(), counts.tolist()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+
+def _sample_voxels(case: Case, label_rows: np.ndarray, seed: int):
+    """Random voxels of each annotated class, to centre crops on without reading the whole label.
+
+    returns  voxels  (n, 3) uint16                class after class
+             ranges  {str(k): (start, stop)}      the rows of `voxels` that belong to class k; a
+                                                  class without a voxel is left out
+    """
+    rng = np.random.default_rng(seed)
+    voxels = [np.zeros((0, 3), np.uint16)]
+    ranges = {}
+    start = 0
+    for k in np.flatnonzero(case.label_map.annotated):
+        of_class = np.argwhere(case.label_map.regions[:, k][label_rows])
+        if len(of_class):
+            some = rng.permutation(of_class)[:VOXELS_PER_CLASS].astype(np.uint16)
+            voxels.append(some)
+            ranges[str(k)] = (start, start + len(some))
+            start += len(some)
+    return np.concatenate(voxels), ranges
+
+
+def _write_entry(entry: Path, image, label_rows, voxels, meta: dict) -> None:
+    """Write a cache entry under a temporary name, then rename its folder to `entry`."""
+    part = entry.with_name(f".{entry.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        np.save(part / "image.npy", image.astype(np.float16))
+        np.save(part / "rows.npy", label_rows)
+        np.save(part / "points.npy", voxels)
+        (part / "meta.json").write_text(json.dumps(meta))
+    except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        meta = {"points": offsets, "fingerprint": found,
-                "shape": rows.shape, "spacing_mm": volume.spacing_mm.tolist()}
-        try:
-            part.mkdir(parents=True)
-            np.save(part / "image.npy", image.astype(np.float16))
-            np.save(part / "rows.npy", rows)
-            np.save(part / "points.npy", np.concatenate(points) if points else
-                    np.zeros((0, 3), np.uint16))
-            (part / "meta.json").write_text(json.dumps(meta))
-        except OSError as e:
-            shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"{cache}: cannot be written, is the disk full? ({e})") from None
-        try:
+        raise OSError(f"{entry.parent}: cannot be written, is the disk full? ({error})") from None
+    try:
+        os.rename(part, entry)
+    except OSError:                  # the entry exists: damaged, or another process was faster
+        if _read_meta(entry) is None:
+            shutil.rmtree(entry, ignore_errors=True)
             os.rename(part, entry)
-        except OSError:                      # another process was first, or a damaged entry is here
-            if not _whole(scan):
-                shutil.rmtree(entry, ignore_errors=True)
-                os.rename(part, entry)
-            shutil.rmtree(part, ignore_errors=True)
-        scan.meta = json.loads((entry / "meta.json").read_text())
-    return scan
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
               skip_bad: bool = False, quiet: bool = False) -> list[Scan]:
     """Preprocess every case once, in threads, with a progress bar.
 
-    skip_bad  print what is wrong with a scan and go on, instead of raising
+    skip_bad  report a scan that cannot be used and go on, instead of raising
+    quiet     no progress bar
     """
+    scans = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
             tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
-        jobs = [pool.submit(build, c, cache, spacing_mm) for c in cases]
-        scans = []
+        jobs = [pool.submit(build, case, cache, spacing_mm) for case in cases]
         try:
             for job in jobs:
                 try:
                     scans.append(job.result())
-                except (ValueError, OSError) as e:
+                except (ValueError, OSError) as error:
                     if not skip_bad:
                         raise
-                    bar.write(f"skipped: {e}")
+                    bar.write(f"skipped: {error}")
                 bar.update()
-        except BaseException:
+        except BaseException:        # Ctrl-C included: do not begin the remaining scans
             pool.shutdown(cancel_futures=True)
             raise
     return scans
@@ -477,37 +692,48 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
 
 def split_scans(scans: list[Scan], val_fraction: float, seed: int,
                 fold: str = "") -> tuple[list, list]:
-    """(training, validation); copies of one scan in several datasets stay on one side.
+    """(training scans, validation scans); copies of one scan in several datasets stay together.
 
-    fold  "i/k" holds out part i of k equal parts, 0 first, instead of a share
+    fold  "i/k" holds out part i of k equal parts, counted from 0, instead of val_fraction
     """
-    prints = sorted({s.meta["fingerprint"] for s in scans})
-    order = np.random.default_rng(seed).permutation(prints).tolist()
-    held = set(order[:round(val_fraction * len(prints))])
+    scan_ids = sorted({scan.meta["fingerprint"] for scan in scans})
+    order = np.random.default_rng(seed).permutation(scan_ids).tolist()
     if fold:
         try:
             i, k = map(int, fold.split("/"))
-            held = set(order[range(k)[i]::k])
+            held_out = set(order[range(k)[i]::k])
         except (ValueError, IndexError):
             raise ValueError(f"--fold is i/k with i from 0 to k - 1, got {fold!r}") from None
-    return ([s for s in scans if s.meta["fingerprint"] not in held],
-            [s for s in scans if s.meta["fingerprint"] in held])
+    else:
+        held_out = set(order[:round(val_fraction * len(scan_ids))])
+    train = [scan for scan in scans if scan.meta["fingerprint"] not in held_out]
+    validation = [scan for scan in scans if scan.meta["fingerprint"] in held_out]
+    return train, validation
 
 
 # ---- crops -------------------------------------------------------------------------------------
 class Crops(torch.utils.data.Dataset):
     """Crop number i of a run: a pure function of (seed, i), whatever the number of workers.
 
-    A dataset is drawn first, uniformly, then a scan of it (release); two of three crops are
-    centred on a labelled voxel, the class drawn uniformly among those annotated and present. Of an
-    MSD task some crops are magnified, and most are centred on a tumour (release).
+    As in the release, a dataset is drawn first, uniformly, then one of its scans; two of three
+    crops are centred on a labelled voxel, the third on unlabelled body. Of an MSD task, some crops
+    are magnified and most are centred on a tumour.
+
+    Two things differ from the release. A foreground crop is drawn by class: first one of the
+    scan's annotated classes, uniformly, then one of its voxels, so that a small gland is seen as
+    often as the liver. The release draws by volume: any labelled voxel, so that large organs
+    dominate. And each crop comes from a scan of its own, whereas the release cuts several crops
+    from every scan it loads, so that a step sees fewer scans.
     """
 
     def __init__(self, scans: list[Scan], *, patch: int = PATCH, seed: int = 0, length: int = 0,
                  augment: bool = True):
-        names = sorted({s.case.dataset for s in scans})
-        self.datasets = [[s for s in scans if s.case.dataset == name] for name in names]
-        self.patch, self.seed, self.length, self.augment = patch, seed, length, augment
+        names = sorted({scan.case.dataset for scan in scans})
+        self.datasets = [[scan for scan in scans if scan.case.dataset == name] for name in names]
+        self.patch = patch
+        self.seed = seed
+        self.length = length
+        self.augment = augment
 
     def __len__(self) -> int:
         return self.length
@@ -516,66 +742,135 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, i])
         scans = self.datasets[rng.integers(len(self.datasets))]
         scan = scans[rng.integers(len(scans))]
-        zoom = self.augment and scan.case.msd and rng.random() < ZOOM_P
-        side = round(self.patch / rng.uniform(*ZOOM)) if zoom else self.patch
-        image, rows = crop(scan, side, rng)
-        if zoom:
-            image, rows = (f(a, (self.patch,) * 3) for f, a in
-                           ((resample, image), (resample_nearest, rows)))
+        if self.augment and scan.case.msd and rng.random() < ZOOM_P:
+            image, label_rows = magnified_crop(scan, self.patch, rng)
+        else:
+            image, label_rows = crop(scan, self.patch, rng)
         if self.augment:
-            if rng.random() < ROTATE_P:
-                turns = int(rng.integers(1, 4))
-                image, rows = (np.rot90(a, turns, (0, 1)) for a in (image, rows))
-            if rng.random() < SHIFT_P:
-                image = image + np.float32(rng.uniform(-SHIFT, SHIFT))
-        return {"image": torch.from_numpy(np.ascontiguousarray(image))[None],
-                "rows": torch.from_numpy(np.ascontiguousarray(rows).astype(np.int32)),
-                "regions": torch.from_numpy(scan.case.lm.regions),
-                "annotated": torch.from_numpy(scan.case.annotated), "name": scan.case.name}
+            image, label_rows = rotate_and_shift(image, label_rows, rng)
+        label_rows = np.ascontiguousarray(label_rows).astype(np.int32)
+        return {"image": torch.from_numpy(np.ascontiguousarray(image))[None],    # (1, p, p, p)
+                "label_rows": torch.from_numpy(label_rows),                      # (p, p, p)
+                "regions": torch.from_numpy(scan.case.label_map.regions),        # (V, K)
+                "annotated": torch.from_numpy(scan.case.annotated),              # (K,)
+                "name": scan.case.name}
 
 
-def crop(scan: Scan, patch: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """image (p, p, p) float32 and rows (p, p, p); outside the scan there is air and background."""
-    image, rows = scan.image(), scan.rows()
-    present = [k for k in np.flatnonzero(scan.case.annotated) if len(scan.points(k))]
-    tumours = [k for k in present if k in scan.case.tumours]
-    kind, foreground = rng.random() if present else 1.0, FOREGROUND
-    if scan.case.msd and tumours:
-        tumour, foreground = np.cumsum(TUMOUR[:2]) / sum(TUMOUR)
-        others = [k for k in present if k not in tumours]
-        present = others if others and kind >= tumour else tumours
-    if kind < foreground:
-        points = scan.points(present[rng.integers(len(present))])
-        centre = points[rng.integers(len(points))].astype(int)
-    else:
-        centre = [int(rng.integers(n)) for n in rows.shape]
-        for _ in range(10):
-            if rows[tuple(centre)] == 0:
-                break
-            centre = [int(rng.integers(n)) for n in rows.shape]
-    out_image, out_rows = np.zeros((patch,) * 3, np.float32), np.zeros((patch,) * 3, rows.dtype)
-    take, put = [], []
-    for c, n in zip(centre, rows.shape, strict=True):
+def crop(scan: Scan, patch: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop of a scan: image (p, p, p) float32 and label_rows (p, p, p)."""
+    image, label_rows = scan.image(), scan.label_rows()
+    centre = draw_centre(scan, image, label_rows, rng)
+    return cut_out(image, centre, patch).astype(np.float32), cut_out(label_rows, centre, patch)
+
+
+def draw_centre(scan: Scan, image: np.ndarray, label_rows: np.ndarray,
+                rng: np.random.Generator) -> tuple[int, ...]:
+    """The voxel on which a crop is centred: of a class drawn uniformly, or of the background."""
+    present = scan.present_classes()
+    if not present:
+        return draw_background(image, label_rows, rng)
+    draw = rng.random()
+    candidates = present
+    foreground_share = FOREGROUND
+    lesions = [k for k in present if k in scan.case.lesions]
+    if scan.case.msd and lesions:
+        lesion_share = MSD_CROPS[0] / sum(MSD_CROPS)
+        foreground_share = (MSD_CROPS[0] + MSD_CROPS[1]) / sum(MSD_CROPS)
+        organs = [k for k in present if k not in lesions]
+        candidates = organs if organs and draw >= lesion_share else lesions
+    if draw >= foreground_share:
+        return draw_background(image, label_rows, rng)
+    voxels = scan.class_voxels(candidates[rng.integers(len(candidates))])
+    return tuple(int(c) for c in voxels[rng.integers(len(voxels))])
+
+
+def draw_background(image: np.ndarray, label_rows: np.ndarray,
+                    rng: np.random.Generator) -> tuple[int, ...]:
+    """A random voxel of the body without a label, as in the release: image > 0 and label row 0.
+
+    Voxels of the whole scan are tried one by one, because the arrays are memory-mapped and a list
+    of all background voxels would read every byte. If none of BACKGROUND_TRIES voxels will do, the
+    last labelled body voxel is taken, and the last voxel of all if every one was air.
+    """
+    in_body = None
+    for _ in range(BACKGROUND_TRIES):
+        voxel = tuple(int(rng.integers(n)) for n in image.shape)
+        if image[voxel] > 0:
+            in_body = voxel
+            if label_rows[voxel] == 0:
+                return voxel
+    return voxel if in_body is None else in_body
+
+
+def cut_out(array: np.ndarray, centre, patch: int) -> np.ndarray:
+    """The cube (p, p, p) of an array around `centre`, moved so that it lies inside the array.
+
+    Along an axis shorter than the cube, the array is centred and zeros (air, background) surround
+    it.
+
+    an axis of 10, patch 4: centre 5 -> 3..6, centre 9 -> 6..9
+    an axis of 2, patch 4:  zero, both voxels, zero
+    """
+    source, target = [], []
+    for c, n in zip(centre, array.shape, strict=True):
         start = min(max(c - patch // 2, 0), max(n - patch, 0))
         length = min(patch, n)
-        take.append(slice(start, start + length))
-        put.append(slice((patch - length) // 2, (patch - length) // 2 + length))
-    out_image[tuple(put)], out_rows[tuple(put)] = image[tuple(take)], rows[tuple(take)]
-    return out_image, out_rows
+        before = (patch - length) // 2
+        source.append(slice(start, start + length))
+        target.append(slice(before, before + length))
+    out = np.zeros((patch,) * 3, array.dtype)
+    out[tuple(target)] = array[tuple(source)]
+    return out
 
 
+def magnified_crop(scan: Scan, patch: int, rng: np.random.Generator):
+    """A crop of a smaller part of the scan, enlarged by a random factor to the patch's size."""
+    side = round(patch / rng.uniform(*ZOOM))
+    image, label_rows = crop(scan, side, rng)
+    shape = (patch,) * 3
+    return resample(image, shape), resample_nearest(label_rows, shape)
+
+
+def rotate_and_shift(image: np.ndarray, label_rows: np.ndarray, rng: np.random.Generator):
+    """Random augmentation: a turn about the third axis, and a shift of the image's intensities."""
+    if rng.random() < ROTATE_P:
+        turns = int(rng.integers(1, 4))                  # 90, 180 or 270 degrees
+        image = np.rot90(image, turns, (0, 1))
+        label_rows = np.rot90(label_rows, turns, (0, 1))
+    if rng.random() < SHIFT_P:
+        image = image + np.float32(rng.uniform(-SHIFT, SHIFT))
+    return image, label_rows
+
+
+# ---- batches -----------------------------------------------------------------------------------
 def collate(items: list[dict]) -> dict:
-    """Crops -> batch; shorter label maps are filled up with rows that mean nothing."""
-    V = max(len(x["regions"]) for x in items)
-    for x in items:
-        x["regions"] = torch.nn.functional.pad(x["regions"], (0, 0, 0, V - len(x["regions"])))
-    return {k: [x[k] for x in items] if k == "name" else torch.stack([x[k] for x in items])
-            for k in items[0]}
+    """Crops -> batch. All-false rows are added to `regions`, so that every scan has V of them.
 
-
-def targets(rows: torch.Tensor, regions: torch.Tensor, ks: torch.Tensor) -> torch.Tensor:
-    """y (B, |ks|, D, H, W) bool of the classes ks, made where it is used and only there.
-
-    rows (B, D, H, W) int   regions (B, V, K) bool
+    returns  image (B, 1, p, p, p)   label_rows (B, p, p, p) int32   regions (B, V, K) bool
+             annotated (B, K) bool   name: a list of B strings
     """
-    return torch.stack([g[:, ks].t()[:, r.long()] for r, g in zip(rows, regions, strict=True)])
+    V = max(len(item["regions"]) for item in items)
+    regions = [F.pad(item["regions"], (0, 0, 0, V - len(item["regions"]))) for item in items]
+    return {"image": torch.stack([item["image"] for item in items]),
+            "label_rows": torch.stack([item["label_rows"] for item in items]),
+            "regions": torch.stack(regions),
+            "annotated": torch.stack([item["annotated"] for item in items]),
+            "name": [item["name"] for item in items]}
+
+
+def targets(label_rows: Tensor, regions: Tensor, classes: Tensor) -> Tensor:
+    """The masks of some classes, looked up on the device where the loss needs them.
+
+    label_rows  (B, D, H, W) int        each voxel's row of its scan's `regions`
+    regions     (B, V, K) bool          row v belongs to class k
+    classes     (n,) int                indices of the classes wanted
+    returns     (B, n, D, H, W) bool
+
+    regions [[0, 0], [1, 0], [1, 1]] (background; liver; tumour in the liver), classes [1]:
+    label rows [0, 1, 2] -> [0, 0, 1]
+    """
+    masks = []
+    for rows_of_scan, table in zip(label_rows, regions, strict=True):
+        of_classes = table[:, classes].t()               # (n, V)
+        masks.append(of_classes[:, rows_of_scan.long()])
+    return torch.stack(masks)

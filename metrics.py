@@ -3,146 +3,199 @@
     python metrics.py --pred out --ref Dataset199_PhantomTest/labelsTs
     python metrics.py --pred out --ref labelsTs --protocol flare22
 
-The functions take boolean masks and know nothing of this project; copy them. The command pairs
-files of two folders by name and reads both sides' label tables, so that a reference may come from
-any nnU-Net dataset.
+The functions take boolean masks, need only numpy and scipy, and know nothing of this project: copy
+them. The command comes last. It pairs the files of two folders by name and reads what the values
+mean on each side, so that a reference may come from any nnU-Net dataset.
 
-Surfaces as in DeepMind's surface-distance and the MSD evaluation: every 2x2x2 block of voxels that
-is not all in or all out is a surface element, with the area of its marching-cubes polygons.
+Surfaces are those of DeepMind's surface-distance package and the MSD evaluation: every block of
+2x2x2 voxels that is neither all inside nor all outside a mask is a surface element, and its area is
+that of its marching-cubes polygons.
 
 D, H, W voxels   n surface elements
 """
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
-import json
 import math
-import os
-import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
-# what a score is if both masks, only the reference, only the prediction are empty
+# the score if both masks, only the reference, or only the prediction are empty
 EMPTY = (math.nan, 0.0, 0.0)
 
 
-def _both(pred, ref) -> tuple[np.ndarray, np.ndarray]:
+def _as_masks(pred, ref) -> tuple[np.ndarray, np.ndarray]:
+    """Both as boolean arrays; raises ValueError if their shapes differ."""
     pred, ref = np.asarray(pred, bool), np.asarray(ref, bool)
     if pred.shape != ref.shape:
         raise ValueError(f"pred has shape {pred.shape}, ref {ref.shape}")
     return pred, ref
 
 
+def _score_if_empty(pred_size: int, ref_size: int, empty) -> float | None:
+    """The score of a pair with an empty mask; None if neither is empty."""
+    if pred_size and ref_size:
+        return None
+    if pred_size == ref_size:
+        return empty[0]
+    return empty[1] if ref_size == 0 else empty[2]
+
+
 def dice(pred: np.ndarray, ref: np.ndarray, *, empty=EMPTY) -> float:
     """2 |A and B| / (|A| + |B|) of two boolean masks of one shape.
 
-    empty  the score if (both, only ref, only pred) are empty: nan, 0, 0
-    raises ValueError if the shapes differ
+    empty   the score if (both, only ref, only pred) are empty: nan, 0, 0
+    raises  ValueError if the shapes differ
 
     [1 1 1 0] against [0 1 1 1]: 2 * 2 / (3 + 3) = 0.667
     """
-    pred, ref = _both(pred, ref)
-    a, b = np.count_nonzero(pred), np.count_nonzero(ref)
-    if not (a and b):
-        return empty[0 if a == b else 1 if b == 0 else 2]
-    return float(2 * np.count_nonzero(pred & ref) / (a + b))
+    pred, ref = _as_masks(pred, ref)
+    pred_size, ref_size = np.count_nonzero(pred), np.count_nonzero(ref)
+    score = _score_if_empty(pred_size, ref_size, empty)
+    if score is not None:
+        return score
+    return float(2 * np.count_nonzero(pred & ref) / (pred_size + ref_size))
 
 
-# ---- surfaces ----------------------------------------------------------------------------------
-_CORNERS = list(itertools.product((0, 1), repeat=3))           # corner c has bit 1 << c
+# ---- the area of a surface element -------------------------------------------------------------
+# A block of 2x2x2 voxels has 8 corners, each inside the mask or outside: 256 cases. Its code has
+# bit i set if corner i is inside. Within the block, the surface runs through the middles of those
+# edges whose two corners differ. The polygons are derived here instead of being typed in as the
+# usual table of 256 rows.
+Point = tuple[int, int, int]
+_CORNERS: list[Point] = list(itertools.product((0, 1), repeat=3))
 
 
-def _triangulations(n: int):
-    """All ways to cut a polygon of vertices 0 ... n - 1 into triangles."""
-    def cut(i, j):                                             # between vertices i and j
-        if j - i < 2:
-            yield []
-        for k in range(i + 1, j):
-            for left in cut(i, k):
-                for right in cut(k, j):
-                    yield [(i, k, j), *left, *right]
-    return cut(0, n - 1)
+def _faces() -> list[list[Point]]:
+    """The six faces of a block, each as its four corners in order around it."""
+    faces = []
+    for axis, side in itertools.product(range(3), (0, 1)):
+        u, v = (a for a in range(3) if a != axis)
+        face = []
+        for at_u, at_v in ((0, 0), (0, 1), (1, 1), (1, 0)):
+            corner = [side] * 3
+            corner[u] = at_u
+            corner[v] = at_v
+            face.append(tuple(corner))
+        faces.append(face)
+    return faces
+
+
+def _segments(face: list[Point], inside: set[Point]) -> list[tuple[Point, Point]]:
+    """The lines in which the surface crosses one face of a block.
+
+    returns  pairs of middles of edges, in half voxels: the middle of the edge from (0, 0, 0) to
+             (0, 0, 1) is (0, 0, 1), the sum of both
+
+    The face (0,0,0) (0,0,1) (0,1,1) (0,1,0) with only (0,0,0) inside: one line from (0,0,1) to
+    (0,1,0), which cuts that corner off. With (0,1,1) inside as well, the two corners are diagonal
+    and each is cut off by a line of its own.
+    """
+    crossings = []                                   # per edge of the face, its middle or None
+    for i in range(4):
+        a, b = face[i], face[(i + 1) % 4]
+        crossed = (a in inside) != (b in inside)
+        crossings.append((a[0] + b[0], a[1] + b[1], a[2] + b[2]) if crossed else None)
+    middles = [m for m in crossings if m is not None]
+    if len(middles) < 4:
+        return [(middles[0], middles[1])] if middles else []
+    return [(crossings[i - 1], crossings[i]) for i in range(4) if face[i] in inside]
+
+
+def _polygons(segments: list[tuple[Point, Point]]) -> list[list[Point]]:
+    """Join segments into closed polygons.
+
+    A crossed edge belongs to two faces, so each of its middles ends two segments.
+    [(a, b), (c, a), (b, c)] -> [[a, b, c]]
+    """
+    neighbours: dict[Point, list[Point]] = {}
+    for a, b in segments:
+        neighbours.setdefault(a, []).append(b)
+        neighbours.setdefault(b, []).append(a)
+    polygons = []
+    while neighbours:
+        polygon = [next(iter(neighbours))]
+        while True:
+            unvisited = [p for p in neighbours.pop(polygon[-1]) if p in neighbours]
+            if not unvisited:
+                break
+            polygon.append(unvisited[0])
+        polygons.append(polygon)
+    return polygons
+
+
+def _triangulations(first: int, last: int):
+    """All ways to cut the polygon with vertices first, first + 1, ..., last into triangles.
+
+    The edge from first to last belongs to exactly one triangle; its third vertex splits the rest
+    into two smaller polygons.
+    0..3 (a square) -> [(0, 1, 3), (1, 2, 3)] and [(0, 2, 3), (0, 1, 2)]
+    """
+    if last - first < 2:
+        yield []
+    for third in range(first + 1, last):
+        for before in _triangulations(first, third):
+            for after in _triangulations(third, last):
+                yield [(first, third, last), *before, *after]
+
+
+def _largest_triangulation(polygon: list[Point]) -> list[list[float]]:
+    """The cross products of a polygon's triangles, cut so that their total area is largest.
+
+    The vertices of a polygon may not lie in one plane, so the area depends on the cut.
+    """
+    at = np.array(polygon) / 2                       # from half voxels to voxels
+    best, best_area = None, -1.0
+    for triangles in _triangulations(0, len(at) - 1):
+        products = np.array([np.cross(at[j] - at[i], at[k] - at[i]) for i, j, k in triangles])
+        area = round(np.linalg.norm(products, axis=1).sum(), 9)      # so that equal areas tie
+        if area > best_area:
+            best, best_area = products.tolist(), area
+    return best
 
 
 @lru_cache(1)
-def _normals() -> list[np.ndarray]:
-    """Per code of a 2x2x2 block, the cross products (t, 3) of its triangles on the unit cube.
+def _cross_products() -> list[np.ndarray]:
+    """For each of the 256 codes, the cross products (t, 3) of its t triangles, for 1 mm voxels.
 
-    Derived, not typed in: surface vertices are the middles of cut edges; on a face they are joined
-    so that inside corners are cut off one by one; more than four inside corners are the
-    complement's surface; of a polygon's triangulations the one of largest area counts.
+    More than four corners inside have the surface of the complement.
     """
+    faces = _faces()
     table = []
     for code in range(256):
-        inside = {c for i, c in enumerate(_CORNERS) if code >> i & 1}
+        inside = {corner for i, corner in enumerate(_CORNERS) if code >> i & 1}
         if len(inside) > 4:
             inside = set(_CORNERS) - inside
-        links: dict[tuple, list] = {}
-        for axis, side in itertools.product(range(3), (0, 1)):         # the six faces
-            u, v = (a for a in range(3) if a != axis)
-            face = []
-            for p, q in ((0, 0), (0, 1), (1, 1), (1, 0)):              # round the face
-                corner = [side] * 3
-                corner[u], corner[v] = p, q
-                face.append(tuple(corner))
-            cut = [tuple(a + b for a, b in zip(face[i], face[(i + 1) % 4], strict=True))
-                   if (face[i] in inside) != (face[(i + 1) % 4] in inside) else None
-                   for i in range(4)]                                  # doubled middle of each edge
-            ends = [m for m in cut if m]
-            pairs = [ends] if len(ends) == 2 else [
-                (cut[i - 1], cut[i]) for i in range(4) if ends and face[i] in inside]
-            for m, n in pairs:
-                links.setdefault(m, []).append(n)
-                links.setdefault(n, []).append(m)
-        triangles = []
-        while links:                                                   # follow the closed loops
-            loop = [next(iter(links))]
-            while True:
-                after = [m for m in links.pop(loop[-1]) if m in links]
-                if not after:
-                    break
-                loop.append(after[0])
-            at = np.array(loop) / 2
-            ways = [np.array([np.cross(at[j] - at[i], at[k] - at[i]) for i, j, k in way])
-                    for way in _triangulations(len(at))]
-            triangles += max(ways, key=lambda n: round(np.linalg.norm(n, axis=1).sum(), 9)).tolist()
-        table.append(np.array(triangles).reshape(-1, 3))
+        segments = [segment for face in faces for segment in _segments(face, inside)]
+        products = []
+        for polygon in _polygons(segments):
+            products += _largest_triangulation(polygon)
+        table.append(np.array(products).reshape(-1, 3))
     return table
 
 
 @lru_cache(16)
 def _areas(a: float, b: float, c: float) -> np.ndarray:
-    scale = np.array([b * c, a * c, a * b])                            # of a cross product
-    return np.array([np.linalg.norm(n * scale, axis=1).sum() / 2 for n in _normals()])
+    """(256,) mm2 for voxels of a x b x c mm. A triangle's area is half its cross product's length,
+    and a cross product's components scale with the two other axes."""
+    scale = np.array([b * c, a * c, a * b])
+    return np.array([np.linalg.norm(p * scale, axis=1).sum() / 2 for p in _cross_products()])
 
 
 def surface_areas(spacing_mm) -> np.ndarray:
-    """Area in mm2 of each of the 256 codes. Cube of 1 mm: one corner inside, sqrt(3) / 8."""
+    """Area in mm2 of each of the 256 codes.
+
+    Voxels of 1 mm, one corner inside: an equilateral triangle of sides sqrt(1/2), sqrt(3) / 8 mm2.
+    """
     return _areas(*map(float, spacing_mm))
 
 
-def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places (n, 3) int of the surface elements and their areas (n,); outside is background."""
-    m = np.pad(mask, 1).view(np.uint8)
-    code = np.zeros([n - 1 for n in m.shape], np.uint8)
-    for i, corner in enumerate(_CORNERS):
-        code |= m[tuple(slice(c, n - 1 + c) for c, n in zip(corner, m.shape, strict=True))] << i
-    at = np.nonzero((code != 0) & (code != 255))
-    return np.stack(at, 1), areas[code[at]]
-
-
+# ---- distances between surfaces ----------------------------------------------------------------
 class Surfaces(NamedTuple):
     """Distances in mm (n,) to the other surface, and areas in mm2 (n,) of the elements."""
     pred_mm: np.ndarray
@@ -153,42 +206,66 @@ class Surfaces(NamedTuple):
 
 def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
                       limit_mm: float = math.inf) -> Surfaces:
-    """From every surface element of one mask to the nearest of the other, both ways.
+    """From every surface element of one mask to the nearest one of the other, both ways.
 
-    limit_mm  distances above it may come back as inf (a bounded search is faster)
-    A mask that is empty has no elements; the other's distances are then inf.
-    raises ValueError if the shapes differ
+    pred, ref   (D, H, W) bool
+    spacing_mm  three numbers, in the order of the array axes
+    limit_mm    distances above it may come back as inf, which is faster
+    raises      ValueError if the shapes differ
 
-    Two voxels 2 mm apart (spacing 1 mm): every element of one has its twin 2 mm away.
+    An empty mask has no elements; the distances of the other mask are then inf.
+    Two voxels 2 mm apart (spacing 1 mm): no element is further than 2 mm from the other voxel.
     """
-    pred, ref = _both(pred, ref)
-    lines = [np.flatnonzero((pred | ref).any(tuple(a for a in range(3) if a != axis)))
-             for axis in range(3)]
-    if len(lines[0]):
-        box = tuple(slice(i[0], i[-1] + 1) for i in lines)
-        pred, ref = pred[box], ref[box]
-    spacing, areas = np.asarray(spacing_mm, float), surface_areas(spacing_mm)
-    (p, pa), (r, ra) = _surface(pred, areas), _surface(ref, areas)
-
-    def nearest(a, b):
-        d = np.full(len(a), np.inf)
-        if len(a) and len(b):
-            bound = limit_mm * (1 + 1e-9) + 1e-9
-            i = cKDTree(b * spacing, balanced_tree=False, compact_nodes=False).query(
-                a * spacing, distance_upper_bound=bound, workers=-1)[1]
-            hit = i < len(b)           # exact again from the indices: ties at a tolerance must hold
-            d[hit] = np.sqrt((((a[hit] - b[i[hit]]) * spacing) ** 2).sum(1))
-        return d
-    return Surfaces(nearest(p, r), pa, nearest(r, p), ra)
+    pred, ref = _as_masks(pred, ref)
+    box = _bounding_box(pred | ref)
+    pred, ref = pred[box], ref[box]
+    spacing = np.asarray(spacing_mm, float)
+    areas = surface_areas(spacing_mm)
+    pred_places, pred_area = _surface(pred, areas)
+    ref_places, ref_area = _surface(ref, areas)
+    return Surfaces(_nearest(pred_places, ref_places, spacing, limit_mm), pred_area,
+                    _nearest(ref_places, pred_places, spacing, limit_mm), ref_area)
 
 
-def nsd_of(s: Surfaces, tolerance_mm: float, empty=EMPTY) -> float:
-    """`nsd` of distances that are already there."""
-    a, b = len(s.pred_mm), len(s.ref_mm)
-    if not (a and b):
-        return empty[0 if a == b else 1 if b == 0 else 2]
-    good = s.pred_area[s.pred_mm <= tolerance_mm].sum() + s.ref_area[s.ref_mm <= tolerance_mm].sum()
-    return float(good / (s.pred_area.sum() + s.ref_area.sum()))
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds every true voxel; the whole array if there is none."""
+    box = []
+    for axis in range(mask.ndim):
+        other_axes = tuple(a for a in range(mask.ndim) if a != axis)
+        hits = np.flatnonzero(mask.any(axis=other_axes))
+        box.append(slice(hits[0], hits[-1] + 1) if len(hits) else slice(None))
+    return tuple(box)
+
+
+def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places (n, 3) int of the surface elements and their areas (n,).
+
+    What lies beyond the array counts as outside the mask.
+    """
+    padded = np.pad(mask, 1).view(np.uint8)
+    code = np.zeros([n - 1 for n in padded.shape], np.uint8)
+    for i, corner in enumerate(_CORNERS):
+        window = tuple(slice(c, n - 1 + c) for c, n in zip(corner, padded.shape, strict=True))
+        code |= padded[window] << i
+    on_surface = np.nonzero((code != 0) & (code != 255))
+    return np.stack(on_surface, 1), areas[code[on_surface]]
+
+
+def _nearest(places: np.ndarray, others: np.ndarray, spacing: np.ndarray,
+             limit_mm: float) -> np.ndarray:
+    """The distance in mm (n,) from each of `places` (n, 3) to the nearest of `others` (m, 3)."""
+    distance = np.full(len(places), np.inf)
+    if len(places) == 0 or len(others) == 0:
+        return distance
+    tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)
+    bound = limit_mm * (1 + 1e-9) + 1e-9
+    _, index = tree.query(places * spacing, distance_upper_bound=bound, workers=-1)
+    found = index < len(others)                      # beyond the bound, the index is len(others)
+    # Computed again from the difference of the places, which is exact: a distance that equals a
+    # tolerance must count as within it, and the tree's own distances carry rounding errors.
+    steps = places[found] - others[index[found]]
+    distance[found] = np.sqrt(((steps * spacing) ** 2).sum(1))
+    return distance
 
 
 def nsd(pred, ref, *, spacing_mm, tolerance_mm: float, empty=EMPTY) -> float:
@@ -196,249 +273,449 @@ def nsd(pred, ref, *, spacing_mm, tolerance_mm: float, empty=EMPTY) -> float:
 
     empty  the score if (both, only ref, only pred) are empty: nan, 0, 0
     """
-    return nsd_of(surface_distances(pred, ref, spacing_mm=spacing_mm, limit_mm=tolerance_mm),
-                tolerance_mm, empty)
+    s = surface_distances(pred, ref, spacing_mm=spacing_mm, limit_mm=tolerance_mm)
+    return nsd_of(s, tolerance_mm, empty)
 
 
-def hd_of(s: Surfaces, percent: float = 95) -> float:
-    """`hd95` of distances that are already there."""
-    def one(mm, area):
-        if not len(mm):
-            return math.nan
-        order = np.argsort(mm)
-        share = area[order].cumsum() / area.sum()
-        return float(mm[order][min(np.searchsorted(share, percent / 100), len(mm) - 1)])
-    ends = [one(s.pred_mm, s.pred_area), one(s.ref_mm, s.ref_area)]
-    return float(np.nanmax(ends)) if len(s.pred_mm) or len(s.ref_mm) else math.nan
+def nsd_of(s: Surfaces, tolerance_mm: float, empty=EMPTY) -> float:
+    """`nsd` from distances that have been computed already."""
+    score = _score_if_empty(len(s.pred_mm), len(s.ref_mm), empty)
+    if score is not None:
+        return score
+    pred_good = s.pred_area[s.pred_mm <= tolerance_mm].sum()
+    ref_good = s.ref_area[s.ref_mm <= tolerance_mm].sum()
+    return float((pred_good + ref_good) / (s.pred_area.sum() + s.ref_area.sum()))
 
 
 def hd95(pred, ref, *, spacing_mm, percent: float = 95) -> float:
-    """Robust Hausdorff distance in mm: the larger of the two directions' 95th percentile, weighted
-    by area. both empty: nan   one empty: inf"""
+    """Robust Hausdorff distance in mm: the larger of the two directions' 95th percentiles, where
+    each surface element counts with its area.
+
+    both masks empty: nan   one empty: inf
+    """
     return hd_of(surface_distances(pred, ref, spacing_mm=spacing_mm), percent)
 
 
+def hd_of(s: Surfaces, percent: float = 95) -> float:
+    """`hd95` from distances that have been computed already."""
+    if not len(s.pred_mm) and not len(s.ref_mm):
+        return math.nan
+    both = (_area_percentile(s.pred_mm, s.pred_area, percent),
+            _area_percentile(s.ref_mm, s.ref_area, percent))
+    return float(np.nanmax(both))
+
+
+def _area_percentile(mm: np.ndarray, area: np.ndarray, percent: float) -> float:
+    """The smallest distance that is not exceeded on `percent` of the area; nan without elements.
+
+    distances 1, 2, 3 on areas 5, 4, 1: half of the area is within 1, 95 % is within 3
+    """
+    if not len(mm):
+        return math.nan
+    order = np.argsort(mm)
+    share = area[order].cumsum() / area.sum()
+    at = min(np.searchsorted(share, percent / 100), len(mm) - 1)
+    return float(mm[order][at])
+
+
 def assd(pred, ref, *, spacing_mm) -> float:
-    """Average symmetric surface distance in mm, weighted by area. both empty: nan   one: inf"""
+    """Average symmetric surface distance in mm, weighted by area.
+
+    both masks empty: nan   one empty: inf
+    """
     s = surface_distances(pred, ref, spacing_mm=spacing_mm)
     area = s.pred_area.sum() + s.ref_area.sum()
-    return float((s.pred_mm @ s.pred_area + s.ref_mm @ s.ref_area) / area) if area else math.nan
+    if area == 0:
+        return math.nan
+    return float((s.pred_mm @ s.pred_area + s.ref_mm @ s.ref_area) / area)
 
 
 # ---- detection ---------------------------------------------------------------------------------
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion. 8 of 10: 0.490 to 0.943; 0 of 0: nan."""
-    if not n:
+    """Wilson's interval of a proportion, 95 % by default.
+
+    8 of 10: 0.490 to 0.943   0 of 0: nan
+    """
+    if n == 0:
         return math.nan, math.nan
     p, q = hits / n, z * z / n
-    middle, half = (p + q / 2) / (1 + q), math.sqrt(p * (1 - p) * q + q * q / 4) / (1 + q)
+    middle = (p + q / 2) / (1 + q)
+    half = math.sqrt(p * (1 - p) * q + q * q / 4) / (1 + q)
     return middle - half, middle + half
 
 
 def detection(found: list[bool], truth: list[bool]) -> dict:
-    """Per patient: sensitivity, specificity, their harmonic mean 2ab / (a + b), with counts."""
-    both = [(bool(f), bool(t)) for f, t in zip(found, truth, strict=True)]
-    tp, p = sum(f and t for f, t in both), sum(t for _, t in both)
-    tn, n = sum(not (f or t) for f, t in both), len(both) - p
-    a, b = tp / p if p else math.nan, tn / n if n else math.nan
-    return {"sensitivity": a, "true positive": tp, "positive": p, "sensitivity 95": wilson(tp, p),
-            "specificity": b, "true negative": tn, "negative": n, "specificity 95": wilson(tn, n),
-            "harmonic": 2 * a * b / (a + b) if a + b else 0.0 if a + b == 0 else math.nan}
+    """Detection per patient: sensitivity, specificity and their harmonic mean, with counts.
+
+    found  per patient, whether the prediction has a tumour voxel
+    truth  per patient, whether the reference has one
+
+    A rate of no patients is nan; the harmonic mean of two zeros is 0.
+    """
+    pairs = [(bool(f), bool(t)) for f, t in zip(found, truth, strict=True)]
+    positive = sum(t for _, t in pairs)
+    negative = len(pairs) - positive
+    true_positive = sum(f and t for f, t in pairs)
+    true_negative = sum(not f and not t for f, t in pairs)
+    sensitivity = true_positive / positive if positive else math.nan
+    specificity = true_negative / negative if negative else math.nan
+    return {"sensitivity": sensitivity,
+            "true positive": true_positive,
+            "positive": positive,
+            "sensitivity 95": wilson(true_positive, positive),
+            "specificity": specificity,
+            "true negative": true_negative,
+            "negative": negative,
+            "specificity 95": wilson(true_negative, negative),
+            "harmonic": _harmonic_mean(sensitivity, specificity)}
 
 
-# ---- the command -------------------------------------------------------------------------------
-# tolerance in mm per class; `--tolerance` speaks for the classes that a protocol does not name
-_FLARE = {5: "Liver, Pancreas, Stomach", 3: "Right Kidney, Left Kidney, Spleen, Esophagus", 7:
-          "Duodenum", 2: "Aorta, Postcava, Right Adrenal Gland, Left Adrenal Gland, Gall Bladder, "
-          "Liver Tumor, Kidney Tumor, Pancreas Tumor, Colon Tumor, Kidney Cyst, Lung Tumor"}
+def _harmonic_mean(a: float, b: float) -> float:
+    """2ab / (a + b); 0 if both are 0, nan if one is nan."""
+    return 0.0 if a + b == 0 else 2 * a * b / (a + b)
+
+
+# ---- the command: score a folder ---------------------------------------------------------------
+# Everything below belongs to the command alone and imports what it needs inside its functions.
+
+# NSD tolerance in mm per class; "" stands for every class that a protocol does not name
+_FLARE22 = {2: ("Aorta", "Postcava", "Right Adrenal Gland", "Left Adrenal Gland", "Gall Bladder",
+                "Liver Tumor", "Kidney Tumor", "Pancreas Tumor", "Colon Tumor", "Kidney Cyst",
+                "Lung Tumor"),
+            3: ("Right Kidney", "Left Kidney", "Spleen", "Esophagus"),
+            5: ("Liver", "Pancreas", "Stomach"),
+            7: ("Duodenum",)}
 PROTOCOLS = {
     "plain": {},
     "msd": {"Liver": 7, "Liver Tumor": 7, "Pancreas": 5, "Pancreas Tumor": 5, "Colon Tumor": 4},
-    "flare22": {n: mm for mm, names in _FLARE.items() for n in names.split(", ")},
-    "totalsegmentator": {"": 3},                               # every class
+    "flare22": {name: mm for mm, names in _FLARE22.items() for name in names},
+    "totalsegmentator": {"": 3},
 }
 
 
-def _table(folder: Path, name: str, classes):
-    """Label map of a folder's files: our JSON beside the file, dataset.json, or class numbers."""
+def score_case(pred_path: Path, ref_path: Path, classes, indices: list[int],
+               tolerance: dict) -> list[dict]:
+    """Score one prediction -> `results`, one for each structure that both sides label.
+
+    indices    the classes to score
+    tolerance  {class name: NSD tolerance in mm}; "" for all others
+
+    Two sides that the reference does not tell apart are scored as one structure.
+    """
+    case = ref_path.name.removesuffix(".gz").removesuffix(".nii")
+    pred, ref, spacing_mm = _read_pair(pred_path, ref_path)
+    pred_map = _label_map_of(pred_path.parent, case, classes)
+    ref_map = _label_map_of(ref_path.parent, case, classes)
+    pred_side = _side(pred, pred_map, pred_path, split=True)
+    ref_side = _side(ref, ref_map, ref_path, split=False)
+    results = []
+    for structure in _structures(ref_map):
+        if all(k in indices and pred_map.annotated[k] for k in structure):
+            pred_mask, ref_mask = _masks(structure, pred_side, ref_side)
+            results.append({"case": case, **_score_structure(
+                pred_mask, ref_mask, [classes[k] for k in structure], spacing_mm, tolerance)})
+    return results
+
+
+def _read_pair(pred_path: Path, ref_path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Raw values (D, H, W) of prediction and reference in RAS+ axes, and their spacing in mm.
+
+    raises ValueError  if they do not lie in one grid
+    """
+    import data
+    pred, ref = data.load_volume(pred_path), data.load_volume(ref_path)
+    if pred.array.shape != ref.array.shape or np.abs(pred.affine - ref.affine).max() > 1e-2:
+        raise ValueError(f"{pred_path}: shape {pred.array.shape} or affine differs from {ref_path} "
+                         f"{ref.array.shape}; both must lie in one grid")
+    return pred.array, ref.array, ref.spacing_mm
+
+
+def _label_map_of(folder: Path, case: str, classes):
+    """What the values in a folder's label files mean: a labels.LabelMap.
+
+    It is read from the case's own JSON, as infer.py writes it, or from dataset.json here or one
+    folder up. Without either, the values are class numbers, 1 for the first class.
+    """
+    import data
     import labels
-    for path in (folder / f"{name}.json", folder / "dataset.json", folder.parent / "dataset.json"):
+    for path in (folder / f"{case}.json", folder / "dataset.json", folder.parent / "dataset.json"):
         if path.is_file():
-            try:
-                content = json.loads(path.read_text())
-            except (OSError, ValueError) as e:
-                raise ValueError(f"{path}: not readable JSON: {e}") from None
+            content = data.read_json(path)
             if "labels" in content:
                 return labels.label_map(content["labels"], classes, str(path))
             if "classes" in content:
-                return labels.label_map({c["name"]: c["value"] for c in content["classes"]}, classes,
-                                   str(path))
-    return labels.label_map({c.name: i for i, c in enumerate(classes, 1)}, classes, str(folder))
+                values = {c["name"]: c["value"] for c in content["classes"]}
+                return labels.label_map(values, classes, str(path))
+    values = {c.name: number for number, c in enumerate(classes, 1)}
+    return labels.label_map(values, classes, str(folder))
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Label values and affine in closest RAS+ axes."""
-    try:
-        img = nib.as_closest_canonical(nib.load(path))
-        array = np.asanyarray(img.dataobj)
-        if array.ndim != 3 or array.dtype.kind not in "iubf":
-            raise ValueError(f"expected one number a voxel, it is {array.shape} {array.dtype}")
-        return array, img.affine
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable NIfTI file ({e})") from None
+class _Side(NamedTuple):
+    """One side of the comparison, prediction or reference."""
+    label_rows: np.ndarray       # (D, H, W) each voxel's index into regions
+    regions: np.ndarray          # (V, K) bool: label row v belongs to class k
+    boxes: list                  # boxes[v - 1] holds all voxels of label row v; None without any
 
 
-def score_case(pred_path: Path, ref_path: Path, classes, ks, tolerance: dict) -> list[dict]:
-    """One row per class that both sides speak of. A structure that the reference does not split
-    into left and right is scored as the union of both."""
+def _side(raw: np.ndarray, label_map, path: Path, split: bool) -> _Side:
+    """Raw values -> label rows.
+
+    split  tell left from right where the label map does not; without the scan's image, the
+           centroid of all that is labelled stands for the body's mid-sagittal plane
+    """
     import labels
-    name = ref_path.name.removesuffix(".gz").removesuffix(".nii")
-    (pred, pa), (ref, ra) = _read(pred_path), _read(ref_path)
-    if pred.shape != ref.shape or np.abs(pa - ra).max() > 1e-2:
-        raise ValueError(f"{pred_path}: shape {pred.shape} or affine differs from {ref_path} "
-                         f"{ref.shape}; both must lie in one grid")
-    spacing = nib.affines.voxel_sizes(ra)
-    pm, rm = (_table(p.parent, name, classes) for p in (pred_path, ref_path))
-    pred, ref = pm.rows(pred, str(pred_path)), rm.rows(ref, str(ref_path))
-    midline = float(np.mean(np.nonzero(pred)[0])) if pred.any() else pred.shape[0] / 2
-    pred = labels.split_sides(pred, pm, midline)
-    boxes = [ndimage.find_objects(v) for v in (pred, ref)]
-    groups = [g for g in rm.pairs if rm.annotated[list(g)].all()]
-    groups += [(k,) for k in np.flatnonzero(rm.annotated) if not any(k in g for g in groups)]
-    rows = []
-    for g in sorted(groups):
-        if not all(k in ks and pm.annotated[k] for k in g):
-            continue
-        g = list(g)
-        tables = [m.regions[:, g].any(1) for m in (pm, rm)]
-        own = [b[v - 1] for b, t in zip(boxes, tables, strict=True)
-               for v in np.flatnonzero(t) if 0 < v <= len(b) and b[v - 1]]
-        box = tuple(slice(min(b[a].start for b in own), max(b[a].stop for b in own))
-                    for a in range(3)) if own else (slice(0, 1),) * 3
-        p, r = (t[v[box]] for t, v in zip(tables, (pred, ref), strict=True))
-        title = " + ".join(classes[k].name for k in g)
-        mm = tolerance.get(classes[g[0]].name, tolerance.get("", math.nan))
-        s = surface_distances(p, r, spacing_mm=spacing)
-        ml = float(np.prod(spacing)) / 1000
-        rows.append({"case": name, "class": title, "lesion": classes[g[0]].lesion,
-                     "dice": dice(p, r), "nsd": math.nan if math.isnan(mm) else nsd_of(s, mm),
-                     "tolerance_mm": mm, "hd95_mm": hd_of(s, 95),
-                     "pred_ml": float(p.sum() * ml), "ref_ml": float(r.sum() * ml)})
-    return rows
+    label_rows = label_map.to_label_rows(raw, str(path))
+    if split:
+        midline = label_rows.shape[0] / 2
+        if label_rows.any():
+            midline = float(np.mean(np.nonzero(label_rows)[0]))
+        label_rows = labels.split_sides(label_rows, label_map, midline)
+    return _Side(label_rows, label_map.regions, ndimage.find_objects(label_rows))
+
+
+def _structures(ref_map) -> list[tuple[int, ...]]:
+    """What is scored: tuples of class indices, two where the reference does not tell sides apart.
+
+    A reference that labels "liver" and "kidney" -> [(1, 2), (5,)]
+    """
+    unsplit = [pair for pair in ref_map.unsplit if ref_map.annotated[list(pair)].all()]
+    single = [(k,) for k in np.flatnonzero(ref_map.annotated)
+              if not any(k in pair for pair in unsplit)]
+    return sorted(unsplit + single)
+
+
+def _masks(structure: tuple[int, ...], pred: _Side, ref: _Side) -> list[np.ndarray]:
+    """The boolean masks of one structure on both sides, cut to a box that holds both."""
+    boxes = []
+    members = []
+    for side in (pred, ref):
+        member = side.regions[:, list(structure)].any(1)             # (V,) label rows of it
+        members.append(member)
+        for v in np.flatnonzero(member):
+            if 0 < v <= len(side.boxes) and side.boxes[v - 1] is not None:
+                boxes.append(side.boxes[v - 1])
+    if boxes:
+        around = tuple(slice(min(box[axis].start for box in boxes),
+                             max(box[axis].stop for box in boxes)) for axis in range(3))
+    else:
+        around = (slice(0, 1),) * 3                                  # absent: any voxel will do
+    return [member[side.label_rows[around]]
+            for member, side in zip(members, (pred, ref), strict=True)]
+
+
+def _score_structure(pred: np.ndarray, ref: np.ndarray, classes: list, spacing_mm,
+                     tolerance: dict) -> dict:
+    """All scores of one structure in one case; `classes` are the one or two that form it."""
+    first = classes[0]
+    tolerance_mm = tolerance.get(first.name, tolerance.get("", math.nan))
+    surfaces = surface_distances(pred, ref, spacing_mm=spacing_mm)
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    return {"class": " + ".join(c.name for c in classes),
+            "lesion": first.lesion,
+            "dice": dice(pred, ref),
+            "nsd": math.nan if math.isnan(tolerance_mm) else nsd_of(surfaces, tolerance_mm),
+            "tolerance_mm": tolerance_mm,
+            "hd95_mm": hd_of(surfaces, 95),
+            "pred_ml": float(pred.sum() * voxel_ml),
+            "ref_ml": float(ref.sum() * voxel_ml)}
+
+
+def _find_references(pred_folder: Path, ref_folder: Path) -> list[Path]:
+    """The label files of the reference folder, each of which must have a prediction.
+
+    A prediction without a reference is reported and left out.
+    """
+    for folder in (pred_folder, ref_folder):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+    refs, preds = _label_files(ref_folder), _label_files(pred_folder)
+    if not refs:
+        raise ValueError(f"{ref_folder}: no *.nii.gz in it")
+    missing = [ref.name for ref in refs if not (pred_folder / ref.name).is_file()]
+    if missing:
+        raise ValueError(f"{pred_folder}: no prediction for {missing[:3]} ({len(missing)} missing)")
+    extra = sorted({pred.name for pred in preds} - {ref.name for ref in refs})
+    if extra:
+        print(f"not scored, no reference: {', '.join(extra[:5])} ({len(extra)})")
+    return refs
+
+
+def _label_files(folder: Path) -> list[Path]:
+    files = [*folder.glob("*.nii.gz"), *folder.glob("*.nii")]
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def _score_all(pred_folder: Path, refs: list[Path], classes, indices, tolerance) -> list[dict]:
+    """`score_case` of every reference, in as many processes as there are CPU cores."""
+    import os
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from tqdm import tqdm
+    jobs = [(pred_folder / ref.name, ref, classes, indices, tolerance) for ref in refs]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    results = []
+    with tqdm(total=len(jobs), desc="score", unit="case") as bar:
+        if workers == 1:                             # starting a process would take longer
+            for job in jobs:
+                results += score_case(*job)
+                bar.update()
+            return results
+        with ProcessPoolExecutor(workers, get_context("spawn"), _leave_with_parent) as pool:
+            futures = [pool.submit(score_case, *job) for job in jobs]
+            try:
+                for future in futures:
+                    results += future.result()
+                    bar.update()
+            except BaseException:                    # Ctrl-C included: do not begin the rest
+                pool.shutdown(cancel_futures=True)
+                raise
+    return results
 
 
 def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    """End this worker process when its parent is killed; otherwise it would wait for ever."""
+    import os
+    import threading
+    from multiprocessing import parent_process
+
+    def wait_for_parent():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
-def _mean(values, of=np.mean) -> float:
+def _summarise(results: list[dict]) -> dict:
+    """Per class the mean over cases, detection of lesions, and mean Dice of organs and of lesions.
+
+    Values that are nan or inf are left out of means.
+    """
+    by_class: dict[str, list[dict]] = {}
+    for result in results:
+        by_class.setdefault(result["class"], []).append(result)
+    summary = {}
+    dice_of_kind = {"organ": [], "lesion": []}
+    for name, of_class in by_class.items():
+        is_lesion = of_class[0]["lesion"]
+        scores = [r["dice"] for r in of_class]
+        summary[name] = {"dice": _finite(np.mean, scores),
+                         "median": _finite(np.median, scores),
+                         "nsd": _finite(np.mean, [r["nsd"] for r in of_class]),
+                         "hd95_mm": _finite(np.mean, [r["hd95_mm"] for r in of_class]),
+                         "tolerance_mm": of_class[0]["tolerance_mm"]}
+        if is_lesion:
+            summary[name]["detection"] = detection([r["pred_ml"] > 0 for r in of_class],
+                                                   [r["ref_ml"] > 0 for r in of_class])
+        dice_of_kind["lesion" if is_lesion else "organ"].append(summary[name]["dice"])
+    mean = {kind: _finite(np.mean, values) for kind, values in dice_of_kind.items()}
+    return {"mean": mean, "classes": summary}
+
+
+def _finite(average, values) -> float:
+    """An average of the finite values; nan if there is none."""
     values = [v for v in values if math.isfinite(v)]
-    return float(of(values)) if values else math.nan
+    return float(average(values)) if values else math.nan
 
 
-def print_table(rows: list[dict]) -> dict:
-    """Per class over cases: mean and median Dice, NSD, HD95, the worst case by name; detection."""
-    names = list(dict.fromkeys(r["class"] for r in rows))
-    lesion = {r["class"]: r["lesion"] for r in rows}
-    width = max(len(n) for n in names)
-    out = {}
+def _print_table(results: list[dict], summary: dict) -> None:
+    """Per class: mean and median Dice, NSD, HD95 and the worst case by name; then detection."""
+    width = max(len(name) for name in summary["classes"])
     print(f"{'':{width}}   organ  lesion  median     NSD  HD95 mm  worst case")
-    for n in names:
-        own = [r for r in rows if r["class"] == n]
-        scored = [r for r in own if not math.isnan(r["dice"])]
-        d = out[n] = {"dice": _mean([r["dice"] for r in own]), "median": _mean(
-            [r["dice"] for r in own], np.median), "nsd": _mean([r["nsd"] for r in own]),
-            "hd95_mm": _mean([r["hd95_mm"] for r in own]), "tolerance_mm": own[0]["tolerance_mm"]}
-        if lesion[n]:
-            d["detection"] = detection([r["pred_ml"] > 0 for r in own],
-                                       [r["ref_ml"] > 0 for r in own])
-        mean, median, near = (f"{v:.3f}" if math.isfinite(v) else "-"
-                              for v in (d["dice"], d["median"], d["nsd"]))
-        worst = min(scored, key=lambda r: r["dice"], default=None)
-        print(f"{n:{width}}  {'' if lesion[n] else mean:>6}  {mean if lesion[n] else '':>6}  "
-              f"{median:>6}  {near:>6}  {d['hd95_mm']:7.1f}  "
-              + (f"{worst['dice']:.3f} {worst['case']}" if worst else "absent everywhere"))
-    total = {kind: _mean([out[n]["dice"] for n in names if lesion[n] == (kind == "lesion")])
-             for kind in ("organ", "lesion")}
-    print(f"{'mean Dice':{width}}  {total['organ']:6.3f}  {total['lesion']:6.3f}  "
-          f"({len({r['case'] for r in rows})} cases; where both are empty a case does not count, "
-          "where one is it scores 0 and has no HD95)")
-    for n in (n for n in names if lesion[n]):
-        d = out[n]["detection"]
-        print(f"detection, {n}: " + ", ".join(
-            f"{what} {d[what]:.2f} ({d[hit]} of {d[of]}, 95 % {d[what + ' 95'][0]:.2f}-"
-            f"{d[what + ' 95'][1]:.2f})" for what, hit, of in (
-                ("sensitivity", "true positive", "positive"),
-                ("specificity", "true negative", "negative")))
-            + f", harmonic mean {d['harmonic']:.2f}")
-    return {"mean": total, "classes": out}
+    for name, scores in summary["classes"].items():
+        of_class = [r for r in results if r["class"] == name]
+        score, median, near = (f"{v:.3f}" if math.isfinite(v) else "-"
+                               for v in (scores["dice"], scores["median"], scores["nsd"]))
+        organ, lesion = ("", score) if of_class[0]["lesion"] else (score, "")
+        print(f"{name:{width}}  {organ:>6}  {lesion:>6}  {median:>6}  {near:>6}  "
+              f"{scores['hd95_mm']:7.1f}  {_worst_case(of_class)}")
+    mean = summary["mean"]
+    cases = len({r["case"] for r in results})
+    print(f"{'mean Dice':{width}}  {mean['organ']:6.3f}  {mean['lesion']:6.3f}  "
+          f"({cases} cases; where both are empty a case does not count, where one is it scores 0 "
+          "and has no HD95)")
+    for name, scores in summary["classes"].items():
+        if "detection" in scores:
+            print(f"detection, {name}: {_detection_line(scores['detection'])}")
+
+
+def _worst_case(results: list[dict]) -> str:
+    """Score and name of the case with the lowest Dice of one class: "0.533 case_2"."""
+    scored = [r for r in results if not math.isnan(r["dice"])]
+    if not scored:
+        return "absent everywhere"
+    worst = min(scored, key=lambda r: r["dice"])
+    return f"{worst['dice']:.3f} {worst['case']}"
+
+
+def _detection_line(d: dict) -> str:
+    """ "sensitivity 0.75 (3 of 4, 95 % 0.30-0.95), specificity ..., harmonic mean 0.60" """
+    parts = []
+    for rate, hits, of in (("sensitivity", "true positive", "positive"),
+                           ("specificity", "true negative", "negative")):
+        low, high = d[f"{rate} 95"]
+        parts.append(f"{rate} {d[rate]:.2f} ({d[hits]} of {d[of]}, 95 % {low:.2f}-{high:.2f})")
+    return ", ".join([*parts, f"harmonic mean {d['harmonic']:.2f}"])
+
+
+def _write_results(folder: Path, protocol: str, results: list[dict], summary: dict) -> None:
+    """metrics.csv, one line per case and class, and metrics.json, with means over cases."""
+    import csv
+    import json
+
+    import data
+    with data.atomic_write(folder / "metrics.csv") as part:
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, results[0])
+            writer.writeheader()
+            writer.writerows(results)
+    content = {"protocol": protocol, **summary, "cases": results}
+    # JSON has no nan and no inf: null instead
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    with data.atomic_write(folder / "metrics.json") as part:
+        part.write_text(json.dumps(content, indent=1))
+    print(f"written: {folder / 'metrics.csv'}, {folder / 'metrics.json'}")
+
+
+def _parse(argv):
+    import argparse
+    parser = argparse.ArgumentParser(description="Score segmentations against references.")
+    parser.add_argument("--pred", required=True, type=Path, metavar="DIR",
+                        help="segmentations, as infer.py writes them; the scores go there too")
+    parser.add_argument("--ref", required=True, type=Path, metavar="DIR",
+                        help="references, e.g. labelsTs; their dataset.json is looked for there "
+                             "and one folder up")
+    parser.add_argument("--classes", nargs="+", metavar="NAME",
+                        help="score only these classes (default: all)")
+    parser.add_argument("--class-table", metavar="FILE",
+                        help="a class table of your own (JSON)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="plain",
+                        help="NSD tolerances of a public benchmark (default: plain, none)")
+    parser.add_argument("--tolerance", type=float, metavar="MM",
+                        help="NSD tolerance of the classes that the protocol does not name")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     import labels
-    ap = argparse.ArgumentParser(description="Score segmentations against references.")
-    ap.add_argument("--pred", required=True, type=Path, metavar="DIR", help="of infer.py")
-    ap.add_argument("--ref", required=True, type=Path, metavar="DIR", help="e.g. labelsTs; its "
-                    "dataset.json is looked for there and one folder up")
-    ap.add_argument("--classes", nargs="+", metavar="NAME", help="only these (default: all)")
-    ap.add_argument("--class-table", metavar="FILE", help="a class table of your own (JSON)")
-    ap.add_argument("--protocol", choices=PROTOCOLS, default="plain", help="NSD tolerances")
-    ap.add_argument("--tolerance", type=float, metavar="MM",
-                    help="NSD tolerance of the classes that the protocol does not name")
-    args = ap.parse_args(argv)
+    args = _parse(argv)
     classes = labels.load_classes(args.class_table)
-    ks = labels.select(args.classes, classes) if args.classes else list(range(len(classes)))
-    tolerance = {**({} if args.tolerance is None else {"": args.tolerance}),
-                 **PROTOCOLS[args.protocol]}
-    for folder in (args.pred, args.ref):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder")
-    refs, preds = (sorted(p for e in ("*.nii.gz", "*.nii") for p in folder.glob(e)
-                          if p.name[0] != ".") for folder in (args.ref, args.pred))
-    if not refs:
-        raise ValueError(f"{args.ref}: no *.nii.gz in it")
-    missing = [r.name for r in refs if not (args.pred / r.name).is_file()]
-    if missing:
-        raise ValueError(f"{args.pred}: no prediction for {missing[:3]} ({len(missing)} missing)")
-    extra = sorted({p.name for p in preds} - {r.name for r in refs})
-    if extra:
-        print(f"not scored, no reference: {', '.join(extra[:5])} ({len(extra)})")
-    with ProcessPoolExecutor(min(len(refs), os.cpu_count() or 1), get_context("spawn"),
-                             initializer=_leave_with_parent) as pool, \
-            tqdm(total=len(refs), desc="score", unit="case") as bar:
-        jobs = [pool.submit(score_case, args.pred / r.name, r, classes, ks, tolerance)
-                for r in refs]
-        rows = []
-        try:
-            for job in jobs:
-                rows += job.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if not rows:
+    indices = list(range(len(classes)))
+    if args.classes:
+        indices = labels.select(args.classes, classes)
+    tolerance = {} if args.tolerance is None else {"": args.tolerance}
+    tolerance |= PROTOCOLS[args.protocol]
+    refs = _find_references(args.pred, args.ref)
+    results = _score_all(args.pred, refs, classes, indices, tolerance)
+    if not results:
         raise ValueError(f"{args.ref}: no class in common with {args.pred}")
-    summary = {"protocol": args.protocol, **print_table(rows), "cases": rows}
-    for ending in ("csv", "json"):
-        part = args.pred / f".metrics.{os.getpid()}.part"
-        try:
-            with open(part, "w", newline="") as file:
-                if ending == "csv":
-                    table = csv.DictWriter(file, rows[0])
-                    table.writeheader()
-                    table.writerows(rows)
-                else:
-                    plain = json.loads(json.dumps(summary), parse_constant=lambda _: None)
-                    json.dump(plain, file, indent=1)               # nan and inf are not JSON
-            part.replace(args.pred / f"metrics.{ending}")
-        except OSError as e:
-            part.unlink(missing_ok=True)
-            raise OSError(f"{args.pred}: cannot be written, is the disk full? ({e})") from None
-    print(f"written: {args.pred / 'metrics.csv'}, {args.pred / 'metrics.json'}")
+    summary = _summarise(results)
+    _print_table(results, summary)
+    _write_results(args.pred, args.protocol, results, summary)
     return 0
 
 
 if __name__ == "__main__":
+    import sys
+
     import labels
     sys.exit(labels.run(main))

@@ -1,4 +1,5 @@
-"""Small inputs for all tests: two tiny nnU-Net datasets whose every number differs."""
+"""Inputs shared by the tests: two tiny nnU-Net datasets, a small HTTP server, and the one place
+that knows where the reference files are."""
 import http.server
 import json
 import os
@@ -12,8 +13,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="reference files (../shared) absent")
+# Reference files that are not part of the repository (real scans, frozen outputs of the release).
+SHARED = Path(os.environ.get("UNIVERSAL_MODEL_SHARED", Path(__file__).parents[2] / "shared"))
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(),
+    reason=f"no reference files in {SHARED}; set UNIVERSAL_MODEL_SHARED to their folder")
 
 
 def write_nifti(path, array, affine):
@@ -22,26 +26,32 @@ def write_nifti(path, array, affine):
 
 
 def affine_of(codes: str, spacing, origin=(10.0, -20.0, 30.0)):
-    """Voxel -> RAS mm for an array whose axes run along e.g. "LPS"."""
-    A = np.zeros((4, 4))
-    for i, c in enumerate(codes):
-        row = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}[c]
-        A[row, i] = spacing[i] * (1 if c in "RAS" else -1)
-    A[:3, 3], A[3, 3] = origin, 1
-    return A
+    """The affine (voxel -> RAS mm) of an array whose axes point along `codes`, such as "LPS"."""
+    affine = np.zeros((4, 4))
+    for axis, code in enumerate(codes):
+        world_axis = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}[code]
+        affine[world_axis, axis] = spacing[axis] * (1 if code in "RAS" else -1)
+    affine[:3, 3] = origin
+    affine[3, 3] = 1
+    return affine
 
 
 def body(seed, shape=(40, 36, 44)):
-    """HU and a map (1 liver, 2 its tumour, 3 kidney on the right, 4 kidney on the left), RAS."""
+    """HU (D, H, W) and label values of a toy body in RAS+ axes.
+
+    1 liver   2 tumour in the liver   3 right kidney   4 left kidney
+    """
     rng = np.random.default_rng(seed)
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
     hu = np.full(shape, -1000.0)
     hu[x ** 2 + y ** 2 < 0.8] = 10
     label = np.zeros(shape, np.uint8)
 
-    def ball(at, r, value, level):
-        m = (x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2 < r ** 2
-        label[m], hu[m] = value, level
+    def ball(centre, radius, value, level):
+        cx, cy, cz = centre
+        inside = (x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 < radius ** 2
+        label[inside] = value
+        hu[inside] = level
     j = rng.uniform(-0.05, 0.05, 3)
     ball((0.35 + j[0], 0.2, 0.2 + j[1]), 0.36, 1, 110)
     ball((0.4 + j[0], 0.2, 0.25 + j[2]), 0.16, 2, 50)
@@ -52,32 +62,59 @@ def body(seed, shape=(40, 36, 44)):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Dataset901 labels liver and tumour, Dataset902 kidneys without sides; LPS and RAS axes."""
+    """A folder whose subfolder raw/ holds two datasets of two scans each.
+
+    Dataset901 (LPS axes) labels the liver and its tumour, Dataset902 (RAS axes) both kidneys
+    without saying which is which.
+    """
     root = tmp_path_factory.mktemp("tiny")
-    for number, name, names, keep, codes in (
-            (901, "Liver", {"background": 0, "liver": [1, 2], "liver tumor": 2}, {1: 1, 2: 2},
-             "LPS"),
-            (902, "Kidney", {"background": 0, "kidney": 1}, {3: 1, 4: 1}, "RAS")):
-        folder = root / "raw" / f"Dataset{number}_{name}"
-        for i in range(2):
-            hu, label = body(number + i)
-            own = np.zeros_like(label)
-            for a, b in keep.items():
-                own[label == a] = b
-            step = -1 if codes == "LPS" else 1
-            hu, own = hu[::step, ::step], own[::step, ::step]
-            A = affine_of(codes, (4.0, 4.5, 5.0))
-            write_nifti(folder / "imagesTr" / f"c{i}_0000.nii.gz", hu, A)
-            write_nifti(folder / "labelsTr" / f"c{i}.nii.gz", own, A)
-        (folder / "dataset.json").write_text(json.dumps(
-            {"channel_names": {"0": "CT"}, "labels": names, "numTraining": 2,
-             "file_ending": ".nii.gz"}))
+    write_tiny_dataset(root / "raw/Dataset901_Liver", 901, "LPS", {1: 1, 2: 2},
+                       {"background": 0, "liver": [1, 2], "liver tumor": 2})
+    write_tiny_dataset(root / "raw/Dataset902_Kidney", 902, "RAS", {3: 1, 4: 1},
+                       {"background": 0, "kidney": 1})
     return root
+
+
+def write_tiny_dataset(folder, seed, codes, new_value, names):
+    """Two bodies as an nnU-Net raw folder; new_value maps body's label values to the file's."""
+    for i in range(2):
+        hu, label = body(seed + i)
+        own_label = np.zeros_like(label)
+        for old, new in new_value.items():
+            own_label[label == old] = new
+        step = -1 if codes == "LPS" else 1
+        affine = affine_of(codes, (4.0, 4.5, 5.0))
+        write_nifti(folder / f"imagesTr/c{i}_0000.nii.gz", hu[::step, ::step], affine)
+        write_nifti(folder / f"labelsTr/c{i}.nii.gz", own_label[::step, ::step], affine)
+    (folder / "dataset.json").write_text(json.dumps(
+        {"channel_names": {"0": "CT"}, "labels": names, "numTraining": 2,
+         "file_ending": ".nii.gz"}))
+
+
+@pytest.fixture
+def tiny_cases(tiny):
+    """The cases of both tiny datasets, with the built-in class table: two livers, two kidneys."""
+    import data
+    import labels
+    folders = data.find_datasets([tiny / "raw"])
+    return [case for folder in folders for case in data.read_dataset(folder, labels.CLASSES)]
+
+
+@pytest.fixture
+def tiny_scans(tiny, tiny_cases):
+    """The same, preprocessed at 4 mm, in a cache that all tests share."""
+    import data
+    return data.build_all(tiny_cases, tiny / "cache_4mm", 4.0, quiet=True)
 
 
 @pytest.fixture
 def server():
-    """A file on the loopback address that honours Range, can break off and be slow."""
+    """One file behind HTTP on the loopback address -> (handler class, URL).
+
+    Attributes of the handler class: the file's content; stop_after, bytes after which a response
+    breaks off; ranges, whether the Range header is honoured; pause, seconds between blocks; asked,
+    the Range header of every request.
+    """
     class Handler(http.server.BaseHTTPRequestHandler):
         content, stop_after, ranges, pause, asked = b"", None, True, 0.0, []
 
@@ -97,7 +134,7 @@ def server():
                 for i in range(0, len(body), 1 << 16):
                     self.wfile.write(body[i:i + (1 << 16)])
                     time.sleep(Handler.pause)
-            except OSError:                          # the client is gone
+            except OSError:                          # the client has closed the connection
                 pass
 
         def log_message(self, *args):

@@ -1,8 +1,11 @@
-"""Files, geometry, datasets, the cache and the crops."""
+"""Files, geometry, preprocessing, datasets on disk, the cache and the crops."""
 import dataclasses
 import gzip
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,35 +17,37 @@ import data
 import labels
 
 
+# ---- files -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "ASL", "SAR"])
 def test_any_axis_order_gives_the_same_anatomy(tmp_path, codes):
-    """Voxel values are 1000 x + 10 y + z in world mm: they must follow the coordinates."""
-    A = affine_of(codes, (2, 3, 4))
+    """The value of a voxel is 1000 x + 10 y + z of its world coordinates in mm, so that a voxel
+    that is read at a wrong place has a wrong value."""
+    affine = affine_of(codes, (2, 3, 4))
     ijk = np.stack(np.meshgrid(*[np.arange(n) for n in (5, 6, 7)], indexing="ij"), -1)
-    xyz = ijk @ A[:3, :3].T + A[:3, 3]
-    write_nifti(tmp_path / "a.nii.gz", (xyz @ [1000, 10, 1]).astype(np.int32), A)
-    v = data.load_volume(tmp_path / "a.nii.gz")
-    assert nib.aff2axcodes(v.affine) == ("R", "A", "S")
-    at = v.affine @ [2, 3, 4, 1]
-    assert v.array[2, 3, 4] == at[:3] @ [1000, 10, 1]
-    assert sorted(v.spacing_mm) == [2, 3, 4]
+    xyz = ijk @ affine[:3, :3].T + affine[:3, 3]
+    write_nifti(tmp_path / "a.nii.gz", (xyz @ [1000, 10, 1]).astype(np.int32), affine)
+    volume = data.load_volume(tmp_path / "a.nii.gz")
+    assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+    xyz = (volume.affine @ [2, 3, 4, 1])[:3]
+    assert volume.array[2, 3, 4] == xyz @ [1000, 10, 1]
+    assert sorted(volume.spacing_mm) == [2, 3, 4]
 
 
 def test_saved_result_has_the_scans_grid_codes_and_voxels(tmp_path):
-    A = affine_of("PIR", (2, 3, 4))
-    img = nib.Nifti1Image(np.arange(210, dtype=np.int16).reshape(5, 6, 7), A)
-    img.set_sform(A, 2)
-    img.set_qform(A, 3)
+    affine = affine_of("PIR", (2, 3, 4))
+    img = nib.Nifti1Image(np.arange(210, dtype=np.int16).reshape(5, 6, 7), affine)
+    img.set_sform(affine, 2)
+    img.set_qform(affine, 3)
     img.header.set_xyzt_units("mm", "sec")
     nib.save(img, tmp_path / "scan.nii.gz")
-    v = data.load_volume(tmp_path / "scan.nii.gz")
-    data.save_like(tmp_path / "out.nii.gz", (v.array % 251).astype(np.uint8),
-                   tmp_path / "scan.nii.gz")
-    a, b = nib.load(tmp_path / "scan.nii.gz"), nib.load(tmp_path / "out.nii.gz")
-    assert np.array_equal(np.asarray(b.dataobj), np.asarray(a.dataobj) % 251)
-    assert np.array_equal(a.affine, b.affine) and b.get_data_dtype() == np.uint8
+    volume = data.load_volume(tmp_path / "scan.nii.gz")
+    result = (volume.array % 251).astype(np.uint8)
+    data.save_like(tmp_path / "out.nii.gz", result, tmp_path / "scan.nii.gz")
+    scan, out = nib.load(tmp_path / "scan.nii.gz"), nib.load(tmp_path / "out.nii.gz")
+    assert np.array_equal(np.asarray(out.dataobj), np.asarray(scan.dataobj) % 251)
+    assert np.array_equal(scan.affine, out.affine) and out.get_data_dtype() == np.uint8
     for key in ("qform_code", "sform_code", "pixdim", "srow_x", "quatern_b", "xyzt_units", "dim"):
-        assert np.array_equal(a.header[key], b.header[key]), key
+        assert np.array_equal(scan.header[key], out.header[key]), key
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.nii.gz", "scan.nii.gz"]
 
 
@@ -54,8 +59,38 @@ def test_scaled_integers_are_read_in_hounsfield_units(tmp_path):
     assert np.array_equal(data.load_volume(tmp_path / "a.nii").array, want)
 
 
+def test_a_figure_without_matplotlib_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)          # as if not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        data.new_figure(4, 3)
+
+
+def test_a_figure_can_be_saved_without_a_display(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = data.new_figure(4, 3, facecolor="black")
+    assert figure.get_size_inches().tolist() == [4, 3]
+    assert figure.get_facecolor() == (0, 0, 0, 1)
+    figure.savefig(tmp_path / "a.png", dpi=10)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- geometry ----------------------------------------------------------------------------------
+def test_bounding_box_by_hand():
+    """True voxels (1, 4) and (3, 2) in an array of 5 x 6: rows 1 to 3, columns 2 to 4."""
+    mask = np.zeros((5, 6), bool)
+    mask[1, 4] = True
+    mask[3, 2] = True
+    assert data.bounding_box(mask) == (slice(1, 4), slice(2, 5))
+    assert data.bounding_box(mask, margin=1) == (slice(0, 5), slice(1, 6))
+    assert data.bounding_box(mask, margin=9) == (slice(0, 5), slice(0, 6))      # no further
+    assert data.bounding_box(np.zeros((5, 6, 7), bool)) is None
+    box = data.bounding_box(np.eye(3, dtype=bool)[:, :, None])
+    assert box == (slice(0, 3), slice(0, 3), slice(0, 1))
+
+
 def test_ramp_in_world_coordinates_survives_resample_and_restore():
-    """Each axis: first and last centres stay, so x + 2y + 3z (mm) is exact at every new voxel."""
+    """The first and last centre of each axis stay, so x + 2y + 3z (mm) is exact at every voxel."""
     shape, spacing = (21, 18, 13), np.array([0.8, 1.1, 5.0])
     grid = np.meshgrid(*[np.arange(n) * s for n, s in zip(shape, spacing, strict=True)],
                        indexing="ij")
@@ -64,9 +99,9 @@ def test_ramp_in_world_coordinates_survives_resample_and_restore():
     assert new == (12, 13, 41)
     step = [(n - 1) * s / (m - 1) for n, s, m in zip(shape, spacing, new, strict=True)]
     grid = np.meshgrid(*[np.arange(m) * s for m, s in zip(new, step, strict=True)], indexing="ij")
-    there = data.resample(ramp, new)
-    assert np.abs(there - (grid[0] + 2 * grid[1] + 3 * grid[2])).max() < 1e-4
-    assert np.abs(data.resample(there, shape) - ramp).max() < 1e-4
+    resampled = data.resample(ramp, new)
+    assert np.abs(resampled - (grid[0] + 2 * grid[1] + 3 * grid[2])).max() < 1e-4
+    assert np.abs(data.resample(resampled, shape) - ramp).max() < 1e-4
 
 
 def test_one_voxel_axes_stay_and_labels_take_the_nearest():
@@ -77,6 +112,14 @@ def test_one_voxel_axes_stay_and_labels_take_the_nearest():
     assert np.array_equal(data.resample(x, (1, 2, 3)), x)
 
 
+def test_interpolation_makes_its_indices_on_the_device_of_its_data():
+    """On the device `meta` an index on the CPU is refused, as on a GPU."""
+    on_device = torch.zeros(3, 4, 5, device="meta")
+    out = data.interpolate(on_device, np.array([0.0, 0.5, 2.0]), 1)
+    assert out.device.type == "meta" and out.shape == (3, 3, 5)
+
+
+# ---- preprocessing -----------------------------------------------------------------------------
 def test_preprocess_windows_hu_and_crops_to_what_is_not_air():
     hu = np.full((20, 20, 20), -1000, np.int16)
     hu[5:12, 6:15, 2:19] = np.arange(17)[None, None] * 40 - 300
@@ -86,31 +129,76 @@ def test_preprocess_windows_hu_and_crops_to_what_is_not_air():
     assert image[0, 0, 0] == pytest.approx(35 / 425) and image.max() == 1
 
 
+def test_a_scan_of_nothing_but_air_is_kept_whole():
+    air = np.full((4, 5, 6), -1000, np.int16)
+    image, shape, box = data.preprocess(data.Volume(air, np.diag([1.5, 1.5, 1.5, 1])))
+    assert image.shape == shape == (4, 5, 6) and not image.any()
+    assert box == (slice(0, 4), slice(0, 5), slice(0, 6))
+
+
+def test_an_mri_is_clipped_at_percentiles_and_scaled_to_unit_deviation():
+    """0 to 999 in random order: percentiles 0.5 and 99.5 are 0.005 * 999 and 0.995 * 999."""
+    values = np.random.default_rng(0).permutation(1000).reshape(10, 10, 10).astype(np.int16)
+    volume = data.Volume(values, np.diag([1.5, 1.5, 1.5, 1]), "mri")
+    low, high = data.grey_range(volume)
+    assert (low, high) == (pytest.approx(4.995), pytest.approx(994.005))
+    image, _, box = data.preprocess(volume)
+    want = np.clip(values.astype(np.float32), low, high) - low
+    assert np.allclose(image, (want / want.std())[box], atol=1e-3)
+
+
 def test_midline_follows_an_off_centre_body():
     image = np.zeros((80, 50, 50), np.float32)
-    image[40:70, 10:40, 5:45] = 0.5           # the body, at 54.5
+    image[40:70, 10:40, 5:45] = 0.5           # the body, centred at 54.5
     image[2:4, 2:4, :] = 0.9                  # a cable
     assert abs(data.body_midline(image) - 54.5) < 1
 
 
-def test_cache_holds_sides_regions_and_points(tiny, tmp_path):
+# ---- cache -------------------------------------------------------------------------------------
+def test_datasets_are_found_inside_a_folder(tiny):
     folders = data.find_datasets([tiny / "raw"])
-    assert [f.name for f in folders] == ["Dataset901_Liver", "Dataset902_Kidney"]
-    cases = [c for f in folders for c in data.read_dataset(f, labels.CLASSES)]
-    scans = data.build_all(cases, tmp_path / "cache", 4.0)
+    assert [folder.name for folder in folders] == ["Dataset901_Liver", "Dataset902_Kidney"]
+
+
+def test_cache_holds_sides_regions_and_class_voxels(tiny_cases, tmp_path):
+    scans = data.build_all(tiny_cases, tmp_path / "cache", 4.0)
     liver, kidney = scans[0], scans[2]
     assert sorted(kidney.meta["points"]) == ["1", "2"]
     assert sorted(liver.meta["points"]) == ["26", "5"]
-    right, left = kidney.points(1).mean(0), kidney.points(2).mean(0)
-    assert right[0] > left[0] + 10            # axis 0 grows to the patient's right
-    assert (kidney.case.lm.regions[:, 1][kidney.rows()]).sum() > 100
-    assert liver.image().dtype == np.float16 and 0 <= liver.image().min() < liver.image().max() <= 1
-    stamp = liver.entry.stat().st_mtime_ns
-    again = data.build_all(cases, tmp_path / "cache", 4.0)
-    assert again[0].entry.stat().st_mtime_ns == stamp
+    assert kidney.present_classes() == [1, 2] and liver.present_classes() == [5, 26]
+    right, left = kidney.class_voxels(1).mean(0), kidney.class_voxels(2).mean(0)
+    assert right[0] > left[0] + 10            # axis 0 grows towards the patient's right
+    assert (kidney.case.label_map.regions[:, 1][kidney.label_rows()]).sum() > 100
+    image = liver.image()
+    assert image.dtype == np.float16 and 0 <= image.min() < image.max() <= 1
+
+
+def test_a_cache_entry_is_built_once_for_each_spacing(tiny_cases, tmp_path):
+    first = data.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
+    stamp = first.entry.stat().st_mtime_ns
+    again = data.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
+    assert again.entry == first.entry and again.entry.stat().st_mtime_ns == stamp
     assert len(list((tmp_path / "cache").iterdir())) == 4
-    other = data.build(cases[0], tmp_path / "cache", 5.0)
-    assert other.entry != liver.entry
+    other = data.build(tiny_cases[0], tmp_path / "cache", 5.0)
+    assert other.entry != first.entry
+
+
+def test_a_cache_that_was_built_before_is_found_again(tmp_path, monkeypatch):
+    """The key of given files (by a relative path here) is frozen: building a cache takes long."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("image.nii", "label.nii"):
+        (tmp_path / name).write_bytes(b"12345")
+        os.utime(tmp_path / name, ns=(1_000_000_000, 1_000_000_000))
+    monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path)
+    label_map = labels.label_map({"kidney": [1, 2], "kidney tumor": 2, "sacrum": 7}, labels.CLASSES)
+    case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
+    assert data._key(case, 1.5) == "adcdbdadb11fbf605e63"
+
+
+def test_the_files_of_a_cache_entry(tiny_scans):
+    files = {path.name for path in tiny_scans[0].entry.iterdir()}
+    assert files == {"image.npy", "rows.npy", "points.npy", "meta.json"}
+    assert set(tiny_scans[0].meta) == {"points", "fingerprint", "shape", "spacing_mm"}
 
 
 def test_the_same_scan_in_other_axes_and_type_has_the_same_fingerprint():
@@ -125,63 +213,8 @@ def test_copies_of_a_scan_stay_on_one_side_of_the_split():
     case = data.Case("d/c", "d", None, None, None, None)
     scans = [data.Scan(case, None, {"fingerprint": str(i // 2)}) for i in range(40)]
     train, val = data.split_scans(scans, 0.25, 0)
-    assert len(val) == 10 and not {s.meta["fingerprint"] for s in train} & \
-        {s.meta["fingerprint"] for s in val}
-
-
-def crops(tiny, tmp_path, **how):
-    cases = [c for f in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(f, labels.CLASSES)]
-    return data.Crops(data.build_all(cases, tmp_path / "cache", 4.0), patch=64, length=400, **how)
-
-
-def test_crop_number_i_is_a_pure_function_of_seed_and_i(tiny, tmp_path):
-    a, b = crops(tiny, tmp_path, seed=3), crops(tiny, tmp_path, seed=3)
-    _ = [b[i] for i in (9, 2, 5)]
-    assert torch.equal(a[7]["image"], b[7]["image"]) and torch.equal(a[7]["rows"], b[7]["rows"])
-    assert not all(torch.equal(a[i]["image"], crops(tiny, tmp_path, seed=4)[i]["image"])
-                   for i in range(4))
-
-
-def test_two_of_three_crops_are_centred_on_a_class_and_each_gets_its_turn(tiny, tmp_path):
-    """With a patch of 16 the centre voxel is the drawn one wherever the border allows."""
-    ds = crops(tiny, tmp_path, seed=0, augment=False)
-    scan, counts, n = ds.datasets[0][0], np.zeros(3), 600
-    for i in range(n):
-        _, rows = data.crop(scan, 16, np.random.default_rng(i))
-        counts[rows[8, 8, 8]] += 1                   # 0 background, 1 liver, 2 tumour (and liver)
-    share = counts / n
-    assert abs(share[0] - 1 / 3) < 0.1
-    assert share[1] > 0.15 and share[2] > 0.3        # tumour: its turn, and its part of the liver's
-
-
-def test_msd_tasks_show_their_tumours_more_often_and_magnified(tiny, tmp_path, monkeypatch):
-    """5 : 1 : 1 crops on tumour, organ, background; zoom 1.3 to 1.5 of image and rows alike."""
-    ds = crops(tiny, tmp_path, seed=0, augment=False)
-    scan = ds.datasets[0][0]
-    scan.case = dataclasses.replace(scan.case, msd=True)
-    tumours, n = 0, 600
-    for i in range(n):
-        _, rows = data.crop(scan, 16, np.random.default_rng(i))
-        tumours += rows[8, 8, 8] == 2
-    # 5/7 on a tumour voxel; 1/7 on the liver, of which the tumour is a part
-    part = np.mean(scan.rows()[scan.rows() > 0] == 2)
-    assert abs(tumours / n - (5 + part) / 7) < 0.06
-
-    for name, value in (("ZOOM_P", 1.0), ("ROTATE_P", 0.0), ("SHIFT_P", 0.0)):
-        monkeypatch.setattr(data, name, value)
-    big, plain = crops(tiny, tmp_path, seed=0), crops(tiny, tmp_path, seed=0, augment=False)
-    for d in big.datasets[0]:
-        d.case = dataclasses.replace(d.case, msd=True)
-    at = [i for i in range(60) if big[i]["name"].startswith("Dataset901")]
-    liver = [sum(int((d[i]["rows"] > 0).sum()) for i in at) for d in (big, plain)]
-    assert 1.2 ** 3 < liver[0] / liver[1] < 1.6 ** 3
-    item = big[at[0]]
-    bright = item["image"][0].numpy() > 0.52                      # the liver has 110 HU: 0.67
-    assert item["image"].shape == (1, 64, 64, 64)
-    assert bright[item["rows"].numpy() == 1].mean() > 0.9
-    kidney = next(i for i in range(60) if plain[i]["name"].startswith("Dataset902"))
-    assert not big.datasets[1][0].case.msd and \
-        torch.equal(big[kidney]["rows"], crops(tiny, tmp_path, seed=0)[kidney]["rows"])
+    both = {s.meta["fingerprint"] for s in train} & {s.meta["fingerprint"] for s in val}
+    assert len(val) == 10 and not both
 
 
 @pytest.mark.parametrize("file, damage", [
@@ -189,20 +222,19 @@ def test_msd_tasks_show_their_tumours_more_often_and_magnified(tiny, tmp_path, m
     ("points.npy", lambda b: b[:200]), ("meta.json", lambda b: b""),
     ("meta.json", lambda b: b"[]"),
     ("meta.json", lambda b: b.replace(b'"shape": [', b'"shape": [1'))])
-def test_a_damaged_cache_entry_is_made_again(tiny, tmp_path, file, damage):
-    case = data.read_dataset(tiny / "raw/Dataset901_Liver", labels.CLASSES)[0]
-    scan = data.build(case, tmp_path, 4.0)
-    whole = {p.name: p.read_bytes() for p in scan.entry.iterdir()}
-    content = damage(whole[file])
+def test_a_damaged_cache_entry_is_made_again(tiny_cases, tmp_path, file, damage):
+    scan = data.build(tiny_cases[0], tmp_path, 4.0)
+    before = {p.name: p.read_bytes() for p in scan.entry.iterdir()}
+    content = damage(before[file])
     (scan.entry / file).unlink()
     if content is not None:
         (scan.entry / file).write_bytes(content)
-    again = data.build(case, tmp_path, 4.0)
-    assert {p.name: p.read_bytes() for p in scan.entry.iterdir()} == whole
+    again = data.build(tiny_cases[0], tmp_path, 4.0)
+    assert {p.name: p.read_bytes() for p in scan.entry.iterdir()} == before
     assert again.meta == scan.meta and len(list(tmp_path.iterdir())) == 1
 
 
-def test_label_and_image_a_twentieth_of_a_mm_apart_are_taken_as_one(tiny, tmp_path, capsys):
+def test_label_and_image_a_twentieth_of_a_mm_apart_are_treated_as_one_grid(tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
     file = folder / "labelsTr/c0.nii.gz"
     img = nib.load(file)
@@ -210,25 +242,15 @@ def test_label_and_image_a_twentieth_of_a_mm_apart_are_taken_as_one(tiny, tmp_pa
     affine[1, 3] += 0.05
     nib.save(nib.Nifti1Image(array, affine), file)
     data.build(data.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
-    assert "note:" in (said := capsys.readouterr().out) and "0.05 mm apart" in said
+    printed = capsys.readouterr().out
+    assert "note:" in printed and "0.05 mm apart" in printed
 
 
-def test_batch_targets_are_the_rows_looked_up(tiny, tmp_path):
-    ds = crops(tiny, tmp_path, seed=0)
-    batch = data.collate([ds[i] for i in range(6)])
-    ks = torch.nonzero(batch["annotated"].any(0))[:, 0]
-    assert ks.tolist() == [1, 2, 5, 26]
-    y = data.targets(batch["rows"], batch["regions"], ks)
-    b, k = 3, 1
-    want = batch["regions"][b][:, ks[k]].numpy()[batch["rows"][b].numpy()]
-    assert y.shape == (6, 4, 64, 64, 64) and np.array_equal(y[b, k].numpy(), want)
-    assert (~y[:, 3] | y[:, 2]).all()                # a tumour voxel is a liver voxel
-
-
+# ---- datasets on disk --------------------------------------------------------------------------
 def broken(tmp_path, what):
-    """A dataset with one fault -> the path that the message must name."""
+    """A dataset with one fault -> its folder, which the message must name."""
     folder = tmp_path / "Dataset903_Bad"
-    A = np.eye(4)
+    affine = np.eye(4)
     image = np.random.default_rng(0).integers(-900, 900, (8, 9, 10)).astype(np.int16)
     label = np.zeros((8, 9, 10), np.uint8)
     info = {"labels": {"liver": 1}}
@@ -240,8 +262,10 @@ def broken(tmp_path, what):
         label[2, 3, 4] = 7
     if what == "no class":
         info = {"labels": {"sacrum": 1}}
-    write_nifti(folder / "imagesTr/c_0000.nii.gz", image, A)
-    write_nifti(folder / "labelsTr/c.nii.gz", label, A * [2, 1, 1, 1] if what == "affine" else A)
+    write_nifti(folder / "imagesTr/c_0000.nii.gz", image, affine)
+    if what == "affine":
+        affine = affine * [2, 1, 1, 1]
+    write_nifti(folder / "labelsTr/c.nii.gz", label, affine)
     (folder / "dataset.json").write_text("{" if what == "json" else json.dumps(info))
     path = folder / "imagesTr/c_0000.nii.gz"
     if what == "truncated":
@@ -270,12 +294,13 @@ FAULTS = {"4D": "3D scan", "label shape": "label has shape", "unknown value": "[
 def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
     import train
     folder = broken(tmp_path, what)
-    status = labels.run(train.main, ["--data", str(folder), "--out", str(tmp_path / "run"), "--text",
-                                "onehot", "--patch", "64", "--width", "8"])
-    err = capsys.readouterr().err.replace("\r", "\n").split("\n")
-    line = [e for e in err if e.startswith("error:")]
-    assert status == 2 and len(line) == 1 and FAULTS[what] in line[0]
-    assert "Dataset903_Bad" in line[0] and "Traceback" not in line[0]
+    status = labels.run(train.main, [
+        "--data", str(folder), "--out", str(tmp_path / "run"), "--text", "onehot", "--patch", "64",
+        "--width", "8"])
+    printed = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    errors = [line for line in printed if line.startswith("error:")]
+    assert status == 2 and len(errors) == 1 and FAULTS[what] in errors[0]
+    assert "Dataset903_Bad" in errors[0] and "Traceback" not in errors[0]
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.rglob("*.part*"))
 
@@ -283,35 +308,27 @@ def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
 @needs_shared
 def test_shared_real_volumes_are_read_as_they_are():
     ts = data.read_dataset(SHARED / "data/Dataset001_TotalSegExample", labels.CLASSES)
-    assert int(ts[0].annotated.sum()) == 19 and "femur_left" in ts[0].lm.unmatched
+    assert int(ts[0].annotated.sum()) == 19 and "femur_left" in ts[0].label_map.unmatched
     lung = data.read_dataset(SHARED / "data/Dataset003_LungOrgansAndTumour", labels.CLASSES)[0]
     assert np.flatnonzero(lung.annotated).tolist() == [15, 16, 29]
-    v = data.load_volume(lung.image)
-    assert v.array.shape == (125, 125, 100) and np.allclose(v.spacing_mm, 4)
-
-
-def test_an_mri_is_clipped_at_percentiles_and_scaled_to_unit_deviation():
-    """0 ... 999 in shuffled order: percentiles 0.5 and 99.5 are 5.0 and 994.0 (linear)."""
-    values = np.random.default_rng(0).permutation(1000).reshape(10, 10, 10).astype(np.int16)
-    v = data.Volume(values, np.diag([1.5, 1.5, 1.5, 1]), "mri")
-    low, high = data.grey_range(v)
-    assert (low, high) == (pytest.approx(4.995), pytest.approx(994.005))
-    image, _, box = data.preprocess(v)
-    want = np.clip(values.astype(np.float32), low, high) - low
-    assert np.allclose(image, (want / want.std())[box], atol=1e-3)
+    volume = data.load_volume(lung.image)
+    assert volume.array.shape == (125, 125, 100) and np.allclose(volume.spacing_mm, 4)
 
 
 def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
-    import shutil
-    folder = tmp_path / "Dataset905_MR"
-    shutil.copytree(tiny / "raw" / "Dataset901_Liver", folder)
+    folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset905_MR")
     info = json.loads((folder / "dataset.json").read_text())
+    del info["channel_names"]
     for key, value, want in (("channel_names", {"0": "MRI"}, "mri"), ("channel_names", {}, "ct"),
                              ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct")):
-        (folder / "dataset.json").write_text(json.dumps(
-            {k: v for k, v in info.items() if k != "channel_names"} | {key: value}))
-        assert {c.modality for c in data.read_dataset(folder, labels.CLASSES)} == {want}
-    cases = data.read_dataset(folder, labels.CLASSES)
+        (folder / "dataset.json").write_text(json.dumps({**info, key: value}))
+        cases = data.read_dataset(folder, labels.CLASSES)
+        assert {case.modality for case in cases} == {want}
+
+
+def test_median_spacing_is_over_scans_and_axes(tiny):
+    """Both scans of the dataset have 4, 4.5 and 5 mm."""
+    cases = data.read_dataset(tiny / "raw/Dataset901_Liver", labels.CLASSES)
     assert data.median_spacing(cases) == pytest.approx(4.5)
 
 
@@ -332,8 +349,157 @@ def test_a_list_of_pairs_as_msd_writes_it(tiny, tmp_path):
         data.read_dataset(folder, labels.CLASSES)
 
 
-def test_interpolation_makes_its_indices_on_the_device_of_its_data():
-    """On the device `meta` an index on the CPU is refused, as on a GPU."""
-    on_device = torch.zeros(3, 4, 5, device="meta")
-    out = data.interpolate(on_device, np.array([0.0, 0.5, 2.0]), 1)
-    assert out.device.type == "meta" and out.shape == (3, 3, 5)
+# ---- crops -------------------------------------------------------------------------------------
+def crops(scans, **kwargs):
+    return data.Crops(scans, patch=64, length=400, **kwargs)
+
+
+def test_crop_number_i_is_a_pure_function_of_seed_and_i(tiny_scans):
+    a, b = crops(tiny_scans, seed=3), crops(tiny_scans, seed=3)
+    _ = [b[i] for i in (9, 2, 5)]
+    for key in ("image", "label_rows"):
+        assert torch.equal(a[7][key], b[7][key])
+    other_seed = crops(tiny_scans, seed=4)
+    assert not all(torch.equal(a[i]["image"], other_seed[i]["image"]) for i in range(4))
+
+
+def test_two_of_three_crops_are_centred_on_a_class_and_each_gets_its_turn(tiny_scans):
+    """With a patch of 16, the centre voxel is the drawn one wherever the border allows it."""
+    counts, n = np.zeros(3), 600
+    for i in range(n):
+        _, label_rows = data.crop(tiny_scans[0], 16, np.random.default_rng(i))
+        counts[label_rows[8, 8, 8]] += 1         # 0 background, 1 liver, 2 tumour (and liver)
+    share = counts / n
+    assert abs(share[0] - 1 / 3) < 0.1
+    assert share[1] > 0.15 and share[2] > 0.3    # tumour voxels are drawn as tumour and as liver
+
+
+def scan_of(folder, image, label_rows):
+    """A cache entry of these two arrays, in which no class has a voxel: all crops are background.
+
+    A crop of one voxel is then exactly the voxel that was drawn.
+    """
+    data._write_entry(folder, image, label_rows, np.zeros((0, 3), np.uint16),
+                      {"points": {}, "shape": image.shape})
+    case = data.Case("d/c", "d", None, None, None, np.zeros(32, bool))
+    return data.Scan(case, folder, data._read_meta(folder))
+
+
+def test_background_crops_are_centred_in_the_body(tmp_path):
+    """The body is a slab of a fifth of the scan, half of it labelled: every one of 200 crops is
+    centred on its other half, none on air (image 0), where label rows are 0 too."""
+    image = np.zeros((20, 20, 20), np.float32)
+    label_rows = np.zeros((20, 20, 20), np.uint8)
+    image[8:12] = np.linspace(0.25, 1, 400).reshape(20, 20)
+    label_rows[8:12, :10] = 3
+    scan = scan_of(tmp_path / "entry", image, label_rows)
+    values = []
+    for i in range(200):
+        voxel, row = data.crop(scan, 1, np.random.default_rng(i))
+        again, _ = data.crop(scan, 1, np.random.default_rng(i))
+        assert voxel.shape == (1, 1, 1) and voxel > 0 and row == 0 and voxel == again
+        values.append(float(voxel.item()))
+    assert len(set(values)) > 90                 # anywhere in it, not at one place
+
+
+def test_a_scan_without_background_gives_crops_all_the_same(tmp_path):
+    """A body that is labelled everywhere: a labelled voxel. No body at all: any voxel."""
+    image = np.zeros((20, 20, 20), np.float32)
+    image[8:12] = 0.5
+    labelled = np.full((20, 20, 20), 3, np.uint8)
+    scan = scan_of(tmp_path / "labelled", image, labelled)
+    for i in range(20):
+        voxel, row = data.crop(scan, 1, np.random.default_rng(i))
+        assert voxel > 0 and row == 3
+    scan = scan_of(tmp_path / "air", 0 * image, labelled)
+    voxel, row = data.crop(scan, 1, np.random.default_rng(0))
+    assert voxel == 0 and row == 3
+
+
+def test_a_crop_is_moved_inside_the_scan_and_padded_where_the_scan_is_smaller():
+    """Axes of 10, 10 and 2 voxels, a cube of 4 around (5, 9, 0): planes 3 to 6, planes 6 to 9, and
+    one plane of zeros on either side of both planes."""
+    array = 1 + np.arange(200).reshape(10, 10, 2)
+    out = data.cut_out(array, (5, 9, 0), 4)
+    assert out.shape == (4, 4, 4)
+    assert np.array_equal(out[:, :, 1:3], array[3:7, 6:10])
+    assert not out[:, :, 0].any() and not out[:, :, 3].any()
+
+
+def as_msd_task(scans):
+    return [dataclasses.replace(scan, case=dataclasses.replace(scan.case, msd=True))
+            for scan in scans]
+
+
+def test_msd_tasks_show_their_tumours_more_often(tiny_scans):
+    """5 : 1 : 1 crops on tumour, organ and background. 5/7 are centred on a tumour voxel, and 1/7
+    on the liver, of which the tumour is a part."""
+    scan, = as_msd_task(tiny_scans[:1])
+    tumours, n = 0, 600
+    for i in range(n):
+        _, label_rows = data.crop(scan, 16, np.random.default_rng(i))
+        tumours += label_rows[8, 8, 8] == 2
+    label_rows = scan.label_rows()
+    part = np.mean(label_rows[label_rows > 0] == 2)
+    assert abs(tumours / n - (5 + part) / 7) < 0.06
+
+
+def test_msd_tasks_are_magnified_and_others_are_not(tiny_scans, monkeypatch):
+    """Image and label together, by 1.3 to 1.5 on each axis."""
+    monkeypatch.setattr(data, "ZOOM_P", 1.0)
+    monkeypatch.setattr(data, "ROTATE_P", 0.0)
+    monkeypatch.setattr(data, "SHIFT_P", 0.0)
+    plain = crops(tiny_scans, seed=0, augment=False)
+    magnified = crops(as_msd_task(tiny_scans[:2]) + tiny_scans[2:], seed=0)
+    of_liver = [i for i in range(60) if magnified[i]["name"].startswith("Dataset901")]
+    liver = [sum(int((crops_[i]["label_rows"] > 0).sum()) for i in of_liver)
+             for crops_ in (magnified, plain)]
+    assert 1.2 ** 3 < liver[0] / liver[1] < 1.6 ** 3
+    item = magnified[of_liver[0]]
+    bright = item["image"][0].numpy() > 0.52                 # the liver has 110 HU: 0.67
+    assert item["image"].shape == (1, 64, 64, 64)
+    assert bright[item["label_rows"].numpy() == 1].mean() > 0.9
+    of_kidney = next(i for i in range(60) if plain[i]["name"].startswith("Dataset902"))
+    unmagnified = crops(tiny_scans, seed=0)[of_kidney]
+    assert torch.equal(magnified[of_kidney]["label_rows"], unmagnified["label_rows"])
+
+
+# ---- batches -----------------------------------------------------------------------------------
+def test_a_batch_has_these_keys_types_and_shapes(tiny_scans):
+    """regions has 2 x 3 rows for the liver (background, liver, tumour; each for both sides) and
+    2 x 2 for the kidneys, to which two all-false rows are added."""
+    dataset = crops(tiny_scans, seed=0)
+    items = [dataset[i] for i in range(6)]
+    batch = data.collate(items)
+    assert {key: (value.dtype, tuple(value.shape))
+            for key, value in batch.items() if key != "name"} == {
+        "image": (torch.float32, (6, 1, 64, 64, 64)),
+        "label_rows": (torch.int32, (6, 64, 64, 64)),
+        "regions": (torch.bool, (6, 6, 32)),
+        "annotated": (torch.bool, (6, 32))}
+    assert batch["name"] == [item["name"] for item in items]
+    kidney = next(i for i in range(6) if batch["name"][i].startswith("Dataset902"))
+    assert len(items[kidney]["regions"]) == 4                # as it was before
+    assert torch.equal(batch["regions"][kidney, :4], items[kidney]["regions"])
+    assert not batch["regions"][kidney, 4:].any()
+
+
+def test_targets_by_hand():
+    """Rows background, liver, tumour in the liver; classes liver (0), spleen (1), tumour (2)."""
+    regions = torch.tensor([[[0, 0, 0], [1, 0, 0], [1, 0, 1]]], dtype=torch.bool)
+    label_rows = torch.tensor([0, 1, 2]).view(1, 3, 1, 1)
+    y = data.targets(label_rows, regions, torch.tensor([2, 0]))
+    assert y.shape == (1, 2, 3, 1, 1)
+    assert y.flatten(2).int().tolist() == [[[0, 0, 1], [0, 1, 1]]]
+
+
+def test_targets_of_a_batch_are_its_label_rows_looked_up(tiny_scans):
+    dataset = crops(tiny_scans, seed=0)
+    batch = data.collate([dataset[i] for i in range(6)])
+    indices = torch.nonzero(batch["annotated"].any(0))[:, 0]
+    assert indices.tolist() == [1, 2, 5, 26]
+    y = data.targets(batch["label_rows"], batch["regions"], indices)
+    b, n = 3, 1
+    want = batch["regions"][b][:, indices[n]].numpy()[batch["label_rows"][b].numpy()]
+    assert y.shape == (6, 4, 64, 64, 64) and np.array_equal(y[b, n].numpy(), want)
+    assert (~y[:, 3] | y[:, 2]).all()                        # a tumour voxel is a liver voxel

@@ -1,8 +1,13 @@
-"""Scores: by hand, and the command on label maps of two kinds."""
+"""Scores by hand and against other implementations; the command on label maps of two kinds."""
 import csv
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import affine_of, write_nifti
@@ -26,24 +31,45 @@ def test_dice_of_empty_masks():
 
 def test_the_empty_cases_are_an_argument():
     some, none = np.ones((2, 2, 2)), np.zeros((2, 2, 2))
-    how = {"empty": (1.0, 0.25, 0.5)}
-    near = {"spacing_mm": (1, 1, 1), "tolerance_mm": 1}
-    for score in (lambda p, r: metrics.dice(p, r, **how),
-                  lambda p, r: metrics.nsd(p, r, **near, **how)):
-        assert [score(none, none), score(some, none), score(none, some)] == [1.0, 0.25, 0.5]
-    assert math.isnan(metrics.nsd(none, none, **near)) and metrics.nsd(some, none, **near) == 0
+    empty = (1.0, 0.25, 0.5)                     # both, only the reference, only the prediction
+    pairs = [(none, none), (some, none), (none, some)]
+    at_1_mm = {"spacing_mm": (1, 1, 1), "tolerance_mm": 1}
+    assert [metrics.dice(p, r, empty=empty) for p, r in pairs] == [1.0, 0.25, 0.5]
+    assert [metrics.nsd(p, r, **at_1_mm, empty=empty) for p, r in pairs] == [1.0, 0.25, 0.5]
+    assert math.isnan(metrics.nsd(none, none, **at_1_mm))
+    assert metrics.nsd(some, none, **at_1_mm) == 0
 
 
-# ---- surfaces ----------------------------------------------------------------------------------
-def voxel(*at, shape=(9, 8, 7)):
-    mask = np.zeros(shape, bool)
-    mask[at] = True
-    return mask
+# ---- the area of a surface element -------------------------------------------------------------
+FACE = [(0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0)]                  # at axis 0 = 0
+
+
+def test_segments_on_a_face_by_hand():
+    """Middles of edges are in half voxels: (0, 0, 1) lies between (0, 0, 0) and (0, 0, 1)."""
+    assert metrics._segments(FACE, {(0, 0, 0)}) == [((0, 0, 1), (0, 1, 0))]
+    assert metrics._segments(FACE, {(0, 0, 0), (0, 0, 1)}) == [((0, 1, 2), (0, 1, 0))]
+    diagonal = metrics._segments(FACE, {(0, 0, 0), (0, 1, 1)})
+    assert diagonal == [((0, 1, 0), (0, 0, 1)), ((0, 1, 2), (0, 2, 1))]
+    assert metrics._segments(FACE, set()) == metrics._segments(FACE, set(FACE)) == []
+
+
+def test_polygons_are_joined_from_segments():
+    a, b, c, d, e, f = range(6)
+    assert metrics._polygons([(a, b), (c, a), (b, c)]) == [[a, b, c]]
+    assert metrics._polygons([(a, b), (b, c), (c, a), (d, e), (f, e), (f, d)]) == [
+        [a, b, c], [d, e, f]]
+
+
+def test_a_polygon_of_n_vertices_has_catalan_many_triangulations():
+    square = list(metrics._triangulations(0, 3))
+    assert square == [[(0, 1, 3), (1, 2, 3)], [(0, 2, 3), (0, 1, 2)]]
+    assert [len(list(metrics._triangulations(0, n - 1))) for n in range(3, 8)] == [1, 2, 5, 14, 42]
 
 
 def test_areas_by_hand():
-    """One corner in: an equilateral triangle with sides sqrt(1/2): sqrt(3)/8. Four corners of one
-    side: the unit square, here 2 x 3 mm2. Complements have one surface; none and all have none."""
+    """One corner inside: an equilateral triangle with sides sqrt(1/2), area sqrt(3)/8. The four
+    corners of one side: the unit square, here 2 x 3 mm2. A code and its complement have the same
+    surface; codes of no corner and of all corners have none."""
     one = metrics.surface_areas((1, 1, 1))
     assert one[1] == pytest.approx(math.sqrt(3) / 8) and one[0] == one[255] == 0
     assert np.allclose(one, one[::-1])
@@ -51,6 +77,13 @@ def test_areas_by_hand():
     assert metrics.surface_areas((5, 2, 3))[side] == pytest.approx(6)
     edge = sum(1 << i for i, c in enumerate(metrics._CORNERS) if c[:2] == (0, 0))
     assert metrics.surface_areas((1, 1, 4))[edge] == pytest.approx(4 * math.sqrt(0.5))
+
+
+# ---- distances between surfaces ----------------------------------------------------------------
+def voxel(*at, shape=(9, 8, 7)):
+    mask = np.zeros(shape, bool)
+    mask[at] = True
+    return mask
 
 
 def test_area_of_a_cube():
@@ -64,7 +97,7 @@ def test_area_of_a_cube():
 def test_two_voxels_two_mm_apart_are_two_mm_apart():
     a, b = voxel(2, 3, 3), voxel(4, 3, 3)
     s = metrics.surface_distances(a, b, spacing_mm=(1, 1, 1))
-    assert s.pred_mm.tolist() == [2, 2, 2, 2, 1, 1, 1, 1]        # the facing sides are 1 mm apart
+    assert s.pred_mm.tolist() == [2, 2, 2, 2, 1, 1, 1, 1]        # the sides that face are 1 mm away
     assert metrics.hd95(a, b, spacing_mm=(1, 1, 1)) == 2
     assert metrics.assd(a, b, spacing_mm=(1, 1, 1)) == pytest.approx(1.5)
     assert metrics.nsd(a, b, spacing_mm=(1, 1, 1), tolerance_mm=1) == pytest.approx(0.5)
@@ -72,7 +105,7 @@ def test_two_voxels_two_mm_apart_are_two_mm_apart():
 
 
 def test_a_tolerance_equal_to_the_shift_counts():
-    """A slab moved by 3 voxels of 0.7 mm: 2.1 mm, which 3 * 0.7 is not in binary."""
+    """A slab moved by 3 voxels of 0.7 mm. In floating point, 3 * 0.7 is not 2.1."""
     a, b = np.zeros((20, 6, 6), bool), np.zeros((20, 6, 6), bool)
     a[2:8], b[5:11] = True, True
     shift = math.sqrt((3 * 0.7) ** 2)
@@ -82,18 +115,26 @@ def test_a_tolerance_equal_to_the_shift_counts():
 
 def test_empty_masks_have_no_distance():
     some, none = voxel(2, 3, 3), voxel(0, 0, 0) & False
-    how = {"spacing_mm": (1, 2, 3)}
-    assert metrics.hd95(some, none, **how) == metrics.hd95(none, some, **how) == math.inf
-    assert metrics.assd(some, none, **how) == math.inf
-    assert math.isnan(metrics.hd95(none, none, **how))
-    assert math.isnan(metrics.assd(none, none, **how))
+    spacing_mm = (1, 2, 3)
+    assert metrics.hd95(some, none, spacing_mm=spacing_mm) == math.inf
+    assert metrics.hd95(none, some, spacing_mm=spacing_mm) == math.inf
+    assert metrics.assd(some, none, spacing_mm=spacing_mm) == math.inf
+    assert math.isnan(metrics.hd95(none, none, spacing_mm=spacing_mm))
+    assert math.isnan(metrics.assd(none, none, spacing_mm=spacing_mm))
     with pytest.raises(ValueError, match="shape"):
-        metrics.surface_distances(some, some[1:], **how)
+        metrics.surface_distances(some, some[1:], spacing_mm=spacing_mm)
+
+
+def test_percentile_by_area_by_hand():
+    """Distances 1, 2, 3 mm on areas 5, 4, 1: 50 % of the area is within 1 mm, 90 % within 2."""
+    mm, area = np.array([3.0, 1.0, 2.0]), np.array([1.0, 5.0, 4.0])
+    got = [metrics._area_percentile(mm, area, percent) for percent in (50, 51, 90, 95, 100)]
+    assert got == [1, 2, 2, 3, 3]
 
 
 def shapes(n):
-    """Pairs of masks made to hurt: noise, boxes at the border, blobs, single voxels, full, empty;
-    spacing and tolerance beside them, half of the tolerances a multiple of a spacing."""
+    """n hard cases (pred, ref, spacing, tolerance): noise, boxes at the border, blobs, single
+    voxels, full and empty masks. Half of the tolerances are a multiple of a spacing."""
     from scipy.ndimage import gaussian_filter
     for seed in range(n):
         rng = np.random.default_rng(seed)
@@ -122,7 +163,7 @@ def shapes(n):
 
 @pytest.mark.filterwarnings("ignore")
 def test_scores_equal_those_of_surface_distance(monkeypatch):
-    monkeypatch.setattr(np, "Inf", np.inf, raising=False)         # the oracle is older than NumPy 2
+    monkeypatch.setattr(np, "Inf", np.inf, raising=False)     # the package is older than NumPy 2
     oracle = pytest.importorskip("surface_distance")
     for pred, ref, spacing, tolerance in shapes(300):
         d = oracle.compute_surface_distances(ref, pred, spacing)
@@ -150,12 +191,11 @@ def test_nsd_equals_that_of_monai():
 def test_a_shift_of_both_masks_changes_nothing():
     for pred, ref, spacing, tolerance in shapes(20):
         moved = [np.pad(m, ((3, 1), (0, 2), (2, 0))) for m in (pred, ref)]
-        how = {"spacing_mm": spacing}
-        a, b = metrics.hd95(pred, ref, **how), metrics.hd95(*moved, **how)
-        assert a == b or math.isnan(a)
-        how["tolerance_mm"] = tolerance
-        assert metrics.nsd(pred, ref, **how) == pytest.approx(metrics.nsd(*moved, **how),
-                                                              nan_ok=True)
+        before = metrics.hd95(pred, ref, spacing_mm=spacing)
+        assert before == metrics.hd95(*moved, spacing_mm=spacing) or math.isnan(before)
+        before = metrics.nsd(pred, ref, spacing_mm=spacing, tolerance_mm=tolerance)
+        after = metrics.nsd(*moved, spacing_mm=spacing, tolerance_mm=tolerance)
+        assert before == pytest.approx(after, nan_ok=True)
 
 
 # ---- detection ---------------------------------------------------------------------------------
@@ -169,7 +209,8 @@ def test_wilson_interval_by_hand():
 
 
 def test_detection_by_hand():
-    """Four sick, three found; two healthy, one called sick: 3/4, 1/2, 2 * 0.375 / 1.25 = 0.6."""
+    """Four patients with a tumour, three of them found; two without, one of them reported:
+    sensitivity 3/4, specificity 1/2, harmonic mean 2 * 0.375 / 1.25 = 0.6."""
     d = metrics.detection([True, True, True, False, True, False], [True] * 4 + [False] * 2)
     assert (d["sensitivity"], d["specificity"], d["harmonic"]) == (0.75, 0.5, pytest.approx(0.6))
     assert (d["true positive"], d["positive"], d["true negative"], d["negative"]) == (3, 4, 1, 2)
@@ -187,8 +228,9 @@ def test_protocols_name_known_classes():
 
 # ---- the command -------------------------------------------------------------------------------
 def folders(tmp_path):
-    """Prediction in class numbers with our JSON; reference as KiTS labels it, sides unsaid."""
-    A = affine_of("LPS", (2, 2, 2))
+    """Arguments of the command. The prediction holds class numbers, with a JSON as infer.py writes
+    it; the reference is labelled as KiTS is, without saying which kidney is which."""
+    affine = affine_of("LPS", (2, 2, 2))
     pred, ref = np.zeros((20, 8, 8), np.uint8), np.zeros((20, 8, 8), np.uint8)
     ref[2:6, 2:6, 2:6] = 1                 # in LPS, low x is the patient's right
     ref[3:5, 3:5, 3:5] = 2
@@ -196,27 +238,31 @@ def folders(tmp_path):
     pred[2:6, 2:6, 2:6] = 2                # right kidney, class number 2
     pred[3:5, 3:5, 3:4] = 26               # half of its tumour
     pred[14:18, 2:6, 2:4] = 3              # half of the left one
-    write_nifti(tmp_path / "pred/a.nii.gz", pred, A)
+    write_nifti(tmp_path / "pred/a.nii.gz", pred, affine)
     (tmp_path / "pred/a.json").write_text(json.dumps({"classes": [
         {"name": c.name, "value": i} for i, c in enumerate(labels.CLASSES, 1)]}))
-    write_nifti(tmp_path / "ref/a.nii.gz", ref, A)
+    write_nifti(tmp_path / "ref/a.nii.gz", ref, affine)
     (tmp_path / "ref/dataset.json").write_text(json.dumps(
         {"labels": {"kidney": [1, 2], "kidney tumor": 2}}))
     return ["--pred", str(tmp_path / "pred"), "--ref", str(tmp_path / "ref")]
 
 
+def read_scores(tmp_path):
+    return json.loads((tmp_path / "pred/metrics.json").read_text())
+
+
 def test_command_scores_both_kidneys_together_where_the_reference_has_no_sides(tmp_path, capsys):
     """Kidneys: 64 + 32 of 128 voxels: 2 * 96 / 224. Tumour: 4 of 8 voxels: 2 * 4 / 12."""
     assert metrics.main(folders(tmp_path)) == 0
-    rows = json.loads((tmp_path / "pred/metrics.json").read_text())
-    assert {n: c["dice"] for n, c in rows["classes"].items()} == pytest.approx(
+    scores = read_scores(tmp_path)
+    assert {n: c["dice"] for n, c in scores["classes"].items()} == pytest.approx(
         {"Right Kidney + Left Kidney": 192 / 224, "Kidney Tumor": 8 / 12})
-    assert rows["mean"] == pytest.approx({"organ": 192 / 224, "lesion": 8 / 12})
+    assert scores["mean"] == pytest.approx({"organ": 192 / 224, "lesion": 8 / 12})
     assert "mean Dice" in capsys.readouterr().out
     with open(tmp_path / "pred/metrics.csv") as file:
         kidneys, tumour = csv.DictReader(file)
     assert float(kidneys["pred_ml"]) == 96 * 8 / 1000 and float(tumour["ref_ml"]) == 0.064
-    assert rows["cases"][0]["nsd"] is None                       # plain, no tolerance given
+    assert scores["cases"][0]["nsd"] is None                     # plain, no tolerance given
 
 
 def test_protocol_tolerance_and_detection_are_in_the_table(tmp_path, capsys):
@@ -226,37 +272,50 @@ def test_protocol_tolerance_and_detection_are_in_the_table(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not scored, no reference: b.nii.gz" in out
     assert "detection, Kidney Tumor: sensitivity 1.00 (1 of 1, 95 % 0.21-1.00)" in out
-    rows = json.loads((tmp_path / "pred/metrics.json").read_text())
-    assert [r["tolerance_mm"] for r in rows["cases"]] == [3, 2] and rows["cases"][1]["nsd"] == 1
+    kidneys, tumour = read_scores(tmp_path)["cases"]
+    assert (kidneys["tolerance_mm"], tumour["tolerance_mm"]) == (3, 2) and tumour["nsd"] == 1
     metrics.main([*args, "--protocol", "msd", "--tolerance", "1.5"])
-    rows = json.loads((tmp_path / "pred/metrics.json").read_text())
-    assert [r["tolerance_mm"] for r in rows["cases"]] == [1.5, 1.5]
+    assert [r["tolerance_mm"] for r in read_scores(tmp_path)["cases"]] == [1.5, 1.5]
+
+
+def test_many_cases_are_scored_in_processes_as_one_by_one(tmp_path):
+    """Three copies of a case: three times its scores, in the order of their names."""
+    args = folders(tmp_path)
+    metrics.main(args)
+    alone = read_scores(tmp_path)["cases"]
+    for name in "bc":
+        for file in ("pred/{}.nii.gz", "pred/{}.json", "ref/{}.nii.gz"):
+            if (tmp_path / file.format("a")).is_file():
+                shutil.copy(tmp_path / file.format("a"), tmp_path / file.format(name))
+    metrics.main(args)
+    want = [{**result, "case": name} for name in "abc" for result in alone]
+    assert read_scores(tmp_path)["cases"] == want
 
 
 def test_a_predicted_tumour_counts_for_the_kidney_it_touches(tmp_path):
     """The right kidney with its tumour voxels is complete: Dice 1."""
     args = folders(tmp_path)
     (tmp_path / "ref/dataset.json").write_text(json.dumps({"labels": {"kidney_right": [1, 2]}}))
-    import nibabel as nib
     img = nib.load(tmp_path / "ref/a.nii.gz")
     ref = np.asarray(img.dataobj).copy()
     ref[14:] = 0
     write_nifti(tmp_path / "ref/a.nii.gz", ref, img.affine)
     metrics.main(args)
-    rows = json.loads((tmp_path / "pred/metrics.json").read_text())["cases"]
-    assert [(r["class"], r["dice"], r["hd95_mm"]) for r in rows] == [("Right Kidney", 1, 0)]
+    results = read_scores(tmp_path)["cases"]
+    assert [(r["class"], r["dice"], r["hd95_mm"]) for r in results] == [("Right Kidney", 1, 0)]
 
 
 @pytest.mark.parametrize("what", ["no pred", "shape", "affine", "no folder", "nothing in common"])
 def test_mistakes_are_one_line(tmp_path, capsys, what):
     args = folders(tmp_path)
-    A = affine_of("LPS", (2, 2, 2))
+    affine = affine_of("LPS", (2, 2, 2))
     if what == "no pred":
         (tmp_path / "pred/a.nii.gz").unlink()
     if what == "shape":
-        write_nifti(tmp_path / "pred/a.nii.gz", np.zeros((20, 8, 9), np.uint8), A)
+        write_nifti(tmp_path / "pred/a.nii.gz", np.zeros((20, 8, 9), np.uint8), affine)
     if what == "affine":
-        write_nifti(tmp_path / "pred/a.nii.gz", np.zeros((20, 8, 8), np.uint8), A * [1, 1, 2, 1])
+        write_nifti(tmp_path / "pred/a.nii.gz", np.zeros((20, 8, 8), np.uint8),
+                    affine * [1, 1, 2, 1])
     if what == "no folder":
         args[1] = str(tmp_path / "nowhere")
     if what == "nothing in common":
@@ -264,3 +323,13 @@ def test_mistakes_are_one_line(tmp_path, capsys, what):
     assert labels.run(metrics.main, args) == 2
     assert capsys.readouterr().err.count("error:") == 1
     assert not (tmp_path / "pred/metrics.json").exists()
+
+
+def test_the_functions_need_only_numpy_and_scipy():
+    """The file is copied by itself: importing it must not import what only the command needs."""
+    code = ("import sys, metrics\n"
+            "unwanted = {'torch', 'nibabel', 'tqdm', 'data', 'labels'}\n"
+            "print(sorted(unwanted & set(sys.modules)))")
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(metrics.__file__).parent,
+                         capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
