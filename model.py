@@ -402,7 +402,7 @@ class Controller(nn.Module):
     def forward(self, w: Tensor, f: Tensor) -> Tensor:
         """w (K, E), f (B, 256) -> theta (B, K, 153)."""
         text = F.relu(self.text(w))                                    # (K, 256)
-        B, K = len(f), len(text)
+        B, K = f.shape[0], text.shape[0]
         image = f[:, None].expand(-1, K, -1)                           # (B, K, 256)
         text = text.expand(B, -1, -1)                                  # (B, K, 256)
         return self.out(torch.cat([image, text], 2))                   # the image feature first

@@ -1,4 +1,4 @@
-"""The network: golden values of the released model, plain re-computation, what masking means."""
+"""The network: by hand, stored outputs of the released model, MONAI, plain nn modules, masking."""
 import json
 import sys
 
@@ -7,14 +7,74 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHARED, needs_shared
+from torch import nn
 
+import fast
 import losses
-import model as M
+import model
+
+FORMS = {"plain": lambda network: network, "fast": fast.accelerate}
 
 
 def tiny_model(text_dim=5, width=8, seed=0):
     torch.manual_seed(seed)
-    return M.UniversalModel(M.UNet(width=width), text_dim)
+    return model.UniversalModel(model.UNet(width=width), text_dim)
+
+
+# ---- by hand -------------------------------------------------------------------------------------
+def test_windows_hold_neighbouring_tokens_and_reverse_to_the_grid():
+    """A grid of 2 x 2 x 4 tokens 0 ... 15 in windows of 2 x 2 x 2: tokens 0, 1, 4, 5 and those 8
+    further, then tokens 2, 3, 6, 7 and those 8 further."""
+    grid = torch.arange(16).view(1, 2, 2, 4, 1)
+    windows = model.window_partition(grid, (2, 2, 2))
+    assert windows[:, :, 0].tolist() == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
+    assert torch.equal(model.window_reverse(windows, (2, 2, 2), (2, 2, 4)), grid)
+    grid = torch.arange(2 * 4 * 6 * 9 * 5).view(2, 4, 6, 9, 5)
+    windows = model.window_partition(grid, (2, 3, 3))
+    assert windows.shape == (2 * 2 * 2 * 3, 18, 5)
+    assert torch.equal(model.window_reverse(windows, (2, 3, 3), (4, 6, 9)), grid)
+
+
+def test_a_token_wrapped_round_does_not_see_those_that_were_not():
+    """Six tokens in windows of three, shifted by one: the last window holds tokens 4, 5 and 0."""
+    mask = model.shifted_window_mask((1, 1, 6), (1, 1, 3), (0, 0, 1), "cpu")
+    assert not mask[0].any()
+    assert mask[1].int().tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+def test_an_axis_no_longer_than_a_window_is_one_window_and_never_shifted():
+    assert model.window_and_shift((48, 7, 4), True) == ((7, 7, 4), (3, 0, 0))
+    assert model.window_and_shift((48, 7, 4), False) == ((7, 7, 4), (0, 0, 0))
+
+
+def test_relative_positions_by_hand():
+    """Places 0 and 342 are the corners (0,0,0) and (6,6,6): offsets -6 and +6 on every axis."""
+    index = model.relative_position_index()
+    assert index[0, 342] == 0 and index[342, 0] == 13 ** 3 - 1
+    assert (index.diagonal() == (6 * 13 + 6) * 13 + 6).all()
+    assert index[1, 0] - index[0, 0] == 1 and index[7, 0] - index[0, 0] == 13
+
+
+def test_attention_by_hand():
+    """One head of one channel, two tokens: softmax((q k1, q k2) + bias) weighs v."""
+    attention = model.WindowAttention(1, 1).double()
+    nn.init.normal_(attention.bias_table)
+    q, k, v = (torch.tensor(t, dtype=torch.double).view(1, 1, 2, 1)
+               for t in ([0.5, -1.0], [2.0, 3.0], [10.0, 20.0]))
+    bias = attention.position_bias(2)[0]
+    weights = [torch.softmax(torch.stack([a * 2.0 + bias[i, 0], a * 3.0 + bias[i, 1]]), 0)
+               for i, a in enumerate((0.5, -1.0))]
+    want = torch.stack([10 * a + 20 * b for a, b in weights])
+    assert torch.allclose(attention.attend(q, k, v, None).flatten(), want)
+    hidden = torch.tensor([[[False, True], [False, False]]])
+    assert attention.attend(q, k, v, hidden).flatten()[0] == 10.0          # sees only itself
+
+
+def test_theta_is_split_into_weights_and_then_biases():
+    """0 ... 152: weights 64, 64, 8 in rows of 8, then biases 8, 8, 1."""
+    (w1, w2, w3), (b1, b2, b3) = model.split_theta(torch.arange(153))
+    assert w1[1, 2] == 10 and w2[1, 2] == 74 and w3.tolist() == [list(range(128, 136))]
+    assert b1.tolist() == list(range(136, 144)) and b2[0] == 144 and b3.tolist() == [152]
 
 
 def released(name, seed=1):
@@ -25,7 +85,7 @@ def released(name, seed=1):
     state = recipe.fill({k: s for k, (t, s) in shapes.items() if t == "float32"}, seed)
     for key, (kind, shape) in shapes.items():
         if kind != "float32":
-            state[key] = M._relative_index() if shape else torch.tensor(7)
+            state[key] = model.relative_position_index() if shape else torch.tensor(7)
     assert len(state) == {"unet": 117, "swinunetr": 170}[name]
     return state, recipe.volume((64, 96, 64), 1)
 
@@ -39,29 +99,31 @@ def layouts(state):
 
 @needs_shared
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["unet", "swinunetr"])
-def test_model_equals_the_released_one(name, threads, tmp_path):
-    """Every layout gives the same tensors, and those the released outputs."""
+def test_model_equals_the_released_one(name, form, threads, tmp_path):
+    """Every layout gives the same tensors, and those the released outputs, plain and fast."""
     state, x = released(name)
     models = {}
     for layout, content in layouts(state).items():
         torch.save(content, tmp_path / "file.pth")
-        models[layout], w = M.load_released(tmp_path / "file.pth")
+        models[layout], w = model.load_released(tmp_path / "file.pth")
         assert torch.equal(w, state["organ_embedding"])
-    model = models["bare"]
+    network = FORMS[form](models["bare"])
     for other in models.values():
-        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(a, b)
     want = np.load(SHARED / f"golden/{name}_64x96x64_seed1.npz")
+    kept = []              # copies: without gradients the fast form reuses the memory of `fine`
+    network.backbone.register_forward_hook(lambda m, i, o: kept.extend(t.clone() for t in o))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            deep, fine = model.backbone(x.contiguous(memory_format=torch.channels_last_3d))
-            feat = model.reduce(model.reduce_norm(fine.clone()))
-            logits = M.apply_heads(feat, model.theta(deep, w))[0]
+            logits = network(x, w)[0]
     finally:
         torch.set_num_threads(before)
+    deep, fine = kept
     assert abs(logits[:, ::8, ::8, ::8].numpy() - want["logits"]).max() < 2e-4
     assert abs(fine[0, ::4, ::8, ::8, ::8].numpy() - want["fine"]).max() < 2e-4
     assert abs(deep[0, ::16].numpy() - want["deep"]).max() < 2e-4
@@ -71,17 +133,17 @@ def test_model_equals_the_released_one(name, threads, tmp_path):
 
 def test_parameter_count_of_the_paper_unet():
     """19,073,600 in the backbone, 19,416,417 in all, text rows not counted."""
-    model = M.UniversalModel(M.UNet())
-    assert sum(p.numel() for p in model.backbone.parameters()) == 19_073_600
-    assert sum(p.numel() for p in model.parameters()) == 19_416_417
+    network = model.UniversalModel(model.UNet())
+    assert sum(p.numel() for p in network.backbone.parameters()) == 19_073_600
+    assert sum(p.numel() for p in network.parameters()) == 19_416_417
 
 
 def test_parameter_count_of_the_paper_swin_unetr():
     """62,186,610 in the backbone, 62,595,315 in all, text rows not counted."""
     with torch.device("meta"):
-        model = M.UniversalModel(M.SwinUNETR())
-    assert sum(p.numel() for p in model.backbone.parameters()) == 62_186_610
-    assert sum(p.numel() for p in model.parameters()) == 62_595_315
+        network = model.UniversalModel(model.SwinUNETR())
+    assert sum(p.numel() for p in network.backbone.parameters()) == 62_186_610
+    assert sum(p.numel() for p in network.parameters()) == 62_595_315
 
 
 def small_released(kind):
@@ -89,13 +151,13 @@ def small_released(kind):
     spec = {"unet": {"backbone": "unet", "width": 8},
             "swin_unetr": {"backbone": "swin_unetr", "feature_size": 12}}[kind]
     torch.manual_seed(3)
-    model = M.build_model({**spec, "text_dim": 7})
-    for p in model.parameters():
+    network = model.build_model({**spec, "text_dim": 7})
+    for p in network.parameters():
         p.data.normal_()
     up, down = {"0": "256", "1": "128", "2": "64"}, ("64", "128", "256", "512")
     swin = {"patch": "swinViT.patch_embed.proj", "bottom": "encoder10.layer"}
     out = {"organ_embedding": torch.randn(4, 7)}
-    for key, value in model.state_dict().items():
+    for key, value in network.state_dict().items():
         for a, b in (("reduce_norm", "precls_conv.0"), ("reduce", "precls_conv.2"),
                      ("pool_norm", "GAP.0"), ("pool", "GAP.3"), ("controller.out", "controller"),
                      ("controller.text", "text_to_vision")):
@@ -138,19 +200,19 @@ def small_released(kind):
                 name = name.replace(f".conv{n}.", f".conv{n}.conv.")
             key = "backbone." + name
             if key.endswith("_bias_table"):
-                out[key.replace("bias_table", "index")] = M._relative_index()
+                out[key.replace("bias_table", "index")] = model.relative_position_index()
         out[key] = value
-    return model, out
+    return network, out
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
 def test_released_weights_load_strictly_in_every_layout(kind, tmp_path):
-    model, state = small_released(kind)
+    network, state = small_released(kind)
     for layout, content in layouts(state).items():
         torch.save(content, tmp_path / f"{layout}.pth")
-        got, w, rest = M.load_checkpoint(tmp_path / f"{layout}.pth")
+        got, w, rest = model.load_checkpoint(tmp_path / f"{layout}.pth")
         assert rest == {} and torch.equal(w, state["organ_embedding"]) and not got.training
-        for k, v in model.state_dict().items():
+        for k, v in network.state_dict().items():
             assert torch.equal(got.state_dict()[k], v), k
     lost, other = [k for k in state if k.endswith("conv2.conv.weight" if kind == "swin_unetr"
                                                   else "bn1.weight")][:2]
@@ -161,91 +223,218 @@ def test_released_weights_load_strictly_in_every_layout(kind, tmp_path):
               "no backbone": {k: v for k, v in state.items() if k != "organ_embedding"}}
     for what, content in faults.items():
         with pytest.raises(ValueError, match=what):
-            M.load_released(content)
+            model.load_released(content)
     index = [k for k in state if k.endswith(("running_var", "position_index"))][0]
     with pytest.raises(ValueError, match="position_index|running_var"):
-        M.load_released({**state, index: torch.zeros(5, 2)})
+        model.load_released({**state, index: torch.zeros(5, 2)})
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
 def test_pretrained_encoders_fill_the_backbone_and_say_what_was_left(kind, tmp_path):
     """MONAI's file has `out` beside the backbone, older ones `module.layers1`; Genesis `out_tr`."""
-    model, state = small_released(kind)
+    network, state = small_released(kind)
     public = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone." in k}
     public = {(f"module.{k}" if kind == "unet" else k): v for k, v in public.items()}
     extra = {"unet": "module.out_tr.final_conv.weight", "swin_unetr": "out.conv.conv.weight"}[kind]
     torch.save({"state_dict": {**public, extra: torch.ones(3)}}, tmp_path / "a.pt")
-    fresh = M.build_model({"backbone": kind, "text_dim": 7, **(
+    fresh = model.build_model({"backbone": kind, "text_dim": 7, **(
         {"width": 8} if kind == "unet" else {"feature_size": 12})})
-    filled, left = M.load_pretrained(fresh, tmp_path / "a.pt")
-    assert len(filled) == len(model.backbone.state_dict())
+    filled, left = model.load_pretrained(fresh, tmp_path / "a.pt")
+    assert len(filled) == len(network.backbone.state_dict())
     assert left == [extra.removeprefix("module.")]
-    for k, v in model.backbone.state_dict().items():
+    for k, v in network.backbone.state_dict().items():
         assert torch.equal(fresh.backbone.state_dict()[k], v)
     if kind == "swin_unetr":
         old = {"module." + k.removeprefix("swinViT.").replace("linear", "fc"): v
                for k, v in public.items() if k.startswith("swinViT")}
         torch.save({"state_dict": old}, tmp_path / "b.pt")
-        filled, left = M.load_pretrained(fresh, tmp_path / "b.pt")
+        filled, left = model.load_pretrained(fresh, tmp_path / "b.pt")
         assert not left and len(filled) == sum("patch" in k or "stages" in k
-                                               for k in model.backbone.state_dict())
+                                               for k in network.backbone.state_dict())
     torch.save({"state_dict": {"fc.weight": torch.ones(2)}}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="no weight in it fits"):
-        M.load_pretrained(fresh, tmp_path / "c.pt")
+        model.load_pretrained(fresh, tmp_path / "c.pt")
 
 
-def monai_pair(merging, size):
-    """MONAI's SwinUNETR and ours with the same random weights."""
+def monai_pair(merging, size, seed):
+    """MONAI's SwinUNETR, ours with the same random weights, and a dict that MONAI's features
+    `deep` and `fine` are put into."""
     nets = pytest.importorskip("monai.networks.nets.swin_unetr")
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     monai = nets.SwinUNETR(img_size=size, in_channels=1, out_channels=2, feature_size=12,
                            downsample=merging, use_v2=False)
     with torch.no_grad():
         for name, p in monai.named_parameters():
             p.add_(torch.randn_like(p) * (0.5 if "bias_table" in name else 0.05))
-    ours = M.UniversalModel(M.SwinUNETR(feature_size=12, merging=merging), 4)
-    state = M._public_names({k: v for k, v in monai.state_dict().items() if k[:4] != "out."}, "")
-    ours.backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items()})
+    ours = model.SwinUNETR(feature_size=12, merging=merging)
+    state = {k: v for k, v in monai.state_dict().items() if not k.startswith("out.")}
+    state = model.public_weights(state, "")
+    ours.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items()})
     kept = {}
     monai.encoder10.register_forward_hook(lambda m, i, o: kept.update(deep=o))
     monai.out.register_forward_pre_hook(lambda m, i: kept.update(fine=i[0]))
-    return monai, ours.backbone, kept
+    return monai, ours, kept
 
 
-def test_attention_is_the_formula_and_its_gradient_the_numerical_one(monkeypatch):
-    monkeypatch.setattr(M, "_CACHE", 100)                     # two windows at a time, then one
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    bias = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
-    want = (q @ k.transpose(-2, -1) / 3 ** 0.5 + bias).softmax(-1) @ v
-    assert torch.allclose(M._Attention.apply(q, k, v, bias), want, atol=1e-12)
-    assert torch.autograd.gradcheck(M._Attention.apply, (q, k, v, bias))
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("merging", ["merging", "mergingv2"])
-@pytest.mark.parametrize("size", [(64, 64, 64), pytest.param((96, 96, 96), marks=pytest.mark.slow),
-                                  pytest.param((64, 96, 128), marks=pytest.mark.slow)])
-def test_swin_unetr_equals_monai_with_gradients(merging, size):
-    """Features in float32; gradients in float64, where no ReLU flips by rounding."""
-    monai, ours, kept = monai_pair(merging, size)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("merging, size, seed", [
+    ("merging", (64, 64, 64), 5), ("mergingv2", (64, 64, 64), 6),
+    pytest.param("merging", (96, 96, 96), 7, marks=SLOW),
+    pytest.param("merging", (64, 96, 128), 8, marks=SLOW)])
+def test_swin_unetr_equals_monai(form, merging, size, seed):
+    monai, ours, kept = monai_pair(merging, size, seed)
     x = torch.rand(1, 1, *size)
     with torch.no_grad():
         monai(x)
-        deep, fine = ours(x.contiguous(memory_format=torch.channels_last_3d))
+        deep, fine = FORMS[form](ours)(x)
     assert (deep - kept["deep"]).abs().max() < 1e-4 and (fine - kept["fine"]).abs().max() < 1e-4
-    if size != (64, 64, 64):
-        return
-    monai, ours, x = monai.double(), ours.double(), x.double()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("merging", ["merging", "mergingv2"])
+def test_gradients_of_swin_unetr_equal_monais(form, merging):
+    """In float64, where no ReLU flips by rounding."""
+    monai, ours, kept = monai_pair(merging, (64, 64, 64), 5)
+    monai, ours = monai.double(), FORMS[form](ours).double()
+    x = torch.rand(1, 1, 64, 64, 64, dtype=torch.double)
     monai(x)
-    weight = torch.randn_like(kept["fine"]), torch.randn_like(kept["deep"])
-    (kept["fine"] * weight[0]).mean().add((kept["deep"] * weight[1]).mean()).backward()
-    deep, fine = ours(x.contiguous(memory_format=torch.channels_last_3d))
-    (fine * weight[0]).mean().add((deep * weight[1]).mean()).backward()
-    grads = M._public_names({k: p.grad for k, p in monai.named_parameters() if k[:4] != "out."}, "")
+    deep, fine = ours(x)
+    weights = torch.randn_like(fine), torch.randn_like(deep)
+    for f, d in ((kept["fine"], kept["deep"]), (fine, deep)):
+        ((f * weights[0]).mean() + (d * weights[1]).mean()).backward()
+    grads = {k: p.grad for k, p in monai.named_parameters() if not k.startswith("out.")}
+    grads = model.public_weights(grads, "")
     for name, p in ours.named_parameters():
         want = grads[f"backbone.{name}"]
         assert (p.grad - want).norm() < 1e-6 * want.norm() + 1e-9, name
+
+
+class WrittenOutUNet(nn.Module):
+    """The U-Net of the paper from nn modules alone, layer by layer, with batch norm as released."""
+
+    def __init__(self, width):
+        super().__init__()
+        w = width
+        self.a0, self.a1 = self.unit(1, w // 2), self.unit(w // 2, w)
+        self.b0, self.b1 = self.unit(w, w), self.unit(w, 2 * w)
+        self.c0, self.c1 = self.unit(2 * w, 2 * w), self.unit(2 * w, 4 * w)
+        self.d0, self.d1 = self.unit(4 * w, 4 * w), self.unit(4 * w, 8 * w)
+        self.up0 = nn.ConvTranspose3d(8 * w, 8 * w, 2, 2)
+        self.up1 = nn.ConvTranspose3d(4 * w, 4 * w, 2, 2)
+        self.up2 = nn.ConvTranspose3d(2 * w, 2 * w, 2, 2)
+        self.e0, self.e1 = self.unit(12 * w, 4 * w), self.unit(4 * w, 4 * w)
+        self.f0, self.f1 = self.unit(6 * w, 2 * w), self.unit(2 * w, 2 * w)
+        self.g0, self.g1 = self.unit(3 * w, w), self.unit(w, w)
+        self.pool = nn.MaxPool3d(2)
+
+    @staticmethod
+    def unit(c_in, c_out):
+        return nn.Sequential(nn.Conv3d(c_in, c_out, 3, padding=1),
+                             nn.BatchNorm3d(c_out, track_running_stats=False), nn.ReLU())
+
+    def forward(self, x):
+        a = self.a1(self.a0(x))
+        b = self.b1(self.b0(self.pool(a)))
+        c = self.c1(self.c0(self.pool(b)))
+        deep = self.d1(self.d0(self.pool(c)))
+        x = self.e1(self.e0(torch.cat([self.up0(deep), c], 1)))
+        x = self.f1(self.f0(torch.cat([self.up1(x), b], 1)))
+        return deep, self.g1(self.g0(torch.cat([self.up2(x), a], 1)))
+
+
+UNET_LAYERS = {"down": "abcd", "merge": "efg"}          # ours -> the letters above
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size, seed", [((32, 48, 64), 1), ((64, 32, 32), 2)])
+def test_unet_equals_one_written_out_from_nn_modules(form, size, seed):
+    """Values in float32, gradients in float64, where no ReLU flips by rounding."""
+    torch.manual_seed(seed)
+    ours, plain = model.UNet(width=8), WrittenOutUNet(8)
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.3)
+    own = ours.state_dict()
+    for name in plain.state_dict():
+        layer, *rest = name.split(".")
+        if layer.startswith("up"):
+            source = f"up.{layer[2]}.{rest[0]}"
+        else:
+            part = "down" if layer[0] in UNET_LAYERS["down"] else "merge"
+            unit = {"0": "conv", "1": "norm"}[rest[0]]
+            level = UNET_LAYERS[part].index(layer[0])
+            source = f"{part}.{level}.{layer[1]}.{unit}.{rest[1]}"
+        plain.state_dict()[name].copy_(own.pop(source))
+    assert not own
+    ours, x = FORMS[form](ours), torch.randn(1, 1, *size)
+    for a, b in zip(ours(x), plain(x), strict=True):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+    ours, plain, x = ours.double(), plain.double(), x.double()
+    features, wanted = ours(x), plain(x)
+    weights = [torch.randn_like(f) for f in wanted]
+    got, want = (torch.autograd.grad(out, first, weights) for out, first in
+                 ((features, ours.down[0][0].conv.weight), (wanted, plain.a0[0].weight)))
+    assert (got[0] - want[0]).norm() < 1e-9 * want[0].norm()
+
+
+def test_heads_equal_three_small_convolutions():
+    """Weights 64, 64, 8, then biases 8, 8, 1; a weight is (out, in); ReLU between, not after."""
+    torch.manual_seed(0)
+    feat, theta = torch.randn(2, 8, 3, 4, 5), torch.randn(2, 4, 153)
+    logits = model.apply_heads(feat, theta)
+    for b in range(2):
+        for k in range(4):
+            t = theta[b, k]
+            h = F.relu(F.conv3d(feat[b], t[:64].view(8, 8, 1, 1, 1), t[136:144]))
+            h = F.relu(F.conv3d(h, t[64:128].view(8, 8, 1, 1, 1), t[144:152]))
+            want = F.conv3d(h, t[128:136].view(1, 8, 1, 1, 1), t[152:])[0]
+            assert torch.allclose(logits[b, k], want, atol=1e-4)
+
+
+# ---- torch.export, torch.compile -----------------------------------------------------------------
+SMALL = {"unet": ({"backbone": "unet", "width": 8}, 32),
+         "swin_unetr": ({"backbone": "swin_unetr", "feature_size": 12}, 64)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_plain_model_exports_between_other_uses_in_one_process(kind):
+    """Inference, export with a dynamic batch, use of the program, inference, then training."""
+    spec, side = SMALL[kind]
+    torch.manual_seed(0)
+    network = model.build_model({**spec, "text_dim": 5}).eval()
+    x, w = torch.rand(2, 1, side, side, side), torch.randn(3, 5)
+    with torch.inference_mode():
+        before = network(x, w)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(network, (x, w), dynamic_shapes=({0: batch}, None))
+    for part in (x, x[:1], torch.rand(3, 1, side, side, side)):
+        with torch.inference_mode():
+            want = network(part, w)
+        assert torch.allclose(program.module()(part, w), want, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.equal(network(x, w), before)
+    network.train()(x[:1], w).mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    fast.accelerate(network)(x[:1], w).mean().backward()      # the fast form in the same process too
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_plain_model_compiles(kind):
+    spec, side = SMALL[kind]
+    network = model.build_model({**spec, "text_dim": 5}).eval()
+    x, w = torch.rand(1, 1, side, side, side), torch.randn(3, 5)
+    with torch.no_grad():
+        want = network(x, w)
+        got = torch.compile(network, backend="aot_eager")(x, w)
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
@@ -253,134 +442,45 @@ def test_recomputing_in_backward_changes_no_gradient(kind):
     x, w = torch.rand(1, 1, 64, 64, 64), torch.randn(2, 7)
     grads = []
     for recompute in (False, True):
-        model, _ = small_released(kind)
-        model.backbone.recompute = recompute
-        model.train()(x, w).square().mean().backward()
-        grads.append([p.grad for p in model.parameters()])
+        network, _ = small_released(kind)
+        network.backbone.recompute = recompute
+        network.train()(x, w).square().mean().backward()
+        grads.append([p.grad for p in network.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-7 * a.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
 def test_a_window_alone_equals_the_window_in_a_batch(kind):
-    model = small_released(kind)[0].eval()
+    network = small_released(kind)[0].eval()
     torch.manual_seed(1)
     x, w = torch.rand(3, 1, 64, 64, 64), torch.randn(2, 7)
     x[1] *= 3
     with torch.no_grad():
-        alone = torch.cat([model(p, w) for p in x.split(1)])
+        alone = torch.cat([network(p, w) for p in x.split(1)])
         scale = alone.abs().max()
-        assert (model(x, w) - alone).abs().max() < 1e-5 * scale
-
-
-@pytest.mark.parametrize("groups, slope", [(None, 0.0), (4, 0.0), (None, 0.01), (None, None)])
-def test_norm_act_equals_plain_torch_with_gradients(groups, slope):
-    torch.manual_seed(1)
-    x = torch.randn(2, 16, 5, 6, 7).mul_(3).add_(20).requires_grad_()
-    weight, bias = torch.rand(16, requires_grad=True), torch.randn(16, requires_grad=True)
-
-    def plain(x, weight, bias):
-        y = F.group_norm(x, groups or 16, weight, bias)
-        return y if slope is None else F.leaky_relu(y, slope)
-    y = M.norm_act(x, weight, bias, groups=groups, slope=slope)
-    grad = torch.randn_like(y)
-    want = plain(x.double(), weight.double(), bias.double())
-    assert (y - want).abs().max() < 1e-5
-    for a, b in zip(torch.autograd.grad(y, (x, weight, bias), grad),
-                    torch.autograd.grad(want, (x, weight, bias), grad.double()), strict=True):
-        assert (a - b).abs().max() < 2e-4 * b.abs().max().clamp_min(1)
-    with torch.no_grad():
-        assert torch.allclose(M.norm_act(x.clone(), weight, bias, groups=groups, slope=slope), y,
-                              atol=1e-5)
-
-
-def test_norm_statistics_stay_exact_at_full_window_size():
-    """Plain F.group_norm is off by 4e-4 to 1e-3 here; sums in slabs are not."""
-    torch.manual_seed(0)
-    x = (torch.randn(1, 8, 96, 96, 96) * 2 + 5).contiguous(memory_format=torch.channels_last_3d)
-    want = (x - x.double().mean((2, 3, 4), keepdim=True).float()) / \
-        (x.double().var((2, 3, 4), correction=0, keepdim=True) + 1e-5).sqrt().float()
-    assert (M.norm_act(x, slope=None) - want).abs().max() < 2e-5
-
-
-def test_heads_equal_three_small_convolutions(monkeypatch):
-    """Weights 64, 64, 8, then biases 8, 8, 1; a weight is (out, in); ReLU between, not after."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(M, "_BLOCK", (28, 28))                 # 7 voxels at once, the last 4
-    feat = torch.randn(2, 8, 3, 4, 5, requires_grad=True)
-    theta = torch.randn(2, 4, 153, requires_grad=True)
-    want = torch.empty(2, 4, 3, 4, 5)
-    for b in range(2):
-        for k in range(4):
-            t, v = theta[b, k], feat[b].flatten(1)
-            h = F.relu(t[:64].view(8, 8) @ v + t[136:144, None])
-            h = F.relu(t[64:128].view(8, 8) @ h + t[144:152, None])
-            want[b, k] = (t[128:136].view(1, 8) @ h + t[152]).view(3, 4, 5)
-    out = M.apply_heads(feat, theta)
-    assert torch.allclose(out, want, atol=1e-4)
-    grads = torch.autograd.grad(out.square().sum(), (feat, theta))
-    wants = torch.autograd.grad(want.square().sum(), (feat, theta))
-    for a, b in zip(grads, wants, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max())
-    with torch.no_grad():
-        assert torch.allclose(M.apply_heads(feat, theta), want, atol=1e-4)
-    sizes = [h1.shape for _, h1, _ in M._inner(torch.ones(8, 60), M.split_theta(theta[0].detach()))]
-    assert sizes == 8 * [(4, 8, 7)] + [(4, 8, 4)]
-
-
-def test_gradients_of_the_heads_are_those_of_finite_differences():
-    torch.manual_seed(2)
-    feat = torch.randn(1, 8, 2, 2, 3, dtype=torch.double, requires_grad=True)
-    theta = torch.randn(1, 2, 153, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(M.apply_heads, (feat, theta))
-
-
-@pytest.mark.parametrize("side, c_in, skip", [(3, 5, 0), (1, 5, 0), (3, 4, 3), (1, 2, 6)])
-def test_convolutions_in_halves_and_beside_a_skip_are_the_plain_ones(side, c_in, skip):
-    torch.manual_seed(0)
-    conv = M.Conv(c_in + skip, 4, side).double()
-    x = torch.randn(1, c_in + skip, 6, 5, 4, dtype=torch.double, requires_grad=True)
-    want = F.conv3d(x, conv.weight, conv.bias, padding=side // 2)
-    got = conv(x[:, :c_in], x[:, c_in:]) if skip else conv(x)
-    assert torch.allclose(got, want, atol=1e-12)
-    weight = torch.randn_like(want)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *conv.parameters()])
-                      for y in (got, want)), strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_up_convolution_as_a_matrix_product_is_the_plain_one(bias):
-    torch.manual_seed(0)
-    up = M.Up2(3, 4, bias).double()
-    x = torch.randn(2, 3, 2, 3, 4, dtype=torch.double, requires_grad=True)
-    want = F.conv_transpose3d(x, up.weight, up.bias, stride=2)
-    got, weight = up(x), torch.randn_like(want)
-    assert torch.allclose(got, want, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *up.parameters()])
-                      for y in (got, want)), strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
+        assert (network(x, w) - alone).abs().max() < 1e-5 * scale
 
 
 def test_any_subset_of_classes_in_any_order_is_the_same_as_a_slice():
-    model, x = tiny_model(), torch.randn(1, 1, 64, 64, 64)
+    network, x = tiny_model(), torch.randn(1, 1, 64, 64, 64)
     w = torch.randn(6, 5)
     with torch.no_grad():
-        everything = model(x, w)
-        some = model(x, w[[4, 1]])
+        everything = network(x, w)
+        some = network(x, w[[4, 1]])
     assert torch.allclose(everything[:, [4, 1]], some, atol=1e-5)
 
 
 def test_a_window_does_not_depend_on_its_neighbours():
-    model = tiny_model()
+    network = tiny_model()
     x, w = torch.randn(3, 1, 64, 64, 64), torch.randn(2, 5)
     with torch.no_grad():
-        assert torch.allclose(model(x, w)[1:2], model(x[1:2], w), atol=1e-5)
+        assert torch.allclose(network(x, w)[1:2], network(x[1:2], w), atol=1e-5)
 
 
 def test_unannotated_class_gets_exactly_zero_gradient_through_its_text_row():
-    model, w = tiny_model(), torch.randn(4, 5, requires_grad=True)
-    logits = model(torch.randn(2, 1, 64, 64, 64), w)
+    network, w = tiny_model(), torch.randn(4, 5, requires_grad=True)
+    logits = network(torch.randn(2, 1, 64, 64, 64), w)
     y = (torch.rand_like(logits) > 0.5).float()
     annotated = torch.tensor([[True, False, False, True], [False, False, True, True]])
     (losses.masked_bce(logits, y, annotated) + losses.masked_dice(logits, y, annotated)).backward()
@@ -388,22 +488,11 @@ def test_unannotated_class_gets_exactly_zero_gradient_through_its_text_row():
     assert all((w.grad[k] != 0).any() for k in (0, 2, 3))
 
 
-def test_a_convolution_of_what_is_upsampled_is_the_same_in_halves():
-    """Both edges of the cut, an odd depth, a skip of another width."""
-    torch.manual_seed(0)
-    conv, up = M.Conv(5 + 3, 4).double(), M.Up2(5, 5).double()
-    x, skip = torch.randn(2, 5, 49, 4, 3).double(), torch.randn(2, 3, 98, 8, 6).double()
-    want = F.conv3d(torch.cat([up(x), skip], 1), conv.weight, conv.bias, padding=1)
-    assert torch.allclose(conv(x, skip, up), want, atol=1e-12)
-    with torch.no_grad():
-        assert torch.allclose(conv(x, skip, up), want, atol=1e-12)
-
-
 def test_wrong_sides_are_named():
     for size in [(64, 64, 65), (16, 64, 64), (96, 72, 96)]:
         with pytest.raises(ValueError, match="multiples of 16 and at least 32, got"):
             tiny_model()(torch.zeros(1, 1, *size), torch.zeros(1, 5))
-    swin = M.UniversalModel(M.SwinUNETR(feature_size=12), text_dim=5)
+    swin = model.UniversalModel(model.SwinUNETR(feature_size=12), text_dim=5)
     for size in [(64, 64, 80), (32, 64, 64)]:
         with pytest.raises(ValueError, match="multiples of 32 and at least 64, got"):
             swin(torch.zeros(1, 1, *size), torch.zeros(1, 5))
@@ -412,33 +501,52 @@ def test_wrong_sides_are_named():
 # ---- extension -----------------------------------------------------------------------------------
 def test_an_extension_leaves_old_logits_bit_identical_and_has_its_own_mlp():
     """472,217 parameters a class at the paper's size: 768 -> 512 -> 153."""
-    assert sum(p.numel() for p in M.Extension(torch.ones(2, 512)).parameters()) == 2 * 472_217
-    model = tiny_model(text_dim=5).eval()
+    assert sum(p.numel() for p in model.Extension(torch.ones(2, 512)).parameters()) == 2 * 472_217
+    network = tiny_model(text_dim=5).eval()
     x, old, new = torch.rand(2, 1, 64, 64, 64), torch.randn(3, 5), torch.randn(2, 5)
     with torch.no_grad():
-        before = model(x, old)
-        model.extend(new)
-        assert torch.equal(model(x, old), before)
-        both = model(x, torch.cat([new[1:], old, new[:1]]))            # any order
+        before = network(x, old)
+        network.extend(new)
+        assert torch.equal(network(x, old), before)
+        both = network(x, torch.cat([new[1:], old, new[:1]]))            # any order
         assert torch.allclose(both[:, 1:4], before, atol=1e-5)
-        deep, _ = model.backbone(x)
-        f = model.pool(model.pool_norm(deep.clone()).mean((2, 3, 4)))
-        e = model.extension
+        deep, _ = network.backbone(x)
+        f = network.pool(network.pool_norm(deep).mean((2, 3, 4)))
+        e = network.extension
         for k in range(2):                                             # by hand
             h = torch.relu(torch.cat([f, new[k].expand(2, -1)], 1) @ e.w1[k] + e.b1[k])
             want = h @ e.w2[k] + e.b2[k]
-            assert torch.allclose(model.theta(deep, new)[:, k], want, atol=1e-5)
-    model.train()(x, torch.cat([old, new])).square().mean().backward()
-    assert all(p.grad is None for n, p in model.named_parameters() if "extension" not in n)
-    assert all(p.grad.abs().sum() > 0 for p in model.extension.parameters())
+            assert torch.allclose(network.theta(deep, new)[:, k], want, atol=1e-5)
+    network.train()(x, torch.cat([old, new])).square().mean().backward()
+    assert all(p.grad is None for n, p in network.named_parameters() if "extension" not in n)
+    assert all(p.grad.abs().sum() > 0 for p in network.extension.parameters())
 
 
-def test_wanted_pairs_are_those_of_all_pairs_and_the_rest_costs_nothing():
-    model = M.build_model({"backbone": "unet", "width": 8, "text_dim": 6}).eval()
-    x, w = torch.randn(3, 1, 64, 64, 64), torch.randn(4, 6, requires_grad=True)
-    wanted = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
-    every, some = model(x, w), model(x, w, wanted)
-    assert some.shape == (1, 4, 64, 64, 64)
-    assert torch.allclose(some[0], every[wanted], atol=1e-5)
-    some.sum().backward()
-    assert not w.grad[2].any() and w.grad[[0, 1, 3]].any(1).all()
+def test_a_checkpoint_of_the_format_before_still_loads(tmp_path):
+    """Its extension calls the new classes' text embeddings `rows`; nothing else differs."""
+    spec = {"backbone": "unet", "width": 8, "text_dim": 5, "extension": 2}
+    network = model.build_model(spec)
+    state = {k.replace("w_new", "rows"): torch.randn_like(v)
+             for k, v in network.state_dict().items()}
+    torch.save({"format": "universal-model/1", "spec": spec, "model": state, "w": torch.eye(5),
+                "classes": []}, tmp_path / "old.pt")
+    loaded, w, _ = model.load_checkpoint(tmp_path / "old.pt")
+    assert torch.equal(loaded.extension.w_new, state["extension.rows"]) and len(w) == 5
+    torch.save({"format": "universal-model/9", "spec": spec}, tmp_path / "new.pt")
+    with pytest.raises(ValueError, match="a checkpoint of format 'universal-model/9'"):
+        model.load_checkpoint(tmp_path / "new.pt")
+
+
+def test_public_names_by_hand():
+    for public, ours in (
+            ("module.backbone.down_tr64.ops.0.conv1.weight", "backbone.down.0.0.conv.weight"),
+            ("backbone.up_tr128.ops.1.bn1.bias", "backbone.merge.1.1.norm.bias"),
+            ("up_tr64.up_conv.bias", "backbone.up.2.bias"),
+            ("module.layers2.0.blocks.1.mlp.fc2.bias", "backbone.stages.1.blocks.1.mlp.2.bias"),
+            ("swinViT.layers4.0.downsample.norm.weight", "backbone.stages.3.merge.norm.weight"),
+            ("backbone.encoder10.layer.conv2.conv.weight", "backbone.bottom.conv2.weight"),
+            ("backbone.decoder1.conv_block.conv3.conv.weight", "backbone.dec.4.conv3.weight"),
+            ("controller.bias", "controller.out.bias"), ("GAP.3.weight", "pool.weight"),
+            ("backbone.enc.0.conv1.weight", "backbone.enc.0.conv1.weight"),
+            ("module.out.conv.conv.bias", "out.conv.conv.bias")):
+        assert model.our_name(public) == ours
