@@ -113,35 +113,33 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
     starts = [window_starts(n, patch, overlap) for n in image.shape]
     weights = [torch.from_numpy(window_weights(s, patch)).to(device) for s in starts]
     columns = list(itertools.product(range(len(starts[0])), range(len(starts[1]))))
-    buffer = None                      # (K, D, H, p): the blended logits under the current windows
-    air = None                         # (1, K, p, p, p): the logits of a window of air
+    buffer = torch.zeros(len(w), *image.shape[:2], patch, dtype=torch.float32, device=device)
+    air = None                                        # logits of a window of air, (1, K, p, p, p)
 
-    for z, start in enumerate(starts[2]):
+    for slab, z in enumerate(starts[2]):
         for first in range(0, len(columns), batch):
             part = columns[first:first + batch]
-            windows = torch.stack([_window(image, starts[0][x], starts[1][y], start, patch)
-                                   for x, y in part])[:, None]         # (n, 1, p, p, p)
+            windows = torch.stack([_window(image, starts[0][i], starts[1][j], z, patch)
+                                   for i, j in part])[:, None]         # (n, 1, p, p, p)
             is_air = not windows.any()
-            if not is_air or air is None:
+            if is_air and air is not None:
+                logits = air.expand(len(part), -1, -1, -1, -1)
+            else:
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     logits = model(windows, w)                         # (n, K, p, p, p)
-            if is_air:                                                 # computed once per scan
-                air = logits[:1] if air is None else air
-                logits = air.expand(len(part), -1, -1, -1, -1)
-            if buffer is None:
-                buffer = torch.zeros(len(w), *image.shape[:2], patch, dtype=torch.float32,
-                                     device=device)
-            for (x, y), scores in zip(part, logits, strict=True):
-                weight = (weights[0][x][:, None, None] * weights[1][y][:, None]) * weights[2][z]
-                _blend(_window(buffer, starts[0][x], starts[1][y], 0, patch), scores, weight)
+            if is_air:
+                air = logits[:1]                      # computed once per scan
+            for (i, j), scores in zip(part, logits, strict=True):
+                weight = (weights[0][i][:, None, None] * weights[1][j][:, None]) * weights[2][slab]
+                _blend(_window(buffer, starts[0][i], starts[1][j], 0, patch), scores, weight)
             if bar is not None:
                 bar.update(len(part))
 
-        if z + 1 == len(starts[2]):
-            yield start, buffer
+        if slab + 1 == len(starts[2]):
+            yield z, buffer
             return
-        finished = starts[2][z + 1] - start          # planes that no later window reaches
-        yield start, buffer[..., :finished]
+        finished = starts[2][slab + 1] - z            # planes that no later window reaches
+        yield z, buffer[..., :finished]
         buffer[..., :-finished] = buffer[..., finished:].clone()
         buffer[..., -finished:] = 0
 
