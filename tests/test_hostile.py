@@ -1,4 +1,4 @@
-"""Whatever a user feeds it: damaged and strange files, one exact outcome each."""
+"""Damaged and unusual input files: each has one exact outcome, and none a traceback."""
 import gzip
 import hashlib
 import json
@@ -31,7 +31,7 @@ EYE = np.diag([2.0, 2.0, 3.0, 1.0])
 
 
 def nifti(array=BOX, affine=EYE, cls=nib.Nifti1Image, **header):
-    """Bytes of a NIfTI file with some header fields overwritten."""
+    """The bytes of a NIfTI file in which some header fields are overwritten."""
     img = cls(array, affine, dtype=array.dtype)
     for key, value in header.items():
         img.header[key] = value
@@ -39,7 +39,7 @@ def nifti(array=BOX, affine=EYE, cls=nib.Nifti1Image, **header):
 
 
 def patched(offset, form, *values, raw=None):
-    """Header bytes changed behind nibabel's back."""
+    """The bytes of a NIfTI file with header bytes changed directly, without nibabel's checks."""
     raw = bytearray(raw or nifti())
     struct.pack_into("<" + form, raw, offset, *values)
     return bytes(raw)
@@ -78,7 +78,7 @@ def disagreeing():
 
 
 def sform(A, raw=None):
-    """The affine written straight into the header, whatever it is."""
+    """The bytes of a NIfTI file with any affine written into its header, valid or not."""
     return patched(280, "12f", *np.asarray(A)[:3].ravel(), raw=raw)
 
 
@@ -89,7 +89,7 @@ def scaled(slope, inter):
 GOOD = nifti()
 RGB = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 OK = "ok"
-# name: (content, file name, outcome: "ok" or words of the one line)
+# name: (content of the file, its name, expected outcome: OK or a part of the error message)
 CASES = {
     "plain .nii": (GOOD, "a.nii", OK), ".nii.gz": (gzip.compress(GOOD), "a.nii.gz", OK),
     "nifti-2": (nifti(cls=nib.Nifti2Image), "a.nii", OK),
@@ -160,7 +160,7 @@ def make(name, folder):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
-def test_every_strange_volume_has_its_outcome(name, tmp_path):
+def test_every_unusual_volume_has_its_outcome(name, tmp_path):
     path, outcome = make(name, tmp_path)
     before = path.read_bytes()
     if outcome == OK:
@@ -180,11 +180,11 @@ def test_every_strange_volume_has_its_outcome(name, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_there_are_sixty_of_them():
+def test_there_are_at_least_sixty_cases():
     assert len(CASES) >= 60
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
     (tmp_path / "dir.nii.gz").mkdir()
     for name in ("loop.nii", "dir.nii.gz", "nothing.nii"):
@@ -213,7 +213,7 @@ def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, 
     path, _ = make(name, tmp_path)
     out = tmp_path / "out"
     assert labels.run(infer.main, ["--checkpoint", checkpoint, "--input", str(path), "--output",
-                              str(out)]) == 2
+                                   str(out)]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not list(out.glob("*.nii*"))
     root = tmp_path / "Dataset907_Bad"
     shutil.copytree(tiny / "raw" / "Dataset901_Liver", root)
@@ -224,18 +224,18 @@ def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, 
         img = nib.load(root / "labelsTr" / "z.nii.gz")
         nib.save(nib.Nifti1Image(np.asarray(img.dataobj), img.affine), root / "labelsTr" / "z.nii")
     assert labels.run(train.main, ["--data", str(root), "--out", str(tmp_path / "r2"), "--text",
-                              "onehot", "--cache", str(tmp_path / "c2")]) == 2
+                                   "onehot", "--cache", str(tmp_path / "c2")]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not (tmp_path / "r2").exists()
     for folder in ("pred", "ref"):
         (tmp_path / folder).mkdir()
         shutil.copy(path, tmp_path / folder / f"z{ending}")
     assert labels.run(metrics.main, ["--pred", str(tmp_path / "pred"), "--ref",
-                                str(tmp_path / "ref")]) == 2
+                                     str(tmp_path / "ref")]) == 2
     assert len(lines(capsys.readouterr().err)) == 1
     assert not (tmp_path / "pred" / "metrics.json").exists()
 
 
-def test_a_folder_goes_on_after_a_bad_scan_and_a_second_run_does_what_is_missing(
+def test_a_bad_scan_does_not_stop_a_folder_and_a_second_run_does_only_what_is_missing(
         checkpoint, tmp_path, capsys):
     scans = tmp_path / "scans"
     for i in range(2):
@@ -251,10 +251,10 @@ def test_a_folder_goes_on_after_a_bad_scan_and_a_second_run_does_what_is_missing
     assert "2 there already" in text and (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns == stamp
     assert labels.run(infer.main, [*args, "--overwrite"]) == 0
     assert (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns != stamp
-    assert labels.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes: made anew
+    assert labels.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes
     assert "3 scan(s)" in capsys.readouterr().out.split("there already")[-1]
     assert labels.run(infer.main, [*args, "--classes", "liver", "--modality", "mri"]) == 0
-    assert "3 scan(s)" in capsys.readouterr().out               # another scaling of grey values too
+    assert "3 scan(s)" in capsys.readouterr().out               # another scaling of grey values
     assert not [p for p in (tmp_path / "out").rglob("*") if "part" in p.name]
 
 
@@ -292,7 +292,7 @@ def test_mutated_nifti_headers_never_give_a_traceback(tmp_path):
 
 
 def test_mutated_tables_never_give_a_traceback(tmp_path):
-    """dataset.json and class tables: values of every JSON type in every place."""
+    """dataset.json and class tables with values of every JSON type in every place."""
     rng = random.Random(1)
     odd = [None, True, -1, 1.5, 10 ** 30, "", "liver", [], [1], {}, {"a": 1}, [[1]], "left"]
 
@@ -309,17 +309,16 @@ def test_mutated_tables_never_give_a_traceback(tmp_path):
     write_nifti(folder / "labelsTr/c.nii.gz", BOX % 2, EYE)
     info = {"labels": {"background": 0, "liver": 1, "kidney": [2, 3]},
             "annotated": {"c": ["liver"]}, "channel_names": {"0": "CT"},
-            "training": [{"image": "imagesTr/c_0000.nii.gz",
-                                                        "label": "labelsTr/c.nii.gz"}]}
+            "training": [{"image": "imagesTr/c_0000.nii.gz", "label": "labelsTr/c.nii.gz"}]}
     table = ["Femur", {"name": "Tumor", "parents": ["Femur"], "lesion": True, "side": "left",
                        "synonyms": ["x"], "prompt": "A {}"}]
     for _ in range(1000):
         (folder / "dataset.json").write_text(json.dumps(change(info)))
         (tmp_path / "t.json").write_text(json.dumps(change(table)))
-        for f in (lambda: data.read_dataset(folder, labels.CLASSES),
-                  lambda: labels.load_classes(tmp_path / "t.json")):
+        for read in (lambda: data.read_dataset(folder, labels.CLASSES),
+                     lambda: labels.load_classes(tmp_path / "t.json")):
             try:
-                f()
+                read()
             except (ValueError, OSError):
                 pass
 
@@ -351,15 +350,16 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused(tmp_path, capsys, checkpo
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "step": _Payload(target)}, tmp_path / "evil.pt")
     write_nifti(tmp_path / "s.nii.gz", BOX, EYE)
-    assert labels.run(infer.main, ["--checkpoint", str(tmp_path / "evil.pt"), "--input",
-                              str(tmp_path / "s.nii.gz"), "--output", str(tmp_path / "o")]) == 2
+    argv = ["--checkpoint", str(tmp_path / "evil.pt"), "--input", str(tmp_path / "s.nii.gz"),
+            "--output", str(tmp_path / "o")]
+    assert labels.run(infer.main, argv) == 2
     assert "evil.pt" in capsys.readouterr().err and not target.exists()
 
 
 # ---- geometry ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(6))
 def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint, tmp_path):
-    """The scan's axes are flipped and permuted; the result, put back, is the same."""
+    """A scan with flipped and permuted axes gives, in RAS axes, the same result."""
     rng = np.random.default_rng(seed)
     hu, _ = body(seed, (40, 36, 44))
     order, flips = rng.permutation(3), rng.integers(0, 2, 3)
@@ -367,28 +367,28 @@ def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint,
     ornt = np.stack([np.argsort(order), 1 - 2 * flips[np.argsort(order)]], 1)
     other = nib.apply_orientation(hu, ornt)
     B = A @ nib.orientations.inv_ornt_aff(ornt, hu.shape)
-    results = []
+    found = []
     for i, (array, affine) in enumerate(((hu, A), (other, B))):
         write_nifti(tmp_path / f"{i}.nii.gz", np.ascontiguousarray(array), affine)
         infer.main(["--checkpoint", checkpoint, "--input", str(tmp_path / f"{i}.nii.gz"),
                     "--output", str(tmp_path / "out"), "--no-postprocess"])
         v = data.load_volume(tmp_path / f"out/{i}.nii.gz")
-        rows = json.loads((tmp_path / f"out/{i}.json").read_text())["classes"]
-        results.append((v.array, v.affine, {r["name"]: r["volume_ml"] for r in rows}))
-    assert np.array_equal(results[0][0], results[1][0]) and results[0][2] == results[1][2]
-    assert np.allclose(results[0][1], results[1][1])
+        results = json.loads((tmp_path / f"out/{i}.json").read_text())["classes"]
+        found.append((v.array, v.affine, {r["name"]: r["volume_ml"] for r in results}))
+    assert np.array_equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
+    assert np.allclose(found[0][1], found[1][1])
 
 
 # ---- a full disk ---------------------------------------------------------------------------------
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 32 MB: fill(left) leaves so many bytes free."""
+    """A file system of 32 MB and a function: fill(left) leaves `left` bytes free."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)],
                           capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"no tmpfs may be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"mounting a tmpfs is not permitted here: {done.stderr.strip()}")
 
     def fill(left):
         (folder / "ballast").write_bytes(b"")
@@ -398,7 +398,8 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 8192, 65536])
-def test_a_full_disk_is_one_line_and_no_half_file(left, disk, checkpoint, tiny, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(left, disk, checkpoint, tiny, tmp_path,
+                                                            capsys):
     folder, fill = disk
     scan, ref = tmp_path / "s0.nii.gz", tmp_path / "ref/s0.nii.gz"
     rng = np.random.default_rng(0)
@@ -425,7 +426,7 @@ def test_a_full_disk_is_one_line_and_no_half_file(left, disk, checkpoint, tiny, 
             assert "No space left" in err[0] or "is the disk full?" in err[0]
             assert str(tmp_path) in err[0]
     now = files(folder)
-    assert {n: now[n] for n in before} == before      # above all the last good checkpoint
+    assert {n: now[n] for n in before} == before      # in particular the last checkpoint
     for name in now.keys() - before.keys() - {"ballast"}:
         if name.endswith(".nii.gz"):
             data.load_volume(folder / name)
@@ -435,17 +436,20 @@ def test_a_full_disk_is_one_line_and_no_half_file(left, disk, checkpoint, tiny, 
 
 # ---- kill -9 -------------------------------------------------------------------------------------
 def files(folder):
-    """What a user sees: every file but parts (.*, *.part) and its bytes."""
+    """{path: content} of every file that a user sees: all but temporary ones (.*, *.part)."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file() and not any(s[0] == "." or s.endswith(".part")
                                        for s in p.relative_to(folder).parts)}
 
 
 def killed(kills, make_folder, target, args, check):
-    """Run target(*args(folder)) undisturbed in one folder; in another kill it `kills` times at
-    random moments, look at every file after each kill, and let it finish: the same files.
+    """Run a command uninterrupted in one folder; in another, kill it `kills` times at random
+    moments, check every file after each kill, and let it finish. Both folders hold the same files.
 
-    check(name, bytes, reference bytes)  asserts that a file is whole and what it should be
+    make_folder(name)                    a new folder, with the input of the command
+    target(*args(folder))                the command
+    check(name, content, reference)      asserts that a file is complete and as in the first folder
+    returns                              both folders
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["clip_text", "infer", "metrics", "train"])
@@ -471,7 +475,7 @@ def killed(kills, make_folder, target, args, check):
         p.join()
         for name, content in files(folder).items():
             check(name, content, whole[name])
-        if p.exitcode == 0:                     # it was faster: from the start again
+        if p.exitcode == 0:                     # it ended before the kill: start again
             folder = None
     folder = folder or make_folder("last")
     p = start(folder)
@@ -498,8 +502,8 @@ def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
         if name.startswith("cache/"):
             assert content == reference, name
         elif name.endswith(".pt"):
-            (tmp_path / "look.pt").write_bytes(content)
-            model.load_checkpoint(tmp_path / "look.pt")
+            (tmp_path / "copy.pt").write_bytes(content)
+            model.load_checkpoint(tmp_path / "copy.pt")
         elif name.endswith("config.json"):
             json.loads(content)
     a, b = killed(14, lambda n: tmp_path / n, train.main, args, check)
@@ -532,8 +536,8 @@ def test_eleven_kills_of_evaluation(tmp_path):
         ["--pred", str(folder), "--ref", str(tmp_path / "ref"), "--tolerance", "3"],), same_bytes)
 
 
-def test_workers_of_metrics_leave_with_a_killed_parent(tmp_path):
-    """An idle worker of a pool would wait for ever."""
+def test_workers_of_metrics_end_with_a_killed_parent(tmp_path):
+    """Without that, an idle worker of the pool would wait forever."""
     (tmp_path / "pool.py").write_text(
         "import os, time, multiprocessing as m, metrics\n"
         "from concurrent.futures import ProcessPoolExecutor as Pool\n"
@@ -563,4 +567,4 @@ def test_eleven_kills_of_a_download(server, tmp_path):
     digest = hashlib.sha256(handler.content).hexdigest()
     killed(11, lambda n: tmp_path / n, clip_text.fetch, lambda folder: (url, digest, folder),
            same_bytes)
-    assert any(handler.asked)                   # some went on where the killed one had stopped
+    assert any(handler.asked)                   # some downloads were resumed
