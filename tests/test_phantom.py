@@ -147,8 +147,8 @@ def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
         seeds[folder.name] = image.shape, image.dataobj[:].tobytes()
         assert gzip.decompress(path.read_bytes())[:4] == b"\x5c\x01\x00\x00"
     assert len(seeds) == 6 and len({data for _, data in seeds.values()}) == 6
-    phantom._write_case((tmp_path / "one" / "Dataset104_PhantomSpleen", "again",
-                         2 * (10 ** 6 * 7 + 3), "Tr", "abdomen"))
+    phantom._write_case(phantom.Job(tmp_path / "one" / "Dataset104_PhantomSpleen", "again",
+                                    2 * (10 ** 6 * 7 + 3), "Tr", "abdomen"))
     files = sorted((tmp_path / "one" / "Dataset104_PhantomSpleen" / "imagesTr").iterdir())
     assert files[0].read_bytes() == files[1].read_bytes()
 
