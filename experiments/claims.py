@@ -1,13 +1,18 @@
-"""The paper's claims at small scale, on the phantom: one function each.
+"""The paper's claims at small scale, on the phantom: one function per claim.
 
     python -m experiments.claims partial-labels --seeds 3
     python -m experiments.claims text --rows txt_encoding.pth
     python -m experiments.claims transfer --seeds 1
 
-Every claim writes CLAIM.json with its numbers per class, and CLAIM.md, the README's table of them,
-under --out (default claims/). A model that is there already is not trained again, so a broken-off
-run goes on. The phantom says whether an effect is there at all, nothing about its size on patients.
+Each claim writes CLAIM.json with its numbers per class, and CLAIM.md, the table of them that
+experiments/RESULTS.md shows, under --out (default claims/). A model that was trained before is not
+trained again, so an interrupted run continues where it stopped. The phantom shows whether an effect
+exists, not how large it is on patients.
+
+A claim's function returns {method: one dict of numbers per seed}.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -31,330 +36,491 @@ import train
 from experiments import phantom
 from model import Controller, load_checkpoint
 
-CLAIMS = {}
+CLAIMS = {}             # name on the command line -> function
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "lr": 1e-3}
-SWIN_COST = 3           # a step of it in steps of the U-Net of width 8, in bf16
-SHARED = Path(__file__).parents[2] / "shared"           # released rows and real scans, if there
-ROWS = SHARED / "clip/txt_encoding.pth"
+SWIN_COST = 3           # a step of it takes as long as this many steps of the U-Net of width 8
+MAX_COLUMNS = 5         # a table of more methods than this has a row per method
+REAL_DATASETS = ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
+                 "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")
 
 
-def claim(f):
-    CLAIMS[f.__name__.replace("_", "-")] = f
-    return f
+def claim(function):
+    CLAIMS[function.__name__.replace("_", "-")] = function
+    return function
 
 
-# ---- a study, a model, a score -------------------------------------------------------------------
-KNEE_TEST = [*phantom.KNEE_DATASETS][-1]
-
-
+# ---- datasets ----------------------------------------------------------------------------------
 def study(args, anatomy: str = "abdomen") -> Path:
-    """The training datasets and the test set; written once."""
+    """The folder of the phantom's training datasets and test set; written on first use."""
     folder = args.out / ("phantom" if anatomy == "abdomen" else anatomy)
-    test = [*phantom.ANATOMY[anatomy].datasets][-1]
+    *_, test = phantom.ANATOMY[anatomy].datasets
     if not (folder / test / "dataset.json").is_file():
         phantom.write_datasets(folder, scans=args.scans, seed=1, test_scans=args.test_scans,
                                anatomy=anatomy)
     return folder
 
 
+def training_sets(root: Path) -> list[Path]:
+    return sorted(folder for folder in root.iterdir() if (folder / "imagesTr").is_dir())
+
+
 def first_scans(source: Path, n: int, to: Path) -> Path:
-    """A copy of a dataset with its first n scans; written once."""
+    """A copy of a dataset with its first n scans only; written on first use."""
     few = to / source.name
-    if not (few / "dataset.json").is_file():
-        for image in infer.find_scans(source / "imagesTr")[:n]:
-            for file in (image, source / "labelsTr" / f"{data.case_name(image)}.nii.gz"):
-                copy = few / file.parent.name / file.name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, copy)
-        shutil.copy(source / "dataset.json", few)
+    if (few / "dataset.json").is_file():
+        return few
+    for image in infer.find_scans(source / "imagesTr")[:n]:
+        for file in (image, source / "labelsTr" / f"{data.case_name(image)}.nii.gz"):
+            copy = few / file.parent.name / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    shutil.copy(source / "dataset.json", few)
     return few
 
 
 def test_set(args, name: str, **how) -> Path:
-    """More fully labelled test scans, from `phantom.make_scan(seed, **how)`."""
+    """More fully labelled test scans, made by `phantom.make_scan(seed, **how)`."""
     folder = args.out / name
-    if not (folder / "dataset.json").is_file():
-        for part in ("imagesTs", "labelsTs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        for i in range(args.test_scans):
-            hu, truth, affine = phantom.make_scan(10 ** 9 + i, **how)
-            label = phantom.values_for(phantom.DATASETS[phantom.TEST])[truth]
-            phantom._write(folder / f"imagesTs/t{i}_0000.nii.gz", phantom._nifti(hu, affine))
-            phantom._write(folder / f"labelsTs/t{i}.nii.gz", phantom._nifti(label, affine))
-        phantom._write(folder / "dataset.json",
-                       (study(args) / phantom.TEST / "dataset.json").read_bytes())
+    if (folder / "dataset.json").is_file():
+        return folder
+    label_value = phantom.values_for(phantom.DATASETS[phantom.TEST])
+    for i in range(args.test_scans):
+        hu, truth, affine = phantom.make_scan(10 ** 9 + i, **how)
+        phantom.write_nifti(folder / f"imagesTs/t{i}_0000.nii.gz", hu, affine)
+        phantom.write_nifti(folder / f"labelsTs/t{i}.nii.gz", label_value[truth], affine)
+    with data.atomic_write(folder / "dataset.json") as part:
+        shutil.copy(study(args) / phantom.TEST / "dataset.json", part)
     return folder
 
 
-def fit(args, name: str, data, seed: int, **flags) -> Path:
-    """Train with settings as small as the README's first -> checkpoint."""
+# ---- a model and its score ---------------------------------------------------------------------
+def fit(args, name: str, datasets, seed: int, **flags) -> Path:
+    """Train with settings as small as those of the README's first command.
+
+    flags    fields of train.Config that differ from the settings below
+    returns  the checkpoint
+    """
     out = args.out / f"{name}_{seed}"
-    cfg = train.Config(**{"data": tuple(map(str, data)), "out": str(out), "text": "onehot",
-                          "spacing_mm": 5.0, "patch": 64, "width": 8, "steps": args.steps,
-                          "batch": 1, "lr": 2e-3, "val_fraction": 0.0, "seed": seed,
-                          "cache": str(args.out / "cache"), "resume": True, **flags})
-    train.train(cfg)
+    settings = {
+        "data": tuple(str(folder) for folder in datasets),
+        "out": str(out),
+        "cache": str(args.out / "cache"),
+        "resume": True,
+        "text": "onehot",
+        "spacing_mm": 5.0,
+        "patch": 64,
+        "width": 8,
+        "steps": args.steps,
+        "batch": 1,
+        "lr": 2e-3,
+        "val_fraction": 0.0,
+        "seed": seed,
+    }
+    train.train(train.Config(**{**settings, **flags}))
     return out / "last.pt"
 
 
-def score(args, checkpoint: Path, test: Path, *more, tolerance: float = 3, table=(),
+def score(args, checkpoint: Path, test: Path, *flags, tolerance: float = 3, class_table=None,
           part: str = "Ts") -> dict:
-    """Segment and score a test set -> metrics.json, and what the model and its training cost."""
-    out = checkpoint.parent / ("_".join(["out", test.name, *(m.strip("-") for m in more)]))
+    """Segment and score a dataset -> content of metrics.json, and what model and training cost.
+
+    flags  further flags of infer.py
+    part   Ts for the test scans of the dataset, Tr for its training scans
+    """
+    out = checkpoint.parent / "_".join(["out", test.name, *(flag.strip("-") for flag in flags)])
     start = time.perf_counter()
-    infer.main(["--checkpoint", str(checkpoint), "--input", str(test / f"images{part}"), "--output",
-                str(out), "--batch", "2", "--overwrite", *more])    # its time is wanted
+    infer.main(["--checkpoint", str(checkpoint), "--input", str(test / f"images{part}"),
+                "--output", str(out), "--batch", "2",
+                "--overwrite", *flags])         # --overwrite, because the time is measured
     seconds = time.perf_counter() - start
-    metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"), "--tolerance",
-                  str(tolerance), *table])
-    log = [json.loads(r) for r in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
-    log = [r for r in log if "loss" in r]
-    third = len(log) // 3
-    return {**json.loads((out / "metrics.json").read_text()), "seconds": seconds,
-            "training_s": sum(r["seconds"] for r in log),
-            "Dice loss, middle third": statistics.mean(r["dice"] for r in log[third:2 * third + 1]),
-            "parameters": sum(p.numel() for p in load_checkpoint(checkpoint)[0].parameters())}
+    table = ["--class-table", str(class_table)] if class_table else []
+    metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"),
+                  "--tolerance", str(tolerance), *table])
+    model, _, _ = load_checkpoint(checkpoint)
+    return {
+        **json.loads((out / "metrics.json").read_text()),
+        **training_cost(checkpoint.parent / "log.jsonl"),
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
-# ---- a table -------------------------------------------------------------------------------------
+def training_cost(log: Path) -> dict:
+    """Seconds of all training steps, and the mean Dice loss over the middle third of them."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    third = len(steps) // 3
+    middle = steps[third:2 * third + 1]
+    return {"training_s": sum(record["seconds"] for record in steps),
+            "Dice loss, middle third": statistics.mean(record["dice"] for record in middle)}
+
+
+# ---- a table -----------------------------------------------------------------------------------
+MEASURES = (            # key in the JSON, name in the table, decimal places
+    ("Dice loss, middle third", "Dice loss, middle third", 3),
+    ("nearest is kin", "nearest is kin", 2),
+    ("by chance", "by chance", 2),
+    ("old logits change by", "old logits change by", 0),
+    ("parameters", "parameters", 0),
+    ("GFLOP a window", "GFLOP a window", 1),
+    ("training_s", "training, s", 0),
+    ("seconds", "inference, s", 0),
+)
+
+
 def spread(values, digits: int = 3) -> str:
+    """Mean and standard deviation of the values that are not None."""
     values = [v for v in values if v is not None]
     if not values:
         return ""
     mean = f"{statistics.mean(values):,.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def mean_nsd(run: dict) -> float | None:
+    scores = [c["nsd"] for c in run["classes"].values() if c.get("nsd") is not None]
+    return statistics.mean(scores) if scores else None
+
+
+def class_lines(methods: dict) -> dict:
+    """{class: its Dice by every method}"""
+    names = {}                          # a dict keeps the order in which they are first seen
+    for runs in methods.values():
+        for run in runs:
+            names |= dict.fromkeys(run["classes"])
+    lines = {}
+    for name in names:
+        lines[name] = [spread([run["classes"].get(name, {}).get("dice") for run in runs])
+                       for runs in methods.values()]
+    return lines
+
+
+def mean_lines(methods: dict) -> dict:
+    """{mean or cost: its value for every method}"""
+    lines = {}
+    for kind in ("organ", "lesion"):
+        lines[f"mean Dice, {kind}s"] = [spread([run["mean"][kind] for run in runs])
+                                        for runs in methods.values()]
+    lines["mean NSD"] = [spread([mean_nsd(run) for run in runs]) for runs in methods.values()]
+    for key, name, digits in MEASURES:
+        lines[name] = [spread([run.get(key) for run in runs], digits)
+                       for runs in methods.values()]
+    return lines
+
+
+def detection_lines(methods: dict) -> dict:
+    """{count of patients: its value for every method}, summed over seeds"""
+    lesions = {}
+    for runs in methods.values():
+        lesions |= dict.fromkeys(runs[0].get("detection", {}))
+    lines = {}
+    for lesion in lesions:
+        found, not_found, harmonic = [], [], []
+        for runs in methods.values():
+            counts = [run["detection"][lesion] for run in runs]
+            hits, positives, rejections, negatives = (
+                sum(count[key] for count in counts)
+                for key in ("true positive", "positive", "true negative", "negative"))
+            sensitivity = hits / max(positives, 1)
+            specificity = rejections / max(negatives, 1)
+            mean = 2 * sensitivity * specificity / max(sensitivity + specificity, 1e-9)
+            found.append(f"{hits} of {positives}")
+            not_found.append(f"{rejections} of {negatives}")
+            harmonic.append(f"{mean:.2f}")
+        lines[f"{lesion} found in the sick"] = found
+        lines[f"{lesion} not found in the healthy"] = not_found
+        lines[f"{lesion}, harmonic mean"] = harmonic
+    return lines
 
 
 def table(content: dict) -> str:
     """Markdown of a claim's JSON: a column per method, mean and standard deviation over seeds.
 
-    More than five methods get a row each, and no single classes.
+    A table of more than MAX_COLUMNS methods has a row per method and leaves single classes out.
     """
     methods = content["runs"]
-    classes = dict.fromkeys(c for runs in methods.values() for r in runs for c in r["classes"])
-    rows = {} if len(methods) > 5 else {
-        c: [spread([r["classes"].get(c, {}).get("dice") for r in runs])
-            for runs in methods.values()] for c in classes}
-    for kind in ("organ", "lesion"):
-        rows[f"mean Dice, {kind}s"] = [spread([r["mean"][kind] for r in runs])
-                                       for runs in methods.values()]
-    rows["mean NSD"] = [spread([statistics.mean(nsd) for r in runs if (nsd := [
-        c["nsd"] for c in r["classes"].values() if c.get("nsd") is not None])])
-        for runs in methods.values()]
-    for key, digits in (("Dice loss, middle third", 3), ("nearest is kin", 2), ("by chance", 2),
-                        ("old logits change by", 0), ("parameters", 0), ("GFLOP a window", 1),
-                        ("training_s", 0), ("seconds", 0)):
-        rows[key.replace("_s", ", s").replace("seconds", "inference, s")] = [
-            spread([r.get(key) for r in runs], digits) for runs in methods.values()]
-    for c in dict.fromkeys(c for runs in methods.values() for c in runs[0].get("detection", {})):
-        hit, of, right, healthy = (
-            [sum(r["detection"][c][key] for r in runs) for runs in methods.values()]
-            for key in ("true positive", "positive", "true negative", "negative"))
-        rows[f"{c} found in the sick"] = [f"{a} of {b}" for a, b in zip(hit, of, strict=True)]
-        rows[f"{c} not found in the healthy"] = [f"{a} of {b}" for a, b in
-                                                 zip(right, healthy, strict=True)]
-        rates = [(a / max(b, 1), d / max(e, 1)) for a, b, d, e in
-                 zip(hit, of, right, healthy, strict=True)]
-        rows[f"{c}, harmonic mean"] = [f"{2 * a * b / max(a + b, 1e-9):.2f}" for a, b in rates]
-    lines = [["", *methods], *([k, *v] for k, v in rows.items() if any(v))]
-    lines = lines if len(methods) <= 5 else [list(column) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    note = "" if content["seeds"] > 1 else "One seed. "
-    return f"{note}{content['steps']} steps.\n\n" + "\n".join(
-        f"| {' | '.join(line)} |" for line in lines) + "\n"
+    many = len(methods) > MAX_COLUMNS
+    lines = {} if many else class_lines(methods)
+    lines |= mean_lines(methods)
+    lines |= detection_lines(methods)
+    grid = [["", *methods]]
+    for name, values in lines.items():
+        if any(values):
+            grid.append([name, *values])
+    if many:
+        grid = [list(column) for column in zip(*grid, strict=True)]
+    grid.insert(1, ["---"] * len(grid[0]))
+    seeds = "" if content["seeds"] > 1 else "One seed. "
+    rows = "".join(f"| {' | '.join(row)} |\n" for row in grid)
+    return f"{seeds}{content['steps']} steps.\n\n{rows}"
 
 
-# ---- the claims ----------------------------------------------------------------------------------
+# ---- partial labels ----------------------------------------------------------------------------
+def one_per_dataset(args, root: Path, seed: int) -> dict:
+    """A model per dataset, trained for the same number of steps in all as the universal model.
+
+    Dice of a class is the mean over the models that know it; the cost is that of all models.
+    """
+    datasets = training_sets(root)
+    scores = []
+    for folder in datasets:
+        steps = max(1, args.steps // len(datasets))
+        checkpoint = fit(args, f"alone_{folder.name}", [folder], seed, steps=steps)
+        scores.append(score(args, checkpoint, root / phantom.TEST))
+
+    by_class: dict[str, list[float]] = {}
+    for run in scores:
+        for name, values in run["classes"].items():
+            if values["dice"] is not None:
+                by_class.setdefault(name, []).append(values["dice"])
+    dice = {name: statistics.mean(values) for name, values in by_class.items()}
+    lesions = {c.name for c in labels.CLASSES if c.lesion}
+    organ_dice = [v for name, v in dice.items() if name not in lesions]
+    lesion_dice = [v for name, v in dice.items() if name in lesions]
+    return {
+        "classes": {name: {"dice": v} for name, v in dice.items()},
+        "mean": {"organ": statistics.mean(organ_dice or [0]),
+                 "lesion": statistics.mean(lesion_dice or [0])},
+        **{key: sum(run[key] for run in scores) for key in ("parameters", "seconds", "training_s")},
+    }
+
+
 @claim
 def partial_labels(args) -> dict:
     """Masked against unmasked training, and one universal model against one per dataset."""
     root = study(args)
-    sets = sorted(p for p in root.iterdir() if (p / "imagesTr").is_dir())
-    result = {}
+    result = {"masked": [], "unmasked": [], "one per dataset": []}
     for seed in range(args.seeds):
-        for name, flags in (("masked", {}), ("unmasked", {"unmasked": True})):
-            ck = fit(args, name, [root], seed, **flags)
-            result.setdefault(name, []).append(score(args, ck, root / phantom.TEST))
-        alone, dice = [], {}
-        for d in sets:
-            ck = fit(args, f"alone_{d.name}", [d], seed, steps=max(1, args.steps // len(sets)))
-            alone.append(score(args, ck, root / phantom.TEST))
-            for c, v in alone[-1]["classes"].items():
-                if v["dice"] is not None:
-                    dice.setdefault(c, []).append(v["dice"])
-        dice = {c: statistics.mean(v) for c, v in dice.items()}     # of the models that know it
-        lesion = {c.name for c in labels.CLASSES if c.lesion}
-        result.setdefault("one per dataset", []).append({
-            "classes": {c: {"dice": v} for c, v in dice.items()},
-            "mean": {kind: statistics.mean([v for c, v in dice.items()
-                                            if (c in lesion) == (kind == "lesion")] or [0])
-                     for kind in ("organ", "lesion")},
-            **{k: sum(a[k] for a in alone) for k in ("parameters", "seconds", "training_s")}})
+        masked = fit(args, "masked", [root], seed)
+        unmasked = fit(args, "unmasked", [root], seed, unmasked=True)
+        result["masked"].append(score(args, masked, root / phantom.TEST))
+        result["unmasked"].append(score(args, unmasked, root / phantom.TEST))
+        result["one per dataset"].append(one_per_dataset(args, root, seed))
     return result
 
 
-def generated(args, checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
-    """theta (scans, K, 153) of the middle window of every test scan, and the K trained classes."""
-    model, w, rest = load_checkpoint(checkpoint)
-    names = rest["trained"]
-    ks = [[c["name"] for c in rest["classes"]].index(n) for n in names]
-    patch, thetas = rest["config"]["patch"], []
+# ---- text --------------------------------------------------------------------------------------
+def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
+    """The generated heads of the trained classes for the middle window of every test scan.
+
+    returns  names of the K trained classes, theta (scans, K, 153)
+    """
+    model, w, content = load_checkpoint(checkpoint)
+    trained = content["trained"]
+    names = [c["name"] for c in content["classes"]]
+    indices = [names.index(name) for name in trained]
+    patch = content["config"]["patch"]
+    thetas = []
     for scan in infer.find_scans(test / "imagesTs"):
-        image = data.preprocess(data.load_volume(scan), rest["config"]["spacing_mm"])[0]
+        image, *_ = data.preprocess(data.load_volume(scan), content["config"]["spacing_mm"])
         image, _ = infer.pad_to(image, patch)
         middle = tuple(slice((n - patch) // 2, (n - patch) // 2 + patch) for n in image.shape)
+        window = torch.from_numpy(image[middle].copy())[None, None]
         with torch.no_grad():
-            deep, _ = model.backbone(torch.from_numpy(image[middle].copy())[None, None])
-            thetas.append(model.theta(deep, w[ks])[0])
-    return names, torch.stack(thetas)
+            deep, _ = model.backbone(window)
+            thetas.append(model.theta(deep, w[indices])[0])
+    return trained, torch.stack(thetas)
+
+
+def related(a: str, b: str) -> bool:
+    """Whether two classes are the two sides of one organ, or an organ and its tumour or cyst."""
+    names = [c.name for c in labels.CLASSES]
+    i, j = names.index(a), names.index(b)
+    return (labels.other_side(i, labels.CLASSES) == j
+            or a in labels.CLASSES[j].parents
+            or b in labels.CLASSES[i].parents)
 
 
 def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
-    """How often the class nearest to a class of one scan is its twin, its organ or its tumour."""
-    classes = {c.name: c for c in labels.CLASSES}
+    """How often the nearest neighbour of a generated head belongs to a related class.
 
-    def kin(a: str, b: str) -> bool:
-        twins = a.replace("Left", "Right") == b.replace("Left", "Right")
-        return twins or a in classes[b].parents or b in classes[a].parents
-    table = torch.tensor([[a != b and kin(a, b) for b in names] for a in names])
-    has = table.any(1)
-    far = torch.cdist(theta, theta) + torch.eye(len(names)) * 1e9
-    hit = table.gather(1, far.argmin(2).t())[has]                      # (those with kin, scans)
-    return {"nearest is kin": hit.float().mean().item(),
-            "by chance": (table[has].sum(1) / (len(names) - 1)).mean().item()}
+    names    of K classes
+    theta    (scans, K, 153); neighbours are sought among the classes of the same scan
+    returns  the share over all scans and classes that have a related one, and what random
+             neighbours would give
+    """
+    kin = torch.tensor([[related(a, b) for b in names] for a in names])         # (K, K)
+    has_kin = kin.any(1)
+    distance = torch.cdist(theta, theta) + torch.eye(len(names)) * 1e9          # (scans, K, K)
+    nearest = distance.argmin(2)                                                # (scans, K)
+    hit = kin.gather(1, nearest.t())[has_kin]                   # (classes that have kin, scans)
+    chance = kin[has_kin].sum(1) / (len(names) - 1)
+    return {"nearest is kin": hit.float().mean().item(), "by chance": chance.mean().item()}
 
 
 def draw_theta(png: Path, maps: dict) -> None:
     """theta_k on its first two principal axes: a point per class and scan, a plot per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(7 * len(maps), 7), layout="constrained")
-    FigureCanvasAgg(fig)
-    axes = np.atleast_1d(fig.subplots(1, len(maps)))
-    for ax, (kind, (names, theta)) in zip(axes, maps.items(), strict=True):
+    figure = data.new_figure(7 * len(maps), 7, layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(maps)))
+    for ax, (method, (names, theta)) in zip(axes, maps.items(), strict=True):
         points = theta.flatten(0, 1) - theta.mean((0, 1))
         u, s, _ = torch.linalg.svd(points, full_matrices=False)
         xy = (u * s)[:, :2].view(len(theta), len(names), 2).numpy()
         for k, name in enumerate(names):
             ax.scatter(*xy[:, k].T, s=18, color=np.array(infer.COLOURS[k]) / 255)
             ax.annotate(name, xy[:, k].mean(0), fontsize=9)
-        ax.set(title=kind, xlabel="first principal axis", ylabel="second principal axis")
-    fig.savefig(png, dpi=60)
+        ax.set(title=method, xlabel="first principal axis", ylabel="second principal axis")
+    with data.atomic_write(png) as part:
+        figure.savefig(part, dpi=60)
 
 
 @claim
 def text(args) -> dict:
-    """One-hot rows of norm 1 and 8.8 against CLIP's rows, where a file of them is given; what the
-    controller makes of them (theta.png), and whether kin are neighbours there. Few-shot: only two
-    scans show liver tumours; the liver, their neighbour in the text, has ten more."""
-    root, liver = study(args), "Dataset102_PhantomLiver"
-    torch.save(torch.eye(len(labels.CLASSES)), args.out / "onehot1.pt")
-    few = [d for d in sorted(root.iterdir()) if (d / "imagesTr").is_dir() and d.name != liver]
-    few.append(first_scans(root / liver, 2, args.out / "few2"))
-    kinds = {"one-hot, norm 1": ("text_1", str(args.out / "onehot1.pt"), [root]),
-             "one-hot, norm 8.8": ("masked", "onehot", [root]),
-             "few-shot, one-hot 8.8": ("few_onehot", "onehot", few)}
+    """One-hot text embeddings of norm 1 and 8.8 against CLIP's, where a file of them is given.
+
+    Also what the controller makes of them (theta.png), and whether related classes are neighbours
+    there. Few-shot: only two scans show liver tumours, while ten more show the liver, the tumour's
+    neighbour in the text.
+    """
+    root = study(args)
+    liver = root / "Dataset102_PhantomLiver"
+    few = [folder for folder in training_sets(root) if folder != liver]
+    few.append(first_scans(liver, 2, args.out / "few2"))
+    norm_1 = args.out / "onehot1.pt"
+    torch.save(torch.eye(len(labels.CLASSES)), norm_1)
+    methods = {                     # method: name of the run, --text, datasets
+        "one-hot, norm 1": ("text_1", str(norm_1), [root]),
+        "one-hot, norm 8.8": ("masked", "onehot", [root]),
+        "few-shot, one-hot 8.8": ("few_onehot", "onehot", few),
+    }
     if args.rows:
-        kinds |= {"CLIP rows": ("text_clip", str(args.rows), [root]),
-                  "few-shot, CLIP rows": ("few_clip", str(args.rows), few)}
+        methods["CLIP rows"] = ("text_clip", str(args.rows), [root])
+        methods["few-shot, CLIP rows"] = ("few_clip", str(args.rows), few)
     else:
-        print("CLIP rows: skipped, no file of rows given (--rows)")
+        print("CLIP rows: skipped, no file of text embeddings given (--rows)")
+
     result, maps = {}, {}
-    for kind, (name, rows, sets) in kinds.items():
+    for method, (name, embeddings, datasets) in methods.items():
+        result[method] = []
         for seed in range(args.seeds):
-            ck = fit(args, name, sets, seed, text=rows)
-            known, theta = generated(args, ck, root / phantom.TEST)
-            if sets == [root]:
-                maps.setdefault(kind, (known, theta))
-            result.setdefault(kind, []).append({**score(args, ck, root / phantom.TEST),
-                                                **nearest_is_kin(known, theta)})
+            checkpoint = fit(args, name, datasets, seed, text=embeddings)
+            trained, theta = generated(checkpoint, root / phantom.TEST)
+            if seed == 0 and datasets == [root]:
+                maps[method] = (trained, theta)
+            result[method].append({**score(args, checkpoint, root / phantom.TEST),
+                                   **nearest_is_kin(trained, theta)})
     draw_theta(args.out / "theta.png", maps)
     return result
 
 
-def draw_change(png: Path, scans: Path, before: Path, after: Path) -> None:
-    """The plane of all scans in which post-processing changed most, before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    best = (0, None)
+# ---- false positives ---------------------------------------------------------------------------
+def most_changed_plane(before: Path, after: Path) -> tuple[str, int] | None:
+    """File name and coronal index of the plane in which two folders of label maps differ most."""
+    most, found = 0, None
     for file in sorted(before.glob("*.nii.gz")):
-        a, b = (data.load_volume(d / file.name).array for d in (before, after))
+        a = data.load_volume(file).array
+        b = data.load_volume(after / file.name).array
         changed = np.count_nonzero(a != b, (0, 2))
-        best = max(best, (int(changed.max()), (file.name, int(changed.argmax()), a, b)),
-                   key=lambda t: t[0])
-    if best[1] is None:
+        if changed.max() > most:
+            most = int(changed.max())
+            found = (file.name, int(changed.argmax()))
+    return found
+
+
+def draw_change(png: Path, scans: Path, before: Path, after: Path) -> None:
+    """The coronal plane of all scans that post-processing changed most, before and after."""
+    plane = most_changed_plane(before, after)
+    if plane is None:
         return
-    name, y, a, b = best[1]
-    volume = data.load_volume(scans / name.replace(".nii.gz", "_0000.nii.gz"))
+    name, y = plane
+    case = name.removesuffix(".nii.gz")
+    volume = data.load_volume(scans / f"{case}_0000.nii.gz")
     low, high = data.grey_range(volume)
-    lut = np.array([(0, 0, 0), *infer.COLOURS[:len(labels.CLASSES)]]) / 255
-    fig = Figure(figsize=(11, 5), facecolor="black", layout="constrained")
-    FigureCanvasAgg(fig)
     grey = np.clip((volume.array[:, y].astype(np.float32) - low) / (high - low), 0, 1)
+    grey = np.repeat(grey[..., None], 3, 2)
+    colours = np.array([(0, 0, 0), *infer.COLOURS[:len(labels.CLASSES)]]) / 255
     dx, _, dz = volume.spacing_mm
-    for ax, label, title in zip(fig.subplots(1, 3), (None, a, b), (
-            f"{name[:-7]}, coronal", "as predicted", "post-processed"), strict=True):
-        rgb = np.repeat(grey[..., None], 3, 2)
-        if label is not None:
-            part = label[:, y]
-            rgb = np.where(part[..., None] > 0, 0.4 * rgb + 0.6 * lut[part], rgb)
+
+    figure = data.new_figure(11, 5, facecolor="black", layout="constrained")
+    for ax, folder, title in zip(figure.subplots(1, 3), (None, before, after), (
+            f"{case}, coronal", "as predicted", "post-processed"), strict=True):
+        rgb = grey
+        if folder is not None:
+            label = data.load_volume(folder / name).array[:, y]
+            rgb = np.where(label[..., None] > 0, 0.4 * grey + 0.6 * colours[label], grey)
         ax.imshow(rgb[::-1].transpose(1, 0, 2), origin="lower", aspect=dz / dx)
         ax.set_title(title, color="white")
         ax.set_axis_off()
-    fig.savefig(png, dpi=90, facecolor="black", bbox_inches="tight")
+    with data.atomic_write(png) as part:
+        figure.savefig(part, dpi=90, facecolor="black", bbox_inches="tight")
 
 
 @contextlib.contextmanager
 def without_image_feature():
-    """f = 0, in training and inference: heads then know their class, but not the scan."""
-    plain = Controller.forward
-    with mock.patch.object(Controller, "forward",
-                           lambda self, w, f: plain(self, w, torch.zeros_like(f))):
+    """f = 0 in training and inference: a head then depends on its class, but not on the scan."""
+    forward = Controller.forward
+
+    def forward_without_f(self, w, f):
+        return forward(self, w, torch.zeros_like(f))
+
+    with mock.patch.object(Controller, "forward", forward_without_f):
         yield
+
+
+def with_detection(sick: dict, healthy: dict) -> dict:
+    """The score of the scans with lesions, and detection per patient over both test sets.
+
+    A patient is positive if any lesion voxel is predicted.
+    """
+    cases = sick["cases"] + healthy["cases"]
+    detection = {}
+    for lesion, values in sick["classes"].items():
+        if "detection" in values:
+            own = [case for case in cases if case["class"] == lesion]
+            predicted = [case["pred_ml"] > 0 for case in own]
+            present = [case["ref_ml"] > 0 for case in own]
+            detection[lesion] = metrics.detection(predicted, present)
+    return {**sick, "cases": cases, "detection": detection}
 
 
 @claim
 def false_positives(args) -> dict:
-    """Detection on sick and healthy scans, with and without post-processing, and a picture of it;
-    and by a model whose heads are generated from the text alone, without the image feature f.
+    """Detection in scans with and without lesions, with and without post-processing.
 
-    A "detection" counts patients: positive is any predicted lesion voxel.
+    The same for a model whose heads are generated from the text alone, without the image feature f.
+    Draws the plane that post-processing changes most.
     """
-    root, result = study(args), {}
-    tests = {"sick": root / phantom.TEST, "healthy": test_set(args, "healthy", healthy=True)}
-    ways = {"cleaned": (), "as predicted": ("--no-postprocess",)}
-    for folder, prefix, feature in (("masked", "", contextlib.nullcontext),
-                                    ("no_f", "no f, ", without_image_feature)):
+    root = study(args)
+    sick = root / phantom.TEST
+    healthy = test_set(args, "healthy", healthy=True)
+    models = (                      # name of the run, beginning of the method's name, context
+        ("masked", "", contextlib.nullcontext),
+        ("no_f", "no f, ", without_image_feature),
+    )
+    cleaning = {"cleaned": [], "as predicted": ["--no-postprocess"]}
+    result = {}
+    for name, prefix, context in models:
         for seed in range(args.seeds):
-            with feature():
-                ck = fit(args, folder, [root], seed)
-                scored = {name: {t: score(args, ck, test, *how) for t, test in tests.items()}
-                          for name, how in ways.items()}
-            for name, parts in scored.items():
-                cases = [r for p in parts.values() for r in p["cases"]]
-                result.setdefault(prefix + name, []).append({
-                    **parts["sick"], "cases": cases, "detection": {
-                        n: metrics.detection(*([r[side] > 0 for r in cases if r["class"] == n]
-                                               for side in ("pred_ml", "ref_ml")))
-                        for n, c in parts["sick"]["classes"].items() if "detection" in c}})
-    out, plain = (args.out / f"masked_{args.seeds - 1}/out_{phantom.TEST}{end}"
-                  for end in ("", "_no-postprocess"))
-    draw_change(args.out / "postprocessing.png", root / phantom.TEST / "imagesTs", plain, out)
+            with context():
+                checkpoint = fit(args, name, [root], seed)
+                for way, flags in cleaning.items():
+                    run = with_detection(score(args, checkpoint, sick, *flags),
+                                         score(args, checkpoint, healthy, *flags))
+                    result.setdefault(prefix + way, []).append(run)
+    last = args.out / f"masked_{args.seeds - 1}"
+    draw_change(args.out / "postprocessing.png", sick / "imagesTs",
+                last / f"out_{sick.name}_no-postprocess", last / f"out_{sick.name}")
     return result
 
 
+# ---- generalisation, backbones, transfer -------------------------------------------------------
 @claim
 def generalisation(args) -> dict:
-    """The same hospital against another: arterial phase, thick slices, more noise, wider view."""
+    """The same hospital and another one: arterial phase, thick slices, more noise, wider view."""
     root = study(args)
     tests = {"same hospital": test_set(args, "hospital_a"),
              "another hospital": test_set(args, "hospital_b", hospital="b")}
-    models = [fit(args, "masked", [root], seed) for seed in range(args.seeds)]
-    return {name: [score(args, ck, test) for ck in models] for name, test in tests.items()}
+    checkpoints = [fit(args, "masked", [root], seed) for seed in range(args.seeds)]
+    result = {}
+    for name, test in tests.items():
+        result[name] = [score(args, checkpoint, test) for checkpoint in checkpoints]
+    return result
 
 
 def gflop(checkpoint: Path) -> float:
-    """Arithmetic of one 64^3 window with the trained classes, in 10^9 additions and products."""
+    """Additions and multiplications of one 64^3 window with the trained classes, in 10^9."""
     model, w, _ = load_checkpoint(checkpoint)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 64, 64, 64), w)
@@ -363,104 +529,155 @@ def gflop(checkpoint: Path) -> float:
 
 @claim
 def backbones(args) -> dict:
-    """U-Net and a small Swin UNETR in about the same training time; arithmetic beside it."""
-    root, result = study(args), {}
-    for name, flags in (("unet", {}), ("swin_unetr", {
-            **SMALL_SWIN, "steps": max(1, round(args.steps / SWIN_COST))})):
+    """U-Net and a small Swin UNETR in about the same training time, with their arithmetic."""
+    root = study(args)
+    swin = {**SMALL_SWIN, "steps": max(1, round(args.steps / SWIN_COST))}
+    result = {}
+    for method, name, flags in (("unet", "masked", {}), ("swin_unetr", "swin_unetr", swin)):
+        result[method] = []
         for seed in range(args.seeds):
-            ck = fit(args, "masked" if name == "unet" else name, [root], seed, **flags)
-            result.setdefault(name, []).append(
-                {**score(args, ck, root / phantom.TEST), "GFLOP a window": gflop(ck)})
+            checkpoint = fit(args, name, [root], seed, **flags)
+            result[method].append({**score(args, checkpoint, root / phantom.TEST),
+                                   "GFLOP a window": gflop(checkpoint)})
     return result
+
+
+def change_of_old_logits(old: Path, new: Path) -> float:
+    """Largest difference between two models' logits of the old classes, on one random window."""
+    old_model, w, _ = load_checkpoint(old)
+    new_model, _, _ = load_checkpoint(new)
+    window = torch.randn(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return (old_model(window, w) - new_model(window, w)).abs().max().item()
 
 
 @claim
 def transfer(args) -> dict:
-    """A new class (aorta) with few scans: an extension of a model that never saw it, the same
-    backbone under a table of its own, and from scratch. The extension leaves old logits alone."""
-    root, result = study(args), {}
-    old, new = args.out / "old.json", args.out / "new.json"
-    old.write_text(json.dumps(["Liver", "Liver Tumor", "Spleen", "Right Kidney", "Left Kidney",
-                               "Kidney Cyst"]))
-    new.write_text(json.dumps(["Aorta"]))
-    source, steps = root / "Dataset105_PhantomTrunk", max(1, args.steps // 4)
-    window = torch.randn(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
+    """A new class (aorta) with few scans, in three ways: as an extension of a model that never saw
+    it, on the backbone of that model with a class table of its own, and from scratch. An extension
+    leaves the logits of the old classes as they were.
+    """
+    root = study(args)
+    old_classes = args.out / "old.json"
+    new_classes = args.out / "new.json"
+    old_classes.write_text(json.dumps(["Liver", "Liver Tumor", "Spleen", "Right Kidney",
+                                       "Left Kidney", "Kidney Cyst"]))
+    new_classes.write_text(json.dumps(["Aorta"]))
+    old_datasets = [root / f"Dataset{name}" for name in (
+        "101_PhantomKidney", "102_PhantomLiver", "104_PhantomSpleen")]
+    new_dataset = root / "Dataset105_PhantomTrunk"
+    result = {}
     for seed in range(args.seeds):
-        base = fit(args, "base", [root / d for d in phantom.DATASETS if d.startswith(
-            ("Dataset101", "Dataset102", "Dataset104"))], seed, classes=str(old))
+        base = fit(args, "base", old_datasets, seed, classes=str(old_classes))
         for n in (1, 2, 4, 8):
-            few = first_scans(source, n, args.out / f"few{n}")
-            for name, flags in (("extended", {"extend": str(base)}),
-                                ("transferred", {"pretrained": str(base)}), ("from scratch", {})):
-                ck = fit(args, f"{name.replace(' ', '_')}_{n}", [few], seed, classes=str(new),
-                         steps=steps, head_lr=5e-4, **flags)
-                row = score(args, ck, root / phantom.TEST, "--classes", "Aorta")
-                if name == "extended":
-                    (a, w, _), (b, _, _) = load_checkpoint(base), load_checkpoint(ck)
-                    with torch.no_grad():
-                        row["old logits change by"] = (a(window, w) - b(window, w)).abs().max(
-                            ).item()
-                result.setdefault(f"{name}, {n} scans", []).append(row)
+            few = first_scans(new_dataset, n, args.out / f"few{n}")
+            for way, flags in (("extended", {"extend": str(base)}),
+                               ("transferred", {"pretrained": str(base)}),
+                               ("from scratch", {})):
+                checkpoint = fit(args, f"{way.replace(' ', '_')}_{n}", [few], seed,
+                                 classes=str(new_classes), steps=max(1, args.steps // 4),
+                                 head_lr=5e-4, **flags)
+                run = score(args, checkpoint, root / phantom.TEST, "--classes", "Aorta")
+                if way == "extended":
+                    run["old logits change by"] = change_of_old_logits(base, checkpoint)
+                result.setdefault(f"{way}, {n} scans", []).append(run)
     return result
 
 
+# ---- another anatomy, real scans ---------------------------------------------------------------
 @claim
 def knee(args) -> dict:
-    """The paper's talk, another anatomy: partially labelled MR scans of knees, masked and unmasked,
-    U-Net and Swin UNETR; Dice and NSD at 1.5 mm. CLIP rows where CLIP's weights are at hand."""
-    root, result = study(args, "knee"), {}
-    table = str(root / "knee.json")
-    methods = {"masked": {}, "unmasked": {"unmasked": True}, "Swin UNETR": {
-        **SMALL_SWIN, "steps": max(1, round(args.steps / 2 / SWIN_COST))}}
+    """Another anatomy, as in the paper's talk: partially labelled MR scans of knees.
+
+    Masked and unmasked training, U-Net and Swin UNETR; Dice and NSD at 1.5 mm. CLIP embeddings are
+    included where CLIP's weights are in its cache.
+    """
+    root = study(args, "knee")
+    classes = root / "knee.json"
+    steps = max(1, args.steps // 2)
+    swin_steps = max(1, round(args.steps / 2 / SWIN_COST))
+    methods = {                     # method: name of the run, flags of train.py
+        "masked": ("knee_masked", {}),
+        "unmasked": ("knee_unmasked", {"unmasked": True}),
+        "Swin UNETR": ("knee_Swin", {**SMALL_SWIN, "steps": swin_steps}),
+    }
     if any(clip_text.cache_folder().glob("ViT-B-32*")):
-        methods["CLIP rows"] = {"text": "clip", "prompt_template": "A 3D MRI scan of the {}"}
+        methods["CLIP rows"] = ("knee_CLIP", {"text": "clip",
+                                              "prompt_template": "A 3D MRI scan of the {}"})
     else:
         print(f"CLIP rows: skipped, no CLIP weights in {clip_text.cache_folder()}")
-    for name, flags in methods.items():
+    result = {}
+    for method, (name, flags) in methods.items():
+        result[method] = []
         for seed in range(args.seeds):
-            ck = fit(args, f"knee_{name.split()[0]}", [root], seed, **{
-                "classes": table, "spacing_mm": 1.5, "steps": max(1, args.steps // 2),
-                "head_lr": 5e-4, **flags})
-            result.setdefault(name, []).append(score(
-                args, ck, root / KNEE_TEST, tolerance=1.5, table=("--class-table", table)))
+            settings = {"classes": str(classes), "spacing_mm": 1.5, "steps": steps,
+                        "head_lr": 5e-4, **flags}
+            checkpoint = fit(args, name, [root], seed, **settings)
+            result[method].append(score(args, checkpoint, root / phantom.KNEE_TEST, tolerance=1.5,
+                                        class_table=classes))
     return result
 
 
 @claim
 def real_scans(args) -> dict:
-    """Four small real sources trained together, and every scan scored on what its source labels:
-    its own training scans, so this shows that joint training works, not that it generalises."""
-    sets = [args.real / d for d in ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
-                                    "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")]
-    models = [fit(args, "real", sets, seed, batch=2, lr=3e-3, head_lr=5e-4)
-              for seed in range(args.seeds)]
-    return {d.name.split("_")[1]: [score(args, ck, d, "--preview", part="Tr") for ck in models]
-            for d in sets}
+    """Four small real datasets trained together; every scan scored on what its dataset labels.
+
+    These are the training scans, so this shows that joint training works, not that it generalises.
+    """
+    if args.real is None:
+        raise ValueError("real-scans needs --real DIR, the folder that holds "
+                         + ", ".join(REAL_DATASETS))
+    datasets = [args.real / name for name in REAL_DATASETS]
+    checkpoints = [fit(args, "real", datasets, seed, batch=2, lr=3e-3, head_lr=5e-4)
+                   for seed in range(args.seeds)]
+    result = {}
+    for folder in datasets:
+        source = folder.name.split("_")[1]
+        result[source] = [score(args, checkpoint, folder, "--preview", part="Tr")
+                          for checkpoint in checkpoints]
+    return result
+
+
+# ---- the command -------------------------------------------------------------------------------
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.claims",
+                                     description=__doc__.split("\n")[0])
+    parser.add_argument("claim", choices=CLAIMS)
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("claims"),
+                        help="folder for datasets, models and tables (default claims)")
+    parser.add_argument("--seeds", type=int, default=3,
+                        help="number of models trained per method (default 3)")
+    parser.add_argument("--steps", type=int, default=1450,
+                        help="training steps of the U-Net (default 1450)")
+    parser.add_argument("--scans", type=int, default=50,
+                        help="training scans of the phantom (default 50)")
+    parser.add_argument("--test-scans", type=int, default=6,
+                        help="scans in each test set of the phantom (default 6)")
+    parser.add_argument("--rows", metavar="FILE",
+                        help="file of CLIP text embeddings, for the claim text "
+                             "(the released txt_encoding.pth)")
+    parser.add_argument("--real", metavar="DIR", type=Path,
+                        help="folder that holds Dataset001 to Dataset004, for the claim real-scans")
+    return parser.parse_args(argv)
+
+
+def without_nan(value):
+    """The value as JSON reads it back, with None for nan and infinity."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def main(argv=None) -> int:
-    ap = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split(
-        "\n")[0])
-    ap.add_argument("claim", choices=CLAIMS)
-    ap.add_argument("--out", type=Path, default=Path("claims"))
-    ap.add_argument("--seeds", type=int, default=3)
-    ap.add_argument("--steps", type=int, default=1450)
-    ap.add_argument("--scans", type=int, default=50)
-    ap.add_argument("--test-scans", type=int, default=6)
-    ap.add_argument("--rows", metavar="FILE", default=ROWS if ROWS.is_file() else None,
-                    help="text rows, e.g. the released txt_encoding.pth")
-    ap.add_argument("--real", metavar="DIR", type=Path, default=SHARED / "data",
-                    help="where Dataset001 to Dataset004 are, for real-scans")
-    args = ap.parse_args(argv)
+    args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    result = json.loads(json.dumps(CLAIMS[args.claim](args)), parse_constant=lambda _: None)
-    for run in (r for runs in result.values() for r in runs):
-        run.pop("cases", None)                          # single scans: metrics.json of that run
+    result = without_nan(CLAIMS[args.claim](args))
+    for runs in result.values():
+        for run in runs:
+            run.pop("cases", None)          # single scans stand in metrics.json of that run
     content = {"steps": args.steps, "seeds": args.seeds, "runs": result}
-    for kind, text in (("json", json.dumps(content) + "\n"), ("md", table(content))):
-        part = args.out / f".{args.claim}.{kind}.part"
-        part.write_text(text)
-        part.replace(args.out / f"{args.claim}.{kind}")
+    with data.atomic_write(args.out / f"{args.claim}.json") as part:
+        part.write_text(json.dumps(content) + "\n")
+    with data.atomic_write(args.out / f"{args.claim}.md") as part:
+        part.write_text(table(content))
     print(f"\n{args.claim}, {args.seeds} seeds, {table(content)}")
     return 0
 

@@ -1,29 +1,36 @@
-"""A synthetic chest and abdomen CT with known truth, for runs and tests without patient data.
+"""Synthetic CT scans of chest and abdomen with known truth, for runs and tests without patients.
 
     python -m experiments.phantom --out data/raw --scans 60 --seed 0 --picture assets/phantom.png
 
-deals 60 scans round-robin over five nnU-Net raw folders, each labelling only its part, plus six
-fully labelled test scans that nobody trains on:
-    Dataset101_PhantomKidney    kidney (both sides together) and its cysts
+This command deals 60 scans in turn to five nnU-Net raw folders, each of which labels only a part of
+the anatomy, and writes six fully labelled test scans that are never used for training:
+
+    Dataset101_PhantomKidney    both kidneys as one structure, and their cysts
     Dataset102_PhantomLiver     liver and its tumours
-    Dataset103_PhantomOrgans    eleven organs, lesions counted as their organ
+    Dataset103_PhantomOrgans    eleven organs; a lesion is labelled as the organ around it
     Dataset104_PhantomSpleen    spleen
     Dataset105_PhantomTrunk     lungs, aorta, inferior vena cava, stomach, pancreas, gall bladder
     Dataset199_PhantomTest      all fifteen classes, in imagesTs and labelsTs
 
-`--anatomy knee` deals MR scans of right knees over three datasets instead (bones; cartilages;
-menisci), and writes their class table, knee.json, beside them.
+`--anatomy knee` writes MR scans of right knees instead, in three datasets (bones, cartilages,
+menisci), with their class table, knee.json, beside them.
 
-Shapes live in a body frame in mm (x to the patient's right, y anterior, z superior; z = 0 near L1)
-and the voxel grid only samples them, so spacing and field of view do not change the anatomy (but
-a lesion looks on the grid for a place with room in its host).
+Shapes are defined in a body frame in mm: x grows to the patient's right, y to the front, z to the
+head, and z = 0 is near the first lumbar vertebra. The voxel grid only samples the shapes, so the
+anatomy does not depend on spacing or field of view. Lesions are the one exception: a lesion is
+placed where the sampled host organ has room for it.
+
+D, H, W voxels   sd signed distance to a surface in mm, negative inside
 """
+from __future__ import annotations
+
 import argparse
 import gzip
 import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,148 +42,202 @@ from scipy.sparse import csr_array
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-# What a truth value means, as a set of classes: a lesion voxel is also its host organ.
+import data
+
+# What a truth value means, as a set of classes: a lesion voxel also belongs to its host organ.
 TRUTH = {
-    1: {"Spleen"}, 2: {"Right Kidney"}, 3: {"Left Kidney"}, 4: {"Gall Bladder"}, 5: {"Liver"},
-    6: {"Stomach"}, 7: {"Aorta"}, 8: {"Postcava"}, 9: {"Pancreas"}, 10: {"Right Lung"},
-    11: {"Left Lung"}, 12: {"Liver", "Liver Tumor"}, 13: {"Right Kidney", "Kidney Cyst"},
-    14: {"Left Kidney", "Kidney Cyst"}, 15: {"Right Lung", "Lung Tumor"},
-    16: {"Left Lung", "Lung Tumor"}, 17: {"Pancreas", "Pancreas Tumor"},
+    1: {"Spleen"},
+    2: {"Right Kidney"},
+    3: {"Left Kidney"},
+    4: {"Gall Bladder"},
+    5: {"Liver"},
+    6: {"Stomach"},
+    7: {"Aorta"},
+    8: {"Postcava"},
+    9: {"Pancreas"},
+    10: {"Right Lung"},
+    11: {"Left Lung"},
+    12: {"Liver", "Liver Tumor"},
+    13: {"Right Kidney", "Kidney Cyst"},
+    14: {"Left Kidney", "Kidney Cyst"},
+    15: {"Right Lung", "Lung Tumor"},
+    16: {"Left Lung", "Lung Tumor"},
+    17: {"Pancreas", "Pancreas Tumor"},
 }
 
-# How the datasets spell a class; a dataset.json uses one of the spellings, or does not label it.
+# How the datasets spell a class. A dataset.json that labels the class uses one of the spellings.
 SPELLING = {
-    "Spleen": ("spleen",), "Right Kidney": ("kidney_right", "kidney"),
-    "Left Kidney": ("kidney_left", "kidney"), "Gall Bladder": ("gallbladder", "gall bladder"),
-    "Liver": ("liver",), "Stomach": ("stomach",), "Aorta": ("aorta",),
-    "Postcava": ("inferior_vena_cava", "postcava"), "Pancreas": ("pancreas",),
-    "Right Lung": ("lung_right",), "Left Lung": ("lung_left",), "Liver Tumor": ("liver tumor",),
+    "Spleen": ("spleen",),
+    "Right Kidney": ("kidney_right", "kidney"),
+    "Left Kidney": ("kidney_left", "kidney"),
+    "Gall Bladder": ("gallbladder", "gall bladder"),
+    "Liver": ("liver",),
+    "Stomach": ("stomach",),
+    "Aorta": ("aorta",),
+    "Postcava": ("inferior_vena_cava", "postcava"),
+    "Pancreas": ("pancreas",),
+    "Right Lung": ("lung_right",),
+    "Left Lung": ("lung_left",),
+    "Liver Tumor": ("liver tumor",),
     "Kidney Cyst": ("kidney cyst",),
-    "Lung Tumor": ("lung tumor",), "Pancreas Tumor": ("pancreas tumor",),
+    "Lung Tumor": ("lung tumor",),
+    "Pancreas Tumor": ("pancreas tumor",),
 }
 
-PICTURE_SEED = 29               # a scan that shows most classes
+# "labels" of each dataset.json: name -> a value, or the list of values that make up a region.
 TEST = "Dataset199_PhantomTest"
-DATASETS = {    # "labels" of each dataset.json: a value, or the list of values a region is made of
+DATASETS = {
     "Dataset101_PhantomKidney": {"kidney": [1, 2], "kidney cyst": 2},
     "Dataset102_PhantomLiver": {"liver": [1, 2], "liver tumor": 2},
     "Dataset103_PhantomOrgans": {
-        name: i + 1 for i, name in enumerate((
-            "spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "aorta",
-            "inferior_vena_cava", "pancreas", "lung_right", "lung_left"))},
+        "spleen": 1, "kidney_right": 2, "kidney_left": 3, "gallbladder": 4, "liver": 5,
+        "stomach": 6, "aorta": 7, "inferior_vena_cava": 8, "pancreas": 9, "lung_right": 10,
+        "lung_left": 11},
     "Dataset104_PhantomSpleen": {"spleen": 1},
-    "Dataset105_PhantomTrunk": {"lung_left": 1, "lung_right": 2, "aorta": 3, "postcava": 4,
-                                "stomach": 5, "pancreas": 6, "gall bladder": 7},
+    "Dataset105_PhantomTrunk": {
+        "lung_left": 1, "lung_right": 2, "aorta": 3, "postcava": 4, "stomach": 5, "pancreas": 6,
+        "gall bladder": 7},
     TEST: {SPELLING[c][0]: [v for v, names in TRUTH.items() if c in names] for c in SPELLING},
 }
 
-FAT = -100.0
+PICTURE_SEED = 29           # a scan that shows most classes
+
+FAT = -100.0                # Hounsfield units
 TISSUES = ("aorta", "vein", "liver", "spleen", "pancreas", "cortex", "medulla", "heart")
-PHASES = {"portal": (205, 165, 100, 145, 122, 215, 180, 190),           # mean HU of the TISSUES
-          "delayed": (185, 155, 94, 132, 114, 195, 175, 170),
-          "arterial": (265, 105, 74, 130, 118, 200, 120, 205)}
+PHASES = {                  # mean HU of the TISSUES in each phase of the contrast medium
+    "portal":   (205, 165, 100, 145, 122, 215, 180, 190),
+    "delayed":  (185, 155,  94, 132, 114, 195, 175, 170),
+    "arterial": (265, 105,  74, 130, 118, 200, 120, 205),
+}
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "PIR", "LPI", "SAR", "ASL")
 
 
-# ---------------------------------------------------------------- shapes: signed distances in mm
-# A shape is (low corner, high corner, f), and f(p) is negative inside; p is three arrays x, y, z.
+# ---- shapes ------------------------------------------------------------------------------------
+class Shape(NamedTuple):
+    """A solid in the body frame."""
+    low: np.ndarray         # corner of a bounding box, mm
+    high: np.ndarray        # opposite corner, mm
+    distance: Callable      # p, the three coordinate arrays x, y, z -> signed distance in mm
 
-def _ball(centre, radii, tilt=(0, 0, 0)):
-    """Ellipsoid, turned by `tilt` degrees about x, y, z."""
+
+def _ellipsoid(centre, radii, tilt=(0, 0, 0)) -> Shape:
+    """An ellipsoid, turned by `tilt` degrees about x, y and z."""
     turn = Rotation.from_euler("xyz", tilt, degrees=True).as_matrix().astype(np.float32)
-    centre, radii = np.array(centre, np.float32), np.array(radii, np.float32)
+    centre = np.array(centre, np.float32)
+    radii = np.array(radii, np.float32)
 
     def distance(p):
         q = [p[i] - centre[i] for i in range(3)]
         u = [sum(turn[j, i] * q[j] for j in range(3)) / radii[i] for i in range(3)]
         k0 = np.sqrt(sum(c ** 2 for c in u)) + np.float32(1e-3)
         k1 = np.sqrt(sum((c / r) ** 2 for c, r in zip(u, radii, strict=True))) + np.float32(1e-5)
-        return k0 * (k0 - 1) / k1
+        return k0 * (k0 - 1) / k1               # first-order approximation of the distance
 
-    return centre - radii.max(), centre + radii.max(), distance
+    return Shape(centre - radii.max(), centre + radii.max(), distance)
 
 
-def _tube(points, radii):
-    """Round tube along a polyline; `radii` is one number or one per point."""
+def _tube(points, radii) -> Shape:
+    """A round tube along a polyline; `radii` is one number, or one number per point."""
     points = np.array(points, np.float32)
     radii = np.broadcast_to(np.array(radii, np.float32), len(points))
 
     def distance(p):
         best = np.float32(1e3)
-        for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
-            q, d = [p[i] - a[i] for i in range(3)], b - a
+        for a, b, radius_a, radius_b in zip(points[:-1], points[1:], radii[:-1], radii[1:],
+                                            strict=True):
+            q = [p[i] - a[i] for i in range(3)]
+            d = b - a
             t = np.clip((q[0] * d[0] + q[1] * d[1] + q[2] * d[2]) / (d @ d), 0, 1)
-            far = np.sqrt(sum((q[i] - t * d[i]) ** 2 for i in range(3))) - ra - t * (rb - ra)
-            best = _smooth_min(best, far, 4)
+            from_axis = np.sqrt(sum((q[i] - t * d[i]) ** 2 for i in range(3)))
+            from_surface = from_axis - radius_a - t * (radius_b - radius_a)
+            best = _smooth_min(best, from_surface, 4)
         return best
 
-    return points.min(0) - radii.max(), points.max(0) + radii.max(), distance
+    return Shape(points.min(0) - radii.max(), points.max(0) + radii.max(), distance)
 
 
 def _smooth_min(a, b, blend):
+    """The minimum of two signed distances, rounded where they differ by less than `blend` mm."""
     h = np.maximum(blend - np.abs(a - b), 0)
     return np.minimum(a, b) - h * h * np.float32(0.25 / blend)
 
 
-def _ring(x, y, a, b, power):
-    """Distance to a rounded-square outline with half axes a, b, measured along the ray from 0."""
+def _rounded_square(x, y, a, b, power):
+    """Distance to a rounded square with half axes a and b, measured along the ray from 0."""
     k = (np.abs(x / a) ** power + np.abs(y / b) ** power) ** np.float32(1 / power) + 1e-3
     return (k - 1) / k * np.sqrt(x ** 2 + y ** 2)
 
 
-ALL = (slice(None),) * 3
+WHOLE = (slice(None),) * 3      # the box of the whole grid
 
 
 class _Body:
-    """The scan being painted: `p` (where each voxel sits in the body frame), `hu` and `truth`."""
+    """The scan while it is painted.
+
+    axes   coordinates in the body frame of the voxels along each array axis
+    p      the same, warped, as three arrays (D, H, W): where each voxel lies in the body
+    hu     (D, H, W) float32
+    truth  (D, H, W) uint8
+    """
 
     def __init__(self, axes, voxel_mm, rng):
-        self.axes, self.voxel_mm, self.rng = axes, np.float32(voxel_mm), rng
+        self.axes = axes
+        self.voxel_mm = np.float32(voxel_mm)
+        self.rng = rng
         self.hu = np.full([len(a) for a in axes], -1000, np.float32)
         self.truth = np.zeros(self.hu.shape, np.uint8)
         # One smooth warp of space for all shapes: neighbours bend together and do not collide.
         self.p = [a.astype(np.float32) + np.float32(3.5) * self.noise(75)
                   + np.float32(1.2) * self.noise(28) for a in np.ix_(*axes)]
 
-    def noise(self, step_mm, box=ALL):
-        """Unit-variance random field, smooth at `step_mm`, tied to the body and not to the grid."""
+    def noise(self, step_mm, box=WHOLE):
+        """Random field of unit variance, smooth over `step_mm`, fixed to the body, not the grid.
+
+        Random numbers on a coarse lattice, interpolated along one axis after the other.
+        """
         field = self.rng.standard_normal((20, 20, 20), dtype=np.float32)    # repeats after 20 steps
         for axis, where in zip(self.axes[::-1], box[::-1], strict=True):
             gap = (axis[where, None] / step_mm - np.arange(20) + 10) % 20 - 10
             w = np.exp(-1.4 * gap ** 2) * (np.abs(gap) < 3)
             w = (w / np.sqrt((w ** 2).sum(1, keepdims=True))).astype(np.float32)
-            # sparse, so not BLAS, whose last bits depend on the number of threads
-            rest = (*w.shape[:1], *field.shape[:2])             # the last axis comes to the front
-            field = (csr_array(w) @ field.reshape(-1, 20).T).reshape(rest)
+            # A sparse product: the last bits of a BLAS product depend on the number of threads.
+            product = csr_array(w) @ field.reshape(-1, 20).T
+            field = product.reshape(len(w), *field.shape[:2])       # the last axis is now the first
         return field
 
-    def sd(self, *parts, blend=6, bumps=0.0, bump_mm=20, within=None):
-        """Smooth union of the parts with an uneven surface; returns (box, signed distance).
+    def distance(self, *parts, blend=6, bumps=0.0, bump_mm=20, within=None):
+        """Smooth union of shapes with an uneven surface.
 
-        within  a full-grid signed distance the shape is clipped to (the wall, the diaphragm)
+        bumps    height of the unevenness in mm; bump_mm is its length
+        within   signed distance (D, H, W) of what the union is cut to (the wall, the diaphragm)
+        returns  box (three slices around the shapes), sd (signed distance inside the box)
         """
-        low, high = np.min([s[0] for s in parts], 0) - 20, np.max([s[1] for s in parts], 0) + 20
+        low = np.min([s.low for s in parts], 0) - 20
+        high = np.max([s.high for s in parts], 0) + 20
         box = tuple(slice(*np.searchsorted(a, ends))
                     for a, *ends in zip(self.axes, low, high, strict=True))
-        p, out = [q[box] for q in self.p], np.float32(1e3)
-        for _, _, distance in parts:
-            out = _smooth_min(out, distance(p), blend)
+        p = [q[box] for q in self.p]
+        sd = np.float32(1e3)
+        for part in parts:
+            sd = _smooth_min(sd, part.distance(p), blend)
         if bumps:
-            out = out + np.float32(bumps) * self.noise(bump_mm, box)
-        return box, out if within is None else np.maximum(out, within[box])
+            sd = sd + np.float32(bumps) * self.noise(bump_mm, box)
+        if within is not None:
+            sd = np.maximum(sd, within[box])
+        return box, sd
 
-    def paint(self, shape, hu, value=None, gap=0.0, over=None):
-        """Blend `hu` into the shape, by the share of each voxel it covers.
+    def paint(self, sd, hu, value=None, *, box=WHOLE, gap=0.0, over=None):
+        """Blend `hu` into the voxels of a box, each by the share that the shape covers of it.
 
-        value  truth value written inside; None leaves the truth alone (a vessel in the liver)
-        gap    mm of fat to clear around the shape first
-        over   only voxels that hold one of these truth values are painted
+        value  truth value written inside; None leaves the truth as it is (a vessel in the liver)
+        gap    width in mm of the fat that is put around the shape first; bone stays
+        over   only voxels with one of these truth values are painted
         """
-        box, sd = shape if isinstance(shape, tuple) else (ALL, shape)
-        target, truth = self.hu[box], self.truth[box]
+        target = self.hu[box]
+        truth = self.truth[box]
         free = np.isin(truth, over) if over else np.ones(truth.shape, bool)
         if gap:
-            soft = target < 190                     # bone stays
+            soft = target < 190
             target += np.clip(0.5 - (sd - gap) / self.voxel_mm, 0, 1) * soft * (FAT - target)
             truth[(sd < gap) & soft] = 0
         target += np.clip(0.5 - sd / self.voxel_mm, 0, 1) * free * (hu - target)
@@ -184,22 +245,47 @@ class _Body:
             truth[(sd < 0) & free] = value
 
     def put(self, hu, *parts, value=None, gap=0.0, over=None, **how):
-        self.paint(self.sd(*parts, **how), hu, value, gap, over)
+        """Paint the union of shapes; `how` are the arguments of `distance`."""
+        box, sd = self.distance(*parts, **how)
+        self.paint(sd, hu, value, box=box, gap=gap, over=over)
 
-    def threads(self, radius_mm, step_mm, box=ALL):
-        """Branching threads (vessels): where two random fields are both zero."""
-        a, b = self.noise(step_mm, box), self.noise(step_mm, box)
+    def threads(self, radius_mm, step_mm, box=WHOLE):
+        """Signed distance to branching threads (vessels): where two random fields are both zero."""
+        a = self.noise(step_mm, box)
+        b = self.noise(step_mm, box)
         return np.sqrt(a * a + b * b) * np.float32(step_mm * 0.8) - radius_mm
 
 
-# ---------------------------------------------------------------- anatomy, from the outside inward
+def _near(rng, *centre):
+    """The centre of an organ, some mm from its average place."""
+    return np.array(centre) + rng.normal(0, 2.5, 3)
 
-def _paint_wall(body, rng):
-    """Skin, fat, muscle, ribs; returns signed distances to the cavity and to the chest above it."""
+
+def _about(rng, *radii):
+    """The radii of an organ, some per cent from their average."""
+    return np.array(radii) * rng.uniform(0.93, 1.07, 3)
+
+
+def _parenchyma(body, box):
+    """Texture of a solid organ, HU."""
+    return 4 * body.noise(14, box) + 3 * body.noise(6, box)
+
+
+# ---- anatomy of the trunk, from the outside inward; later layers cover earlier ones --------------
+def _trunk(body):
+    """x, y, z about the axis of the trunk, which lies 3 mm behind that of the body frame."""
     x, y, z = body.p
-    y, fat_mm, chest = y + 3, rng.uniform(8, 38), np.clip((z - 90) / 120, 0, None) ** 2
-    cavity = _ring(x, y, 133 * (1 - 0.17 * chest), 85 * (1 - 0.12 * chest), 2.3)
-    skin = _ring(x, y + 5 - 0.25 * fat_mm, 148 + fat_mm, 106 + 0.75 * fat_mm, 2.35)
+    return x, y + 3, z
+
+
+def _paint_wall(body):
+    """Skin, fat and muscle; returns the signed distance (D, H, W) to the cavity inside them."""
+    rng = body.rng
+    x, y, z = _trunk(body)
+    fat_mm = rng.uniform(8, 38)
+    chest = np.clip((z - 90) / 120, 0, None) ** 2               # the chest tapers upwards
+    cavity = _rounded_square(x, y, 133 * (1 - 0.17 * chest), 85 * (1 - 0.12 * chest), 2.3)
+    skin = _rounded_square(x, y + 5 - 0.25 * fat_mm, 148 + fat_mm, 106 + 0.75 * fat_mm, 2.35)
     skin += 1.5 * body.noise(50)
     muscle = rng.uniform(52, 64) - 25 * np.clip(body.noise(8) - 0.9, 0, None)
     body.paint(skin, 5)
@@ -207,13 +293,18 @@ def _paint_wall(body, rng):
     body.paint(np.maximum(cavity - 13 - 2 * body.noise(40), skin + 6), muscle)
     body.paint(np.abs(cavity - 6 - 2 * body.noise(35)) - 0.7, FAT / 2)      # between muscle layers
     for side in (-1, 1):
-        for part in (_ball((side * 33, -97, 0), (29, 21, 400), (0, 0, side * 8)),
-                     _ball((side * 112, -62, 190), (26, 52, 85), (0, 0, side * 25))):
-            box, sd = body.sd(part, bumps=1.5)
-            body.paint((box, np.maximum(sd, skin[box] + 5)), muscle[box])
+        back = _ellipsoid((side * 33, -97, 0), (29, 21, 400), (0, 0, side * 8))
+        shoulder = _ellipsoid((side * 112, -62, 190), (26, 52, 85), (0, 0, side * 25))
+        for part in (back, shoulder):
+            box, sd = body.distance(part, bumps=1.5)
+            body.paint(np.maximum(sd, skin[box] + 5), muscle[box], box=box)
     body.paint(np.maximum(cavity, skin + 8), FAT + 6 * body.noise(12))
+    return cavity
 
-    # ribs run around the wall and down towards the front; the last ones are short
+
+def _paint_ribs(body, cavity):
+    """Ribs run around the wall and down towards the front; the last ones are short."""
+    x, y, z = _trunk(body)
     angle = np.arctan2(np.abs(x), -y)                                   # 0 behind, pi in front
     drop = 105 * np.sin(np.minimum(angle, 2.0) / 2) ** 2 - 40 * np.clip(angle - 2.0, 0, None)
     level = (z + drop - 30) / 27
@@ -221,211 +312,387 @@ def _paint_wall(body, rng):
     rib = np.sqrt(((level - rank) * 18) ** 2 + (cavity - 6) ** 2) - 4
     rib[(rank < 0) | (angle < 0.42) | (angle > np.minimum(0.9 + 0.75 * rank, 2.85))] = 50
     body.paint(rib, np.where(angle > 2.2, 95, np.where(rib > -1.8, 420, 190)))
-    body.put(220, _ball((0, 81, 175), (17, 6, 62), (8, 0, 0)))
+    body.put(220, _ellipsoid((0, 81, 175), (17, 6, 62), (8, 0, 0)))     # sternum
 
-    # diaphragm: high in the middle, higher on the right, falling steeply to the wall
+
+def _paint_diaphragm(body, cavity):
+    """The diaphragm is high in the middle, higher on the right, and falls steeply to the wall.
+
+    returns  (D, H, W) signed distance to the chest above it
+    """
+    x, y, z = _trunk(body)
     slope = np.exp(np.minimum(cavity, 0) / 15) * (74 - 38 * np.clip(y / 85, -1, 1))
     dome = (97 + 15 * np.exp(-((x - 62) ** 2 + (y - 8) ** 2) / 3600)
             + 6 * np.exp(-((x + 65) ** 2 + y ** 2) / 3200) - slope)
     below = (dome - z) / np.sqrt(1 + (slope / 15) ** 2)
     body.paint(np.maximum(np.abs(below) - 2, cavity), 55)
-    return cavity, below
+    return below
 
 
-def _paint_spine(body, rng):
-    pitch, phase = rng.uniform(29, 33), rng.uniform(0, 30)
-    for s in (-1, 1):      # psoas, crus of the diaphragm
-        body.put(60, _tube([(s * 24, -50, 10), (s * 36, -48, -50), (s * 46, -40, -120)],
-                           (8, 17, 23)), bumps=1, gap=2)
-        body.put(60, _tube([(s * 14, -24, 60), (s * 17, -28, 20), (s * 14, -32, -25)], (5, 6, 3)))
-    ends = [(0, -54, -200), (0, -52, -40), (0, -60, 60), (0, -64, 300)]
-    box, sd = body.sd(_tube(ends, (24, 22, 20, 17)))
+def _paint_spine(body):
+    rng = body.rng
+    pitch = rng.uniform(29, 33)                     # mm from vertebra to vertebra
+    phase = rng.uniform(0, 30)
+    for side in (-1, 1):
+        psoas = [(side * 24, -50, 10), (side * 36, -48, -50), (side * 46, -40, -120)]
+        crus = [(side * 14, -24, 60), (side * 17, -28, 20), (side * 14, -32, -25)]
+        body.put(60, _tube(psoas, (8, 17, 23)), bumps=1, gap=2)
+        body.put(60, _tube(crus, (5, 6, 3)))        # of the diaphragm
+
+    column = [(0, -54, -200), (0, -52, -40), (0, -60, 60), (0, -64, 300)]
+    box, sd = body.distance(_tube(column, (24, 22, 20, 17)))
     edge = np.mod(body.p[2][box] + phase, pitch)
-    edge = np.minimum(edge, pitch - edge)                               # 0 in mid-disc
-    sd = sd + 4.4 / pitch * edge                                        # a waist at mid-vertebra
+    edge = np.minimum(edge, pitch - edge)           # 0 in the middle of a disc
+    sd = sd + 4.4 / pitch * edge                    # a vertebra is narrow half way up
     marrow = 165 + rng.normal(0, 25) + 22 * body.noise(6, box)
     marrow = np.where((sd > -2.6) | (edge < 6.5), 340, marrow)
-    body.paint((box, sd), np.where(edge < 4, 85, marrow))
-    for k in range(-6, 10):      # spinous and transverse processes
+    body.paint(sd, np.where(edge < 4, 85, marrow), box=box)
+
+    for k in range(-6, 10):
         z = k * pitch - phase + pitch / 2
         y = -56 - 0.06 * max(z, 0)
-        body.put(320, *(_tube([(s * 13, y - 26, z + 2), (s * 40, y - 34, z + 3)], (6, 3.5))
-                        for s in (-1, 1)), _tube([(0, y - 40, z - 2), (0, y - 56, z - 12)], 4.5))
-    for radius, hu in ((14, 290), (9.5, 25), (5.5, 42)):                # arch, sac, cord
-        body.put(hu, _tube(np.array(ends) - (0, 32, 0), radius))
+        left, right = (_tube([(side * 13, y - 26, z + 2), (side * 40, y - 34, z + 3)], (6, 3.5))
+                       for side in (-1, 1))         # transverse processes
+        spinous = _tube([(0, y - 40, z - 2), (0, y - 56, z - 12)], 4.5)
+        body.put(320, left, right, spinous)
+    for radius, hu in ((14, 290), (9.5, 25), (5.5, 42)):        # vertebral arch, dural sac, cord
+        body.put(hu, _tube(np.array(column) - (0, 32, 0), radius))
 
 
-def _paint_gut(body, rng, belly):
-    """Small bowel and colon; everything later is painted over them. Returns the HU of the wall."""
-    wall, content = rng.uniform(75, 110), rng.choice([18, 28, 60])
-    loops = []      # (shape, does it hold gas, HU of the content)
-    for c in rng.uniform((-82, -18, -150), (82, 70, -8), (46, 3)):
-        r = rng.uniform(11, 16)
-        part = _ball(c, (r, r, rng.uniform(16, 32)), rng.uniform(-90, 90, 3))
-        if c[2] < -42 or (c[1] > 15 and c[0] < 25):                     # room for the duodenum
-            loops.append((part, rng.random() < 0.22, content + rng.normal(0, 8)))
-    for r, path in ((24, [(96, -22, -150), (98, -15, -90), (92, 2, -42)]),
-                    (18, [(88, 30, -38), (45, 66, -48), (-20, 70, -40), (-80, 40, 5)]),
-                    (15, [(-100, -5, 18), (-104, -22, -30), (-100, -32, -150)])):
+class _Loop(NamedTuple):
+    """A piece of bowel."""
+    shape: Shape
+    gas: bool
+    content_hu: float
+
+
+def _small_bowel(rng) -> list[_Loop]:
+    content_hu = rng.choice([18, 28, 60])
+    loops = []
+    for centre in rng.uniform((-82, -18, -150), (82, 70, -8), (46, 3)):
+        radius = rng.uniform(11, 16)
+        radii = (radius, radius, rng.uniform(16, 32))
+        shape = _ellipsoid(centre, radii, rng.uniform(-90, 90, 3))
+        clear_of_duodenum = centre[2] < -42 or (centre[1] > 15 and centre[0] < 25)
+        if clear_of_duodenum:
+            loops.append(_Loop(shape, rng.random() < 0.22, content_hu + rng.normal(0, 8)))
+    return loops
+
+
+def _colon(rng) -> list[_Loop]:
+    ascending = [(96, -22, -150), (98, -15, -90), (92, 2, -42)]
+    transverse = [(88, 30, -38), (45, 66, -48), (-20, 70, -40), (-80, 40, 5)]
+    descending = [(-100, -5, 18), (-104, -22, -30), (-100, -32, -150)]
+    loops = []
+    for radius, path in ((24, ascending), (18, transverse), (15, descending)):
         path = path + rng.normal(0, 4, (len(path), 3))
-        loops += [(_tube([a, b], r * rng.uniform(0.85, 1.1)), rng.random() < 0.75,
-                   rng.uniform(20, 90)) for a, b in zip(path[:-1], path[1:], strict=True)]
-    for part, gas, hu in loops:
-        box, sd = body.sd(part, bumps=1.8, bump_mm=16, within=belly)
-        body.paint((box, sd), wall, gap=1.2)
-        body.paint((box, sd + 3.2), hu + (14 * body.noise(8, box) if hu > 40 else 0))
-        if gas:     # it rises: the patient lies on the back
-            level = part[0][1] + (part[1][1] - part[0][1]) * rng.uniform(0.5, 0.75)
-            body.paint((box, np.maximum(sd + 3.5, level - body.p[1][box])), -920)
+        for a, b in zip(path[:-1], path[1:], strict=True):
+            shape = _tube([a, b], radius * rng.uniform(0.85, 1.1))
+            loops.append(_Loop(shape, rng.random() < 0.75, rng.uniform(20, 90)))
+    return loops
+
+
+def _paint_bowel(body, belly):
+    """Small bowel and colon; returns the HU of their wall."""
+    rng = body.rng
+    wall = rng.uniform(75, 110)
+    for loop in _small_bowel(rng) + _colon(rng):
+        box, sd = body.distance(loop.shape, bumps=1.8, bump_mm=16, within=belly)
+        body.paint(sd, wall, box=box, gap=1.2)
+        texture = 14 * body.noise(8, box) if loop.content_hu > 40 else 0
+        body.paint(sd + 3.2, loop.content_hu + texture, box=box)
+        if loop.gas:                                # gas rises, and the patient lies on the back
+            back = loop.shape.low[1]
+            front = loop.shape.high[1]
+            level = back + (front - back) * rng.uniform(0.5, 0.75)
+            body.paint(np.maximum(sd + 3.5, level - body.p[1][box]), -920, box=box)
     return wall
 
 
-def _paint_abdomen(body, rng, hu, cavity, below):
-    near = lambda *c: np.array(c) + rng.normal(0, 2.5, 3)                       # noqa: E731
-    size = lambda *r: np.array(r) * rng.uniform(0.93, 1.07, 3)                    # noqa: E731
-    grain = lambda box: 4 * body.noise(14, box) + 3 * body.noise(6, box)        # noqa: E731
-    belly = np.maximum(cavity + 3, 3 - below)                   # the cavity under the diaphragm
-    wall = _paint_gut(body, rng, belly)
-    vessels = np.maximum(body.threads(2, 24), belly + 3)        # in the fat between the loops
-    body.paint(np.where(body.hu > -60, 50, vessels), hu["vein"] - 10)
-
-    # liver: a right and a left lobe, pressed against the wall and the diaphragm
-    box, sd = body.sd(_ball(near(68, -2, 38), size(68, 82, 82)),
-                      _ball(near(2, 44, 62), size(76, 34, 40), (0, 8, 12)),
-                      blend=22, bumps=2.5, bump_mm=40, within=belly)
-    body.paint((box, sd), hu["liver"] + grain(box), 5, gap=1.5)
+def _paint_liver(body, tissue_hu, belly):
+    """A right and a left lobe, pressed against the wall and the diaphragm, with their vessels."""
+    rng = body.rng
+    right_lobe = _ellipsoid(_near(rng, 68, -2, 38), _about(rng, 68, 82, 82))
+    left_lobe = _ellipsoid(_near(rng, 2, 44, 62), _about(rng, 76, 34, 40), (0, 8, 12))
+    box, sd = body.distance(right_lobe, left_lobe, blend=22, bumps=2.5, bump_mm=40, within=belly)
+    body.paint(sd, tissue_hu["liver"] + _parenchyma(body, box), 5, box=box, gap=1.5)
     for path, radii in (([(22, -6, 88), (55, 5, 70), (85, 0, 45)], (6, 4.5, 3)),
                         ([(24, 16, 24), (44, 14, 44), (72, -8, 52)], (7, 6, 4)),
                         ([(22, -6, 88), (25, 30, 72)], (5, 3)),
                         ([(44, 14, 44), (8, 38, 58), (-20, 48, 64)], (5, 4, 3))):
-        body.put(hu["vein"], _tube(path, radii), bumps=0.5, over=[5])
-    body.paint((box, body.threads(2.2, 26, box)), hu["vein"] - 5, over=[5])
+        body.put(tissue_hu["vein"], _tube(path, radii), bumps=0.5, over=[5])
+    body.paint(body.threads(2.2, 26, box), tissue_hu["vein"] - 5, box=box, over=[5])
 
-    # stomach: enhancing wall, a drink of contrast medium, gas on top
-    path = [near(-58, -8, 76), near(-66, 22, 46), near(-38, 56, 14), near(8, 52, 0)]
-    box, sd = body.sd(_tube(path, np.array([33, 29, 23, 15]) * rng.uniform(0.88, 1.12)),
-                      bumps=2.2, bump_mm=26, within=belly)
-    food = rng.uniform(225, 270)
-    body.paint((box, sd), wall, 6, gap=2)
-    body.paint((box, sd + rng.uniform(4, 7)), food + 8 * body.noise(9, box))
-    body.paint((box, np.maximum(sd + 6, rng.uniform(40, 62) - body.p[1][box])), -930)
 
-    box, sd = body.sd(_ball(near(-100, -34, 52), size(30, 50, 52), (-12, 0, -18)),
-                      bumps=3, bump_mm=32, within=belly)
-    hilum = _ball(near(-66, -14, 50), (27, 36, 46))[2]([q[box] for q in body.p])
-    body.paint((box, np.maximum(sd, -hilum)), hu["spleen"] + grain(box), 1, gap=2)
+def _paint_stomach(body, belly, wall):
+    """An enhancing wall, contrast medium that the patient drank, and gas on top of it."""
+    rng = body.rng
+    path = [_near(rng, -58, -8, 76), _near(rng, -66, 22, 46), _near(rng, -38, 56, 14),
+            _near(rng, 8, 52, 0)]
+    radii = np.array([33, 29, 23, 15]) * rng.uniform(0.88, 1.12)
+    box, sd = body.distance(_tube(path, radii), bumps=2.2, bump_mm=26, within=belly)
+    drink = rng.uniform(225, 270)
+    body.paint(sd, wall, 6, box=box, gap=2)
+    wall_mm = rng.uniform(4, 7)
+    body.paint(sd + wall_mm, drink + 8 * body.noise(9, box), box=box)
+    body.paint(np.maximum(sd + 6, rng.uniform(40, 62) - body.p[1][box]), -930, box=box)
 
-    # duodenum around the head of the pancreas, then the pancreas across the midline
-    box, sd = body.sd(_tube([(20, 46, 0), (46, 22, 4), (50, 0, -28), (20, -4, -42), (-14, 2, -38)],
-                            11), bumps=1.5)
-    body.paint((box, sd), wall, gap=1.5)
-    body.paint((box, sd + 3.5), 25)
-    path = [near(30, 8, -24), near(26, 12, -4), near(4, 24, 6), near(-24, 18, 14),
-            near(-66, -12, 30)]
-    box, sd = body.sd(_tube(path, np.array([15, 16, 13.5, 14, 13.5]) * rng.uniform(1, 1.15)),
-                      bumps=1.2, bump_mm=9, within=belly)
+
+def _paint_spleen(body, tissue_hu, belly):
+    rng = body.rng
+    outside = _ellipsoid(_near(rng, -100, -34, 52), _about(rng, 30, 50, 52), (-12, 0, -18))
+    box, sd = body.distance(outside, bumps=3, bump_mm=32, within=belly)
+    hilum = _ellipsoid(_near(rng, -66, -14, 50), (27, 36, 46))          # cut out of the spleen
+    sd = np.maximum(sd, -hilum.distance([q[box] for q in body.p]))
+    body.paint(sd, tissue_hu["spleen"] + _parenchyma(body, box), 1, box=box, gap=2)
+
+
+def _paint_duodenum_and_pancreas(body, tissue_hu, belly, wall):
+    """The duodenum around the head of the pancreas, and the pancreas across the midline."""
+    rng = body.rng
+    path = [(20, 46, 0), (46, 22, 4), (50, 0, -28), (20, -4, -42), (-14, 2, -38)]
+    box, sd = body.distance(_tube(path, 11), bumps=1.5)
+    body.paint(sd, wall, box=box, gap=1.5)
+    body.paint(sd + 3.5, 25, box=box)
+
+    path = [_near(rng, 30, 8, -24), _near(rng, 26, 12, -4), _near(rng, 4, 24, 6),
+            _near(rng, -24, 18, 14), _near(rng, -66, -12, 30)]
+    radii = np.array([15, 16, 13.5, 14, 13.5]) * rng.uniform(1, 1.15)
+    box, sd = body.distance(_tube(path, radii), bumps=1.2, bump_mm=9, within=belly)
     clefts = 35 * np.clip(body.noise(7, box) - 1.1, 0, 1)
-    body.paint((box, sd), hu["pancreas"] + grain(box) - clefts, 9, gap=2)
+    body.paint(sd, tissue_hu["pancreas"] + _parenchyma(body, box) - clefts, 9, box=box, gap=2)
 
-    # kidneys: bright cortex, fat in the sinus, the right one lower
-    for s, value, z in ((1, 2, -16), (-1, 3, 4)):
-        c = near(s * 64, -48, z)
-        box, sd = body.sd(_ball(c, size(28, 29, 54), (8, -s * 9, -s * 35)),
-                          bumps=1.8, within=cavity + 5)
-        body.paint((box, sd), hu["cortex"], value, gap=4.5)
+
+def _paint_kidneys(body, tissue_hu, cavity):
+    """Bright cortex, fat in the sinus; the right kidney lies lower."""
+    rng = body.rng
+    for side, value, z in ((1, 2, -16), (-1, 3, 4)):
+        c = _near(rng, side * 64, -48, z)
+        kidney = _ellipsoid(c, _about(rng, 28, 29, 54), (8, -side * 9, -side * 35))
+        box, sd = body.distance(kidney, bumps=1.8, within=cavity + 5)
+        body.paint(sd, tissue_hu["cortex"], value, box=box, gap=4.5)
         pyramids = sd + 8 + 4 * np.clip(body.noise(13, box), -1.5, 1.5)
-        body.paint((box, pyramids), hu["medulla"] + grain(box))
-        body.put(FAT + 20, _ball(c + (-s * 17, 9, 0), (15, 12, 25)), bumps=2, value=0)
-        body.put(15, _tube([c + (-s * 9, 4, 0), c + (-s * 28, 12, -8)], (6, 3)), value=0)
-        body.put(hu["vein"], _tube([c + (-s * 12, 8, 6), (s * 14, -22, z + 12)], 4))
-    body.put(rng.uniform(4, 22), _ball(near(50, 48, 0), size(21, 21, 31),
-                                       (25, -8, 0)), bumps=0.8, value=4, gap=0.8)
+        body.paint(pyramids, tissue_hu["medulla"] + _parenchyma(body, box), box=box)
+        sinus = _ellipsoid(c + (-side * 17, 9, 0), (15, 12, 25))
+        pelvis = _tube([c + (-side * 9, 4, 0), c + (-side * 28, 12, -8)], (6, 3))
+        vein = _tube([c + (-side * 12, 8, 6), (side * 14, -22, z + 12)], 4)
+        body.put(FAT + 20, sinus, bumps=2, value=0)
+        body.put(15, pelvis, value=0)
+        body.put(tissue_hu["vein"], vein)
 
 
-def _paint_chest(body, rng, hu, cavity, below):
-    """Lungs fill what the mediastinum leaves above the diaphragm; then the heart and airways."""
+def _paint_gall_bladder(body):
+    rng = body.rng
+    bile = rng.uniform(4, 22)
+    shape = _ellipsoid(_near(rng, 50, 48, 0), _about(rng, 21, 21, 31), (25, -8, 0))
+    body.put(bile, shape, bumps=0.8, value=4, gap=0.8)
+
+
+def _paint_abdomen(body, tissue_hu, cavity, below):
+    belly = np.maximum(cavity + 3, 3 - below)                   # the cavity under the diaphragm
+    wall = _paint_bowel(body, belly)
+    vessels = np.maximum(body.threads(2, 24), belly + 3)        # in the fat between the loops
+    body.paint(np.where(body.hu > -60, 50, vessels), tissue_hu["vein"] - 10)
+    _paint_liver(body, tissue_hu, belly)
+    _paint_stomach(body, belly, wall)
+    _paint_spleen(body, tissue_hu, belly)
+    _paint_duodenum_and_pancreas(body, tissue_hu, belly, wall)
+    _paint_kidneys(body, tissue_hu, cavity)
+    _paint_gall_bladder(body)
+
+
+def _paint_lungs(body, tissue_hu, lung):
+    """Lungs with their vessels. lung: signed distance (D, H, W) to both together."""
     x, y, z = body.p
-    c = np.array((-20, 32, 132)) + rng.normal(0, 3.5, 3)
-    box, sd = body.sd(_ball(c, (54, 44, 46), (-12, 28, -28)), bumps=2, bump_mm=40)
-    middle = _smooth_min(_ball((0, 20, 200), (34, 95, 130))[2](body.p),
-                         _ball((0, -62, 150), (26, 40, 400))[2](body.p), 20)
-    middle[box] = _smooth_min(middle[box], sd - 5, 20)
-    lung = np.maximum(np.maximum(cavity + 2, below + 2), 1 - middle) + 0.8 * body.noise(25)
-    air = rng.uniform(-865, -800) + 22 * body.noise(30) + 14 * body.noise(8) - 0.35 * y
+    air = (body.rng.uniform(-865, -800) + 22 * body.noise(30) + 14 * body.noise(8) - 0.35 * y)
     for value, side in ((10, x > 0), (11, x <= 0)):
         body.paint(np.where(side, lung, 50), air, value)
-    hilum = np.sqrt((np.abs(x) - 36) ** 2 + (y + 12) ** 2 + (0.7 * (z - 165)) ** 2)
+    from_hilum = np.sqrt((np.abs(x) - 36) ** 2 + (y + 12) ** 2 + (0.7 * (z - 165)) ** 2)
     body.paint(np.maximum(body.threads(1, 14), lung), -200)
     for step_mm in (22, 27):
-        width = np.clip(5.5 - hilum / 25, 1.7, None)
-        body.paint(np.maximum(body.threads(width, step_mm), lung), min(hu["heart"], 130))
-
-    body.paint((box, sd), 92 + 5 * body.noise(12, box), 0)
-    for part in (_ball(c + (-22, 4, -4), (22, 19, 26), (-12, 28, -28)),     # four chambers,
-                 _ball(c + (16, 14, 0), (22, 18, 27), (0, 0, -30)),         # pulmonary trunk,
-                 _ball(c + (6, -20, 10), (28, 15, 18)),                     # upper caval vein
-                 _ball(c + (34, -4, 4), (16, 18, 24)),
-                 _tube([c + (-2, 12, 30), (-12, 22, 185), (-32, -8, 188)], (13, 13, 9)),
-                 _tube([c + (36, -2, 20), (26, 6, 190), (24, 10, 260)], (11, 9, 8))):
-        body.put(hu["heart"], part, bumps=1)
-    for tail in ((38, -12, 165), (-42, -16, 162)):
-        body.put(-960, _tube([(0, -14, 250), (2, -14, 198), tail], (8, 8, 6)), value=0)
-    body.put(50, _tube([(-8, -28, 260), (-10, -30, 130), (-26, -12, 92), (-44, -6, 82)], 7),
-             value=0)                                                       # oesophagus
+        radius = np.clip(5.5 - from_hilum / 25, 1.7, None)      # vessels taper away from the hilum
+        vessels = np.maximum(body.threads(radius, step_mm), lung)
+        body.paint(vessels, min(tissue_hu["heart"], 130))
 
 
-def _paint_vessels(body, rng, hu):
-    """The great vessels come last: nothing covers them."""
-    body.put(hu["aorta"], _tube([(-12, -14, 22), (-10, 6, 12), (-6, 14, -40)], 4), value=0)
-    body.put(hu["vein"], _tube([(6, 4, -70), (10, 8, -10), (14, 10, 8), (26, 16, 26)], 6),
-             _tube([(14, 10, 8), (-20, 6, 16), (-62, -16, 40)], 4), value=0)
+def _paint_heart(body, tissue_hu, centre, box, sd):
+    """Muscle, then the contrast medium in four chambers and three great vessels."""
+    c = centre
+    body.paint(sd, 92 + 5 * body.noise(12, box), 0, box=box)
+    left_ventricle = _ellipsoid(c + (-22, 4, -4), (22, 19, 26), (-12, 28, -28))
+    right_ventricle = _ellipsoid(c + (16, 14, 0), (22, 18, 27), (0, 0, -30))
+    left_atrium = _ellipsoid(c + (6, -20, 10), (28, 15, 18))
+    right_atrium = _ellipsoid(c + (34, -4, 4), (16, 18, 24))
+    pulmonary_trunk = _tube([c + (-2, 12, 30), (-12, 22, 185), (-32, -8, 188)], (13, 13, 9))
+    superior_vena_cava = _tube([c + (36, -2, 20), (26, 6, 190), (24, 10, 260)], (11, 9, 8))
+    for part in (left_ventricle, right_ventricle, left_atrium, right_atrium, pulmonary_trunk,
+                 superior_vena_cava):
+        body.put(tissue_hu["heart"], part, bumps=1)
+
+
+def _paint_chest(body, tissue_hu, cavity, below):
+    """The lungs fill what the mediastinum leaves above the diaphragm; then heart and airways."""
+    centre = np.array((-20, 32, 132)) + body.rng.normal(0, 3.5, 3)
+    box, heart = body.distance(_ellipsoid(centre, (54, 44, 46), (-12, 28, -28)),
+                               bumps=2, bump_mm=40)
+    front = _ellipsoid((0, 20, 200), (34, 95, 130)).distance(body.p)
+    back = _ellipsoid((0, -62, 150), (26, 40, 400)).distance(body.p)
+    mediastinum = _smooth_min(front, back, 20)
+    mediastinum[box] = _smooth_min(mediastinum[box], heart - 5, 20)
+    lung = np.maximum(np.maximum(cavity + 2, below + 2), 1 - mediastinum) + 0.8 * body.noise(25)
+    _paint_lungs(body, tissue_hu, lung)
+    _paint_heart(body, tissue_hu, centre, box, heart)
+
+    for end in ((38, -12, 165), (-42, -16, 162)):               # the trachea and two bronchi
+        body.put(-960, _tube([(0, -14, 250), (2, -14, 198), end], (8, 8, 6)), value=0)
+    oesophagus = [(-8, -28, 260), (-10, -30, 130), (-26, -12, 92), (-44, -6, 82)]
+    body.put(50, _tube(oesophagus, 7), value=0)
+
+
+def _paint_vessels(body, tissue_hu):
+    """The great vessels come last, so nothing covers them."""
+    rng = body.rng
+    mesenteric_artery = _tube([(-12, -14, 22), (-10, 6, 12), (-6, 14, -40)], 4)
+    portal_vein = _tube([(6, 4, -70), (10, 8, -10), (14, 10, 8), (26, 16, 26)], 6)
+    splenic_vein = _tube([(14, 10, 8), (-20, 6, 16), (-62, -16, 40)], 4)
+    body.put(tissue_hu["aorta"], mesenteric_artery, value=0)
+    body.put(tissue_hu["vein"], portal_vein, splenic_vein, value=0)
+
     path = [(-11, -22, -200), (-12, -18, -30), (-13, -22, 40), (-22, -36, 120), (-24, -38, 185),
             (-16, -22, 212), (4, 12, 214), (12, 26, 185), (2, 28, 166)]
     radii = np.array([10.5, 10.8, 11.5, 12, 12.5, 13, 13, 13, 13]) * rng.uniform(0.95, 1.03)
-    body.put(hu["aorta"], _tube(path, radii), bumps=0.4, value=7)
+    body.put(tissue_hu["aorta"], _tube(path, radii), bumps=0.4, value=7)
+
     path = [(20, -24, -200), (23, -20, -20), (25, -12, 40), (24, -6, 88), (24, 6, 112)]
-    body.put(hu["vein"], _tube(path, 12.5 * rng.uniform(0.92, 1.1)), bumps=0.7, value=8)
+    radius = 12.5 * rng.uniform(0.92, 1.1)
+    body.put(tissue_hu["vein"], _tube(path, radius), bumps=0.7, value=8)
 
 
-def _paint_lesions(body, rng, hu, mm):
-    """mm is the size of a body-frame unit, so that a lesion's radius is in true mm."""
-    plan = []       # (host, truth value, radius, HU, share of the radius that must lie inside)
+# ---- lesions -----------------------------------------------------------------------------------
+class _Lesion(NamedTuple):
+    host: int           # truth value of the organ
+    value: int          # truth value of the lesion
+    radius_mm: float
+    hu: float
+    inside: float       # share of the radius within which all must be host
+
+
+CYSTS = (13, 14)
+BULGING_HOSTS = (2, 3, 9)       # a lesion of a kidney or the pancreas may bulge into the fat
+
+
+def _plan_lesions(rng, tissue_hu) -> list[_Lesion]:
+    plan = []
     if rng.random() < 0.9:
-        plan += [(5, 12, rng.uniform(15, 26), hu["liver"] - rng.uniform(55, 70), 0.8)
-                 for _ in range(rng.integers(1, 4))]
-    for side in (0, 1):
+        for _ in range(rng.integers(1, 4)):
+            plan.append(_Lesion(5, 12, rng.uniform(15, 26),
+                                tissue_hu["liver"] - rng.uniform(55, 70), 0.8))
+    for side in (0, 1):                 # right, left
         if rng.random() < 0.7:
-            plan.append((2 + side, 13 + side, rng.uniform(18, 25), rng.uniform(0, 15), 0.3))
+            plan.append(_Lesion(2 + side, 13 + side, rng.uniform(18, 25), rng.uniform(0, 15), 0.3))
         if rng.random() < 0.3:
-            plan.append((10 + side, 15 + side, rng.uniform(15, 26), rng.uniform(30, 70), 0.8))
+            plan.append(_Lesion(10 + side, 15 + side, rng.uniform(15, 26), rng.uniform(30, 70),
+                                0.8))
     if rng.random() < 0.3:
-        plan.append((9, 17, rng.uniform(8, 13), hu["pancreas"] - rng.uniform(35, 50), 0.5))
+        plan.append(_Lesion(9, 17, rng.uniform(8, 13),
+                            tissue_hu["pancreas"] - rng.uniform(35, 50), 0.5))
+    return plan
 
-    for host, value, radius, level, inside in plan:
-        radius, cyst = radius / mm, value in (13, 14)
-        probes = np.vstack([np.zeros(3), np.eye(3), -np.eye(3)]) * radius * inside
-        for c in rng.uniform((-125, -85, -110), (125, 85, 200), (4000, 3)):
-            index = [np.searchsorted(a, c[i] + probes[:, i]) for i, a in enumerate(body.axes)]
-            if (all(i.max() < n for i, n in zip(index, body.hu.shape, strict=True))
-                    and (body.truth[tuple(index)] == host).all()):
-                break
-        else:
-            continue        # the host is outside this scan, or too small here
-        box, sd = body.sd(_ball(c, radius * rng.uniform(0.9, 1.1, 3)),
-                          bumps=0.3 if cyst else 1.2, bump_mm=12)
+
+def _find_room(body, host, reach):
+    """A random place all of whose surroundings, `reach` away along each axis, are host voxels.
+
+    returns  (3,) in the body frame; None if the host is outside this scan or too small
+    """
+    probes = np.vstack([np.zeros(3), np.eye(3), -np.eye(3)]) * reach
+    for centre in body.rng.uniform((-125, -85, -110), (125, 85, 200), (4000, 3)):
+        index = [np.searchsorted(a, centre[i] + probes[:, i]) for i, a in enumerate(body.axes)]
+        in_scan = all(i.max() < n for i, n in zip(index, body.hu.shape, strict=True))
+        if in_scan and (body.truth[tuple(index)] == host).all():
+            return centre
+    return None
+
+
+def _paint_lesions(body, tissue_hu, mm):
+    """mm  size of one unit of the body frame, so that a lesion's radius is in true mm"""
+    rng = body.rng
+    for lesion in _plan_lesions(rng, tissue_hu):
+        radius = lesion.radius_mm / mm
+        cyst = lesion.value in CYSTS
+        centre = _find_room(body, lesion.host, radius * lesion.inside)
+        if centre is None:
+            continue
+        shape = _ellipsoid(centre, radius * rng.uniform(0.9, 1.1, 3))
+        box, sd = body.distance(shape, bumps=0.3 if cyst else 1.2, bump_mm=12)
         spots = 0 if cyst else 7 * body.noise(7, box)
-        over = [host] if host in (5, 10, 11) else [host, 0]     # a kidney's may bulge into the fat
-        body.paint((box, sd), level + spots, value, over=over)
-        if value == 12 and radius > 13:               # a necrotic core
-            body.paint((box, sd + 0.55 * radius), level - 18, over=[value])
+        over = [lesion.host, 0] if lesion.host in BULGING_HOSTS else [lesion.host]
+        body.paint(sd, lesion.hu + spots, lesion.value, box=box, over=over)
+        if lesion.value == 12 and radius > 13:          # a large liver tumour has a necrotic core
+            body.paint(sd + 0.55 * radius, lesion.hu - 18, box=box, over=[lesion.value])
 
 
-# ---------------------------------------------------------------- the scanner
+# ---- the scanner -------------------------------------------------------------------------------
+class _Acquisition(NamedTuple):
+    phase: str                  # a key of PHASES
+    spacing_mm: np.ndarray      # (3,)
+    noise_hu: float
+    low: np.ndarray             # corners of the field of view, mm
+    high: np.ndarray
+
+
+def _acquisition(rng, mm, hospital) -> _Acquisition:
+    """What a scanner is set to; `mm` is the size of the patient."""
+    phase = rng.choice(["portal", "portal", "portal", "delayed"])
+    spacing_mm = np.append(np.repeat(rng.uniform(2.1, 3.0), 2), rng.choice([2.5, 3, 4, 5]))
+    noise_hu = rng.uniform(7, 14)
+    view = rng.uniform((370, 290), (420, 320))
+    bottom, top = rng.uniform((-115, 165), (-80, 205))
+    cut = rng.random()
+    if cut < 0.1:                       # the chest only
+        bottom = rng.uniform(-30, 30)
+    elif cut < 0.2:                     # a scan that ends at the dome of the diaphragm
+        top = rng.uniform(90, 130)
+    if hospital == "b":
+        phase = "arterial"
+        spacing_mm[2] = 5.0
+        noise_hu = noise_hu + 10
+        view = view * 1.12
+        top = top - 25
+    centre = rng.uniform(-12, 12, 2) - (0, 14)
+    low = np.array([*(centre - view / 2), bottom * mm])
+    high = np.array([*(centre + view / 2), top * mm])
+    return _Acquisition(phase, spacing_mm, noise_hu, low, high)
+
+
+def _coordinates(low, high, spacing_mm) -> list[np.ndarray]:
+    """Voxel centres along each axis, mm."""
+    return [low[i] + spacing_mm[i] * np.arange(round((high[i] - low[i]) / spacing_mm[i]))
+            for i in range(3)]
+
+
+def _add_table(body, axes, spacing_mm):
+    """The HU with the scanner's table, a curved hollow plate under the patient's back."""
+    x, y, _ = np.ix_(*axes)
+    back = axes[1][(body.hu > -500).any((0, 2)).argmax()]
+    sink = np.sqrt(x ** 2 + (y - 420) ** 2) - 423 + back
+    plate = np.clip(1.6 - np.abs(sink) / spacing_mm[0], 0, 1) * 950 + (np.abs(sink - 9) < 7) * 50
+    return body.hu + ((body.hu < -950) & (np.abs(x) < 210) & (y < -50)) * plate
+
+
+def _add_noise(image, axes, noise_hu, rng):
+    """CT noise is grainy, not white, and stronger deep in the body."""
+    x, y, _ = np.ix_(*axes)
+    grain = rng.standard_normal(image.shape, dtype=np.float32)
+    grain = gaussian_filter(grain, (0.75, 0.75, 0.35)) - 0.6 * gaussian_filter(grain, (2, 2, 0.35))
+    depth = np.exp(-(x ** 2 / 2.4e4 + y ** 2 / 1.4e4))
+    image += grain / grain.std() * noise_hu * (0.75 + 0.5 * depth)
+    return image
+
 
 def make_scan(seed, *, healthy=False, hospital="a"):
-    """One scan; a pure function of its arguments.
+    """One CT scan; a pure function of its arguments.
 
-    healthy   no lesions (the same body otherwise)
+    healthy   no lesions (otherwise the same body)
     hospital  "a", or "b" for an unseen one: arterial phase, thick slices, more noise, wider view
     returns   hu int16 (D, H, W), truth uint8 (D, H, W) with the values of TRUTH, affine (4, 4):
               voxel index to mm in RAS+ world space; the order of the array axes differs by scan
@@ -434,287 +701,379 @@ def make_scan(seed, *, healthy=False, hospital="a"):
     if hospital not in ("a", "b"):
         raise ValueError(f'hospital must be "a" or "b", got {hospital!r}')
     scanner, anatomy, lesions, dots = (np.random.default_rng([seed, i]) for i in range(4))
-    mm = anatomy.uniform(0.92, 1.1)                         # size of the patient
-    phase = scanner.choice(["portal", "portal", "portal", "delayed"])
-    spacing_mm = np.append(np.repeat(scanner.uniform(2.1, 3.0), 2), scanner.choice([2.5, 3, 4, 5]))
-    sigma_hu = scanner.uniform(7, 14)
-    view = scanner.uniform((370, 290), (420, 320))
-    bottom, top = scanner.uniform((-115, 165), (-80, 205))
-    cut = scanner.random()              # some scans hold the chest only, or end at the dome
-    if cut < 0.1:
-        bottom = scanner.uniform(-30, 30)
-    elif cut < 0.2:
-        top = scanner.uniform(90, 130)
-    if hospital == "b":
-        phase, spacing_mm[2], sigma_hu = "arterial", 5.0, sigma_hu + 10
-        view, top = view * 1.12, top - 25
-    centre = scanner.uniform(-12, 12, 2) - (0, 14)
-    low = np.array([*(centre - view / 2), bottom * mm])
-    high = np.array([*(centre + view / 2), top * mm])
-    axes = [low[i] + spacing_mm[i] * np.arange(round((high[i] - low[i]) / spacing_mm[i]))
-            for i in range(3)]
-
+    mm = anatomy.uniform(0.92, 1.1)             # size of the patient: mm per unit of the body frame
+    phase, spacing_mm, noise_hu, low, high = _acquisition(scanner, mm, hospital)
+    axes = _coordinates(low, high, spacing_mm)
     body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
     levels = np.array(PHASES[phase]) * scanner.uniform(0.96, 1.04) + scanner.normal(0, 3, 8)
-    hu = dict(zip(TISSUES, levels.tolist(), strict=True))
-    cavity, below = _paint_wall(body, anatomy)
-    _paint_spine(body, anatomy)
-    _paint_abdomen(body, anatomy, hu, cavity, below)
-    _paint_chest(body, anatomy, hu, cavity, below)
-    _paint_vessels(body, anatomy, hu)
+    tissue_hu = dict(zip(TISSUES, levels.tolist(), strict=True))
+
+    cavity = _paint_wall(body)
+    _paint_ribs(body, cavity)
+    below = _paint_diaphragm(body, cavity)
+    _paint_spine(body)
+    _paint_abdomen(body, tissue_hu, cavity, below)
+    _paint_chest(body, tissue_hu, cavity, below)
+    _paint_vessels(body, tissue_hu)
     if not healthy:
-        body.rng = lesions
-        _paint_lesions(body, lesions, hu, mm)
+        body.rng = lesions                      # so that a healthy body is the same body
+        _paint_lesions(body, tissue_hu, mm)
 
-    x, y, _ = np.ix_(*axes)             # the table: a curved hollow plate under the back
-    back = axes[1][(body.hu > -500).any((0, 2)).argmax()]
-    sink = np.sqrt(x ** 2 + (y - 420) ** 2) - 423 + back
-    plate = np.clip(1.6 - np.abs(sink) / spacing_mm[0], 0, 1) * 950 + (np.abs(sink - 9) < 7) * 50
-    image = body.hu + ((body.hu < -950) & (np.abs(x) < 210) & (y < -50)) * plate
+    image = _add_table(body, axes, spacing_mm)
     image = gaussian_filter(image.astype(np.float32), 1.3 / spacing_mm)     # point spread
-    grain = dots.standard_normal(image.shape, dtype=np.float32)   # CT noise: grainy, not white
-    grain = gaussian_filter(grain, (0.75, 0.75, 0.35)) - 0.6 * gaussian_filter(grain, (2, 2, 0.35))
-    depth = np.exp(-(x ** 2 / 2.4e4 + y ** 2 / 1.4e4))            # more noise deep in the body
-    image += grain / grain.std() * sigma_hu * (0.75 + 0.5 * depth)
-
+    image = _add_noise(image, axes, noise_hu, dots)
     return _store(np.clip(image, -1024, 3071), body.truth, spacing_mm, low, scanner)
 
 
-def _store(image, truth, spacing_mm, low, scanner):
-    """As a scanner of any make stores it: int16, with any origin and any order of the axes."""
+def _store(image, truth, spacing_mm, low, rng):
+    """As scanners of any make store it: int16, any origin, any order and direction of the axes."""
     affine = np.diag([*spacing_mm, 1.0])
-    affine[:3, 3] = low + scanner.uniform(-60, 60, 3)
-    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(str(scanner.choice(ORIENTATIONS))))
+    affine[:3, 3] = low + rng.uniform(-60, 60, 3)
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(str(rng.choice(ORIENTATIONS))))
     affine = affine @ inv_ornt_aff(turn, image.shape)
-    image = np.round(image).astype(np.int16)
-    image, truth = (np.ascontiguousarray(apply_orientation(v, turn)) for v in (image, truth))
+    image = np.ascontiguousarray(apply_orientation(np.round(image).astype(np.int16), turn))
+    truth = np.ascontiguousarray(apply_orientation(truth, turn))
     return image, truth, affine
 
 
-# ---------------------------------------------------------------- the knee
-
-KNEE = {1: "Femur", 2: "Femoral Cartilage", 3: "Tibia", 4: "Medial Tibial Cartilage",
-        5: "Lateral Tibial Cartilage", 6: "Medial Meniscus", 7: "Lateral Meniscus"}
+# ---- the knee ----------------------------------------------------------------------------------
+KNEE = {
+    1: "Femur",
+    2: "Femoral Cartilage",
+    3: "Tibia",
+    4: "Medial Tibial Cartilage",
+    5: "Lateral Tibial Cartilage",
+    6: "Medial Meniscus",
+    7: "Lateral Meniscus",
+}
+KNEE_TEST = "Dataset299_PhantomKneeTest"
 KNEE_DATASETS = {
     "Dataset201_PhantomKneeBones": {"femur": 1, "tibia": 2},
     "Dataset202_PhantomKneeCartilages": {
         "femoral cartilage": 1, "medial tibial cartilage": 2, "lateral tibial cartilage": 3},
     "Dataset203_PhantomKneeMenisci": {"medial meniscus": 1, "lateral meniscus": 2},
-    "Dataset299_PhantomKneeTest": {name.lower(): v for v, name in KNEE.items()},
+    KNEE_TEST: {name.lower(): v for v, name in KNEE.items()},
 }
 
 
+class _KneeGrey(NamedTuple):
+    """Grey values of the tissues of one knee, without unit."""
+    cartilage: float
+    dark: float             # cortical bone and menisci
+    marrow: float
+    fat: float
+
+
+def _vary(rng, grey):
+    return grey * rng.uniform(0.9, 1.1)
+
+
+def _paint_thigh_and_calf(body, grey):
+    """Fat, muscles, and what runs through them."""
+    x, y, _ = body.p
+    skin = _rounded_square(x, y - 2, 51, 57, 2.2)
+    body.paint(skin, grey.fat)
+    muscles = [_ellipsoid(centre, (34, 20, 58), (tilt, 0, 0)) for centre, tilt in (
+        ((-14, -34, 68), 12), ((16, -36, 66), 12), ((0, -38, -70), -8), ((0, 36, 96), 20))]
+    box, sd = body.distance(*muscles, bumps=1.5, within=skin + 6)
+    body.paint(sd, _vary(body.rng, 150) + 8 * body.noise(12, box), box=box)
+    body.put(330, _tube([(5, -44, 90), (2, -42, -90)], 5))          # vessels
+    body.put(430, _tube([(0, 36, 30), (0, 33, 62)], 3))             # joint fluid
+    body.put(50, _tube([(0, 46, 44), (0, 42, 90)], 5))              # quadriceps tendon
+    body.put(50, _tube([(0, 46, 16), (0, 34, -34)], 4))             # patellar tendon
+
+
+def _paint_bone(body, grey, *parts, value=None, **how):
+    """A dark shell around marrow; returns the signed distance (D, H, W) to the bone."""
+    box, sd = body.distance(*parts, **how)
+    body.paint(sd, grey.dark, value, box=box)
+    body.paint(sd + 1.3, grey.marrow + 12 * body.noise(9, box), box=box)
+    everywhere = np.full(body.hu.shape, np.float32(50))
+    everywhere[box] = sd
+    return everywhere
+
+
+def _paint_knee_bones(body, grey):
+    """Fibula, patella with its cartilage, femur and tibia; returns distances to the last two."""
+    _, y, _ = body.p
+    _paint_bone(body, grey, _tube([(33, -20, -24), (35, -24, -90)], 7))             # fibula
+    patella = _paint_bone(body, grey, _ellipsoid((0, 46, 31), (20, 9, 18)))
+    body.paint(np.maximum(np.abs(patella - 1.5) - 1.5, y - 46), grey.cartilage)
+    femur = _paint_bone(
+        body, grey,
+        _tube([(0, -2, 90), (0, 2, 26)], (15, 22)),             # shaft
+        _ellipsoid((-21, -6, 19), (15, 29, 20)),                # medial condyle
+        _ellipsoid((21, -4, 19), (15, 30, 20)),                 # lateral condyle
+        _ellipsoid((0, 16, 24), (27, 17, 17)),                  # trochlea
+        value=1, blend=8, bumps=0.5, bump_mm=18)
+    tibia = _paint_bone(
+        body, grey,
+        _ellipsoid((-20, -3, -19), (19, 25, 12)),               # medial plateau
+        _ellipsoid((20, -3, -19), (18, 23, 12)),                # lateral plateau
+        _ellipsoid((0, -4, -8), (5, 8, 6)),                     # intercondylar eminence
+        _tube([(0, -4, -30), (0, -9, -90)], (24, 14)),          # shaft
+        value=3, bumps=0.5, bump_mm=18)
+    return femur, tibia
+
+
+def _paint_cartilage(body, grey, femur, tibia):
+    """Cartilage covers a bone where it bears load: not the notch between the condyles of the
+    femur, and not the far side."""
+    x, y, z = body.p
+    top = np.where(y < 0, 27, 27 + 0.5 * y)
+    layer = np.abs(femur - 1.3) - 1.3
+    outside_notch = np.minimum(9 - np.abs(x), 8 - y)
+    body.paint(np.maximum.reduce([layer, z - top, outside_notch, np.abs(x) - 32]),
+               grey.cartilage, 2)
+    layer = np.abs(tibia - 1.2) - 1.2
+    for side, value in ((-1, 4), (1, 5)):
+        body.paint(np.maximum.reduce([layer, -13 - z, 8 - side * x, np.abs(y + 3) - 19]),
+                   grey.cartilage, value, over=[0])
+
+
+def _paint_ligaments_and_menisci(body, grey):
+    anterior_cruciate = _tube([(9, -16, 15), (-2, 8, -4)], 3.5)
+    posterior_cruciate = _tube([(-6, -2, 9), (0, -26, -9)], 4.5)
+    for ligament in (anterior_cruciate, posterior_cruciate):
+        body.put(_vary(body.rng, 80), ligament, over=[0])
+    angle = np.linspace(0.9, 2 * np.pi - 0.9, 10)       # a meniscus is a C open towards the middle
+    for side, value, a, b in ((-1, 6, 12, 18), (1, 7, 12, 14)):
+        x = side * 20 - side * a * np.cos(angle)
+        y = -3 + b * np.sin(angle)
+        z = np.full(10, -2.5)
+        body.put(grey.dark, _tube(np.stack([x, y, z], 1), 4.5), value=value, over=[0])
+
+
 def make_knee(seed):
-    """One MR scan of a right knee (grey values without unit), in the form of make_scan's.
+    """One MR scan of a right knee (grey values without unit); returns the same as make_scan.
 
     x grows to the patient's right, so lateral is +x; z = 0 is the joint line. The patella with its
-    cartilage, the fibula and the ligaments are there, look like what is labelled, and are not.
+    cartilage, the fibula and the ligaments look like what is labelled, but are not labelled.
     """
     scanner, anatomy, dots = (np.random.default_rng([seed, i]) for i in (10, 11, 12))
     mm = anatomy.uniform(0.92, 1.1)
     spacing_mm = np.append(scanner.uniform(1.4, 2.2), np.repeat(scanner.uniform(0.8, 1.1), 2))
-    low, high = -scanner.uniform(46, 52, 3), scanner.uniform(46, 52, 3)
-    axes = [low[i] + spacing_mm[i] * np.arange(round((high[i] - low[i]) / spacing_mm[i]))
-            for i in range(3)]
+    low = -scanner.uniform(46, 52, 3)
+    high = scanner.uniform(46, 52, 3)
+    axes = _coordinates(low, high, spacing_mm)
     body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
-    (x, y, z), body.hu[:] = body.p, 0
-    vary = lambda grey: grey * anatomy.uniform(0.9, 1.1)                        # noqa: E731
-    cartilage, dark = vary(330), vary(60)
+    body.hu[:] = 0
+    grey = _KneeGrey(cartilage=_vary(anatomy, 330), dark=_vary(anatomy, 60),
+                     marrow=_vary(anatomy, 110), fat=_vary(anatomy, 240))
+    _paint_thigh_and_calf(body, grey)
+    femur, tibia = _paint_knee_bones(body, grey)
+    _paint_cartilage(body, grey, femur, tibia)
+    _paint_ligaments_and_menisci(body, grey)
 
-    def bone(*parts, value=None, **how):
-        box, sd = body.sd(*parts, **how)
-        body.paint((box, sd), dark, value)
-        body.paint((box, sd + 1.3), marrow + 12 * body.noise(9, box))
-        full = np.full(body.hu.shape, np.float32(50))
-        full[box] = sd
-        return full
-
-    marrow, skin = vary(110), _ring(x, y - 2, 51, 57, 2.2)
-    body.paint(skin, vary(240))                                                 # fat
-    box, sd = body.sd(*(_ball(c, (34, 20, 58), (t, 0, 0)) for c, t in (
-        ((-14, -34, 68), 12), ((16, -36, 66), 12), ((0, -38, -70), -8), ((0, 36, 96), 20))),
-        bumps=1.5, within=skin + 6)
-    body.paint((box, sd), vary(150) + 8 * body.noise(12, box))                  # muscle
-    for path, radius, grey in (([(5, -44, 90), (2, -42, -90)], 5, 330),         # vessels
-                               ([(0, 36, 30), (0, 33, 62)], 3, 430),            # fluid
-                               ([(0, 46, 44), (0, 42, 90)], 5, 50),             # two tendons
-                               ([(0, 46, 16), (0, 34, -34)], 4, 50)):
-        body.put(grey, _tube(path, radius))
-    bone(_tube([(33, -20, -24), (35, -24, -90)], 7))                            # fibula
-    patella = bone(_ball((0, 46, 31), (20, 9, 18)))
-    body.paint(np.maximum(np.abs(patella - 1.5) - 1.5, y - 46), cartilage)
-
-    femur = bone(_tube([(0, -2, 90), (0, 2, 26)], (15, 22)), _ball((-21, -6, 19), (15, 29, 20)),
-                 _ball((21, -4, 19), (15, 30, 20)), _ball((0, 16, 24), (27, 17, 17)), value=1,
-                 blend=8, bumps=0.5, bump_mm=18)
-    tibia = bone(_ball((-20, -3, -19), (19, 25, 12)), _ball((20, -3, -19), (18, 23, 12)),
-                 _ball((0, -4, -8), (5, 8, 6)), _tube([(0, -4, -30), (0, -9, -90)], (24, 14)),
-                 value=3, bumps=0.5, bump_mm=18)
-    # cartilage covers a bone where it bears: not the notch between the condyles, not the far side
-    front = np.where(y < 0, 27, 27 + 0.5 * y)
-    body.paint(np.maximum.reduce([np.abs(femur - 1.3) - 1.3, z - front,
-                                  np.minimum(9 - np.abs(x), 8 - y), np.abs(x) - 32]), cartilage, 2)
-    for side, value in ((-1, 4), (1, 5)):
-        body.paint(np.maximum.reduce([np.abs(tibia - 1.2) - 1.2, -13 - z, 8 - side * x,
-                                      np.abs(y + 3) - 19]), cartilage, value, over=[0])
-    for path, radius in (([(9, -16, 15), (-2, 8, -4)], 3.5), ([(-6, -2, 9), (0, -26, -9)], 4.5)):
-        body.put(vary(80), _tube(path, radius), over=[0])                       # the two ligaments
-    angle = np.linspace(0.9, 2 * np.pi - 0.9, 10)           # a C that opens towards the middle
-    for side, value, (a, b) in ((-1, 6, (12, 18)), (1, 7, (12, 14))):
-        arc = np.stack([side * 20 - side * a * np.cos(angle), -3 + b * np.sin(angle),
-                        np.full(10, -2.5)], 1)
-        body.put(dark, _tube(arc, 4.5), value=value, over=[0])
-
-    image = gaussian_filter(body.hu, 0.5 / spacing_mm) * np.exp(0.2 * body.noise(60))   # the coil
-    grain = scanner.uniform(8, 16) * dots.standard_normal((2, *image.shape), dtype=np.float32)
-    image = np.hypot(image + grain[0], grain[1]) * scanner.uniform(0.5, 4)      # Rician noise
+    image = gaussian_filter(body.hu, 0.5 / spacing_mm)
+    image = image * np.exp(0.2 * body.noise(60))                    # sensitivity of the coil
+    sigma = scanner.uniform(8, 16)
+    grain = sigma * dots.standard_normal((2, *image.shape), dtype=np.float32)
+    image = np.hypot(image + grain[0], grain[1])                    # Rician noise
+    image = image * scanner.uniform(0.5, 4)
     return _store(image, body.truth, spacing_mm, low, scanner)
 
 
+# ---- datasets on disk --------------------------------------------------------------------------
 class Anatomy(NamedTuple):
-    make: callable          # seed -> image, truth, affine
+    make: Callable          # seed -> image, truth, affine
     truth: dict             # truth value -> set of classes
     spelling: dict          # class -> how datasets may call it
-    datasets: dict          # the last one is the test set
+    datasets: dict          # name -> "labels" of its dataset.json; the last one is the test set
     modality: str
     planes: tuple           # truth values that the sagittal and the coronal picture show
-    window: tuple           # grey values of the picture; None for the scan's own
+    window: tuple | None    # grey values of the picture; None: percentiles of the scan
 
 
 ANATOMY = {
-    "abdomen": Anatomy(make_scan, TRUTH, SPELLING, DATASETS, "CT", ((3, 14), (7, 8)), (-175, 250)),
+    "abdomen": Anatomy(make_scan, TRUTH, SPELLING, DATASETS, "CT",
+                       planes=((3, 14), (7, 8)), window=(-175, 250)),
     "knee": Anatomy(make_knee, {v: {c} for v, c in KNEE.items()},
-                    {c: (c.lower(),) for c in KNEE.values()}, KNEE_DATASETS, "MRI", ((4,), (4, 5)),
-                    None)}
+                    {c: (c.lower(),) for c in KNEE.values()}, KNEE_DATASETS, "MRI",
+                    planes=((4,), (4, 5)), window=None),
+}
 
 
-# ---------------------------------------------------------------- datasets on disk
-
-def values_for(labels, anatomy="abdomen"):
+def values_for(names, anatomy="abdomen"):
     """Lookup table, truth value -> label value, that a dataset.json's `labels` asks for.
 
-    A truth value goes to the label value that lies in the same named regions as its classes do, and
-    to 0 if none of its classes is named.
+    names  {structure: value, or list of the values that make up its region}
+
+    A truth value becomes the label value that lies in exactly the regions of its classes, and 0 if
+    none of its classes is named: for {"liver": [1, 2], "liver tumor": 2}, truth 5 (liver) becomes
+    1, truth 12 (liver and liver tumor) becomes 2, and truth 1 (spleen) becomes 0.
     """
-    regions = {name: set(np.atleast_1d(v).tolist()) for name, v in labels.items()}
-    _, truth, spelling, *_ = ANATOMY[anatomy]
-    table = np.zeros(max(truth) + 1, np.uint8)
-    for value, classes in truth.items():
-        named = {s for c in classes for s in spelling[c] if s in regions}
-        if named:
-            table[value] = next(v for v in sorted(set.union(*regions.values()))
-                                if {name for name, r in regions.items() if v in r} == named)
+    regions = {name: set(np.atleast_1d(v).tolist()) for name, v in names.items()}
+    label_values = sorted(set.union(*regions.values()))
+    kind = ANATOMY[anatomy]
+    table = np.zeros(max(kind.truth) + 1, np.uint8)
+    for truth_value, classes in kind.truth.items():
+        wanted = {s for c in classes for s in kind.spelling[c] if s in regions}
+        if not wanted:
+            continue
+        for value in label_values:
+            member_of = {name for name, region in regions.items() if value in region}
+            if member_of == wanted:
+                table[truth_value] = value
+                break
     return table
 
 
-def _write(path, data):
-    """Write to a temporary name, then rename: a run that is cut off leaves no half file."""
-    part = path.with_name(path.name.replace(".", ".part.", 1))
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-def _nifti(array, affine):
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write a .nii.gz whose bytes depend on nothing but the arguments (no time stamp)."""
     image = nib.Nifti1Image(array, affine)
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
-    return gzip.compress(image.to_bytes(), 4, mtime=0)
+    with data.atomic_write(path) as part:
+        part.write_bytes(gzip.compress(image.to_bytes(), 4, mtime=0))
 
 
-def _write_case(job):
-    """One scan into one dataset folder: image, and the labels that dataset has."""
-    folder, case, seed, split, anatomy = job
-    hu, truth, affine = ANATOMY[anatomy].make(seed)
-    label = values_for(ANATOMY[anatomy].datasets[folder.name], anatomy)[truth]
-    _write(folder / f"images{split}" / f"{case}_0000.nii.gz", _nifti(hu, affine))
-    _write(folder / f"labels{split}" / f"{case}.nii.gz", _nifti(label, affine))
+class Job(NamedTuple):
+    """One scan to be written."""
+    folder: Path
+    case: str
+    seed: int
+    split: str          # "Tr" or "Ts"
+    anatomy: str
+
+
+def _write_case(job: Job) -> None:
+    """One scan into one dataset folder: the image, and the labels that this dataset has."""
+    kind = ANATOMY[job.anatomy]
+    image, truth, affine = kind.make(job.seed)
+    label = values_for(kind.datasets[job.folder.name], job.anatomy)[truth]
+    write_nifti(job.folder / f"images{job.split}" / f"{job.case}_0000.nii.gz", image, affine)
+    write_nifti(job.folder / f"labels{job.split}" / f"{job.case}.nii.gz", label, affine)
+
+
+def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> list[Job]:
+    """Training scans in turn to the training datasets, test scans to the last dataset.
+
+    Training scans have even seeds and test scans odd ones, so no test scan is ever a training scan
+    of another run, whatever --scans and --test-scans are.
+    """
+    *training, test = ANATOMY[anatomy].datasets
+    first = 10 ** 6 * seed
+
+    def job(name, n, case_seed, split):
+        case = f"{name.split('Phantom')[1].lower()}_{n:04d}"
+        return Job(out / name, case, case_seed, split, anatomy)
+
+    jobs = []
+    for i in range(scans):
+        name = training[i % len(training)]
+        jobs.append(job(name, i // len(training), 2 * (first + i), "Tr"))
+    for i in range(test_scans):
+        jobs.append(job(test, i, 2 * (first + i) + 1, "Ts"))
+    return jobs
+
+
+def _write_dataset_json(folder: Path, training_scans: int, anatomy: str) -> None:
+    kind = ANATOMY[anatomy]
+    names = {"background": 0}
+    for name, values in kind.datasets[folder.name].items():
+        one_value = isinstance(values, list) and len(values) == 1
+        names[name] = values[0] if one_value else values
+    content = {"channel_names": {"0": kind.modality}, "labels": names,
+               "numTraining": training_scans, "file_ending": ".nii.gz"}
+    with data.atomic_write(folder / "dataset.json") as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_datasets(out, *, scans, seed, test_scans=6, processes=None, anatomy="abdomen"):
-    """Deal `scans` scans over the training datasets, and `test_scans` into the test set."""
-    kind, jobs = ANATOMY[anatomy], []
-    *names, last = kind.datasets
-    for i in range(scans + test_scans):
-        test = i >= scans
-        name, n = (last, i - scans) if test else (names[i % len(names)], i // len(names))
-        case = f"{name.split('Phantom')[1].lower()}_{n:04d}"
-        # even seeds train, odd seeds test: no --scans or --test-scans makes the two meet
-        jobs.append((out / name, case, 2 * (10 ** 6 * seed + (n if test else i)) + test,
-                     "Ts" if test else "Tr", anatomy))
-    for folder, _, _, split, _ in jobs:
-        (folder / f"images{split}").mkdir(parents=True, exist_ok=True)
-        (folder / f"labels{split}").mkdir(exist_ok=True)
-    for folder in dict.fromkeys(job[0] for job in jobs):
-        number = sum(job[0] == folder and job[3] == "Tr" for job in jobs)
-        labels = {k: v[0] if isinstance(v, list) and len(v) == 1 else v
-                  for k, v in kind.datasets[folder.name].items()}
-        text = json.dumps({"channel_names": {"0": kind.modality},
-                           "labels": {"background": 0, **labels}, "numTraining": number,
-                           "file_ending": ".nii.gz"}, indent=2)
-        _write(folder / "dataset.json", (text + "\n").encode())
+    """Write `scans` training scans, dealt over the training datasets, and `test_scans` test scans.
+
+    processes  scans made at a time (default: one per processor, at least two)
+    """
+    jobs = _deal(out, scans, test_scans, seed, anatomy)
+    for job in jobs:
+        (job.folder / f"images{job.split}").mkdir(parents=True, exist_ok=True)
+        (job.folder / f"labels{job.split}").mkdir(exist_ok=True)
+    for folder in dict.fromkeys(job.folder for job in jobs):
+        training = sum(job.folder == folder and job.split == "Tr" for job in jobs)
+        _write_dataset_json(folder, training, anatomy)
     if anatomy != "abdomen":
-        _write(out / f"{anatomy}.json", (json.dumps(list(kind.spelling)) + "\n").encode())
-    # spawn: a forked worker may inherit a lock that some other thread of the caller holds
+        with data.atomic_write(out / f"{anatomy}.json") as part:
+            part.write_text(json.dumps(list(ANATOMY[anatomy].spelling)) + "\n")
+    # spawn: a forked process may inherit a lock that another thread of the caller holds
     workers = min(processes or max(2, os.cpu_count() or 2), len(jobs))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for _ in tqdm(pool.imap_unordered(_write_case, jobs), total=len(jobs), unit="scan"):
             pass
 
 
+# ---- a picture ---------------------------------------------------------------------------------
+def _planes_to_show(truth, kind: Anatomy) -> list[int]:
+    """An index per axis: the first two through organs, the axial one through most classes."""
+    shown = []
+    for axis, values in enumerate(kind.planes):
+        shown.append(int(np.median(np.argwhere(np.isin(truth, values))[:, axis])))
+    classes = [len(np.unique(truth[:, :, k])) for k in range(truth.shape[2])]
+    shown.append(int(np.argmax(classes)))
+    return shown
+
+
 def draw(path, seed, anatomy="abdomen"):
-    """PNG of one scan, patient's right on the left: grey above, truth below."""
+    """PNG of one scan, the patient's right on the left of the picture: grey above, truth below."""
+    figure = data.new_figure(12, 7.6, facecolor="black", layout="constrained")
     import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
     kind = ANATOMY[anatomy]
-    hu, truth, affine = kind.make(seed)
-    ras = nib.as_closest_canonical(nib.Nifti1Image(hu, affine))
-    hu, spacing_mm = np.asarray(ras.dataobj)[::-1], ras.header.get_zooms()    # x now runs leftward
-    truth = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(truth, affine)).dataobj)[::-1]
-    # slices through as much as possible: the axial one with most classes, the others by the organs
-    kinds = [len(np.unique(truth[:, :, k])) for k in range(truth.shape[2])]
-    at = [int(np.median(np.argwhere(np.isin(truth, v))[:, axis]))
-          for axis, v in enumerate(kind.planes)] + [int(np.argmax(kinds))]
-    colours = [plt.get_cmap("tab20")(v % 20) for v in range(18)]
-    colours[14:16] = (1, 1, 0, 1), (0, 1, 1, 1)         # two greys there
-    low, high = kind.window or np.percentile(hu, (0.5, 99.8))
-    figure, panels = plt.subplots(2, 3, figsize=(12, 7.6), facecolor="black", layout="constrained")
+    image, truth, affine = kind.make(seed)
+    image = nib.as_closest_canonical(nib.Nifti1Image(image, affine))
+    truth = nib.as_closest_canonical(nib.Nifti1Image(truth, affine))
+    spacing_mm = image.header.get_zooms()
+    image = np.asarray(image.dataobj)[::-1]             # x now grows to the patient's left
+    truth = np.asarray(truth.dataobj)[::-1]
+    shown = _planes_to_show(truth, kind)
+    colours = np.array([matplotlib.colormaps["tab20"](v % 20) for v in range(18)])
+    colours[14] = (1, 1, 0, 1)                          # the colour map has two greys here
+    colours[15] = (0, 1, 1, 1)
+    low, high = kind.window or np.percentile(image, (0.5, 99.8))
+
+    panels = figure.subplots(2, 3)
     for column, (axis, title) in enumerate(((2, "axial"), (1, "coronal"), (0, "sagittal"))):
-        grey, classes = (np.take(v, at[axis], axis).T[::-1] for v in (hu, truth))
-        i, j = [k for k in range(3) if k != axis]
-        colour = np.array(colours)[classes] * (classes > 0)[..., None] * (1, 1, 1, 0.6)
-        for row in range(2):
-            look = dict(aspect=spacing_mm[j] / spacing_mm[i])
-            panels[row, column].imshow(grey, cmap="gray", vmin=low, vmax=high,
-                                       interpolation="bicubic", **look)
-            if row:
-                panels[row, column].imshow(colour, interpolation="nearest", **look)
-            panels[row, column].axis("off")
+        grey = np.take(image, shown[axis], axis).T[::-1]
+        classes = np.take(truth, shown[axis], axis).T[::-1]
+        overlay = colours[classes] * (classes > 0)[..., None] * (1, 1, 1, 0.6)
+        i, j = (k for k in range(3) if k != axis)
+        aspect = spacing_mm[j] / spacing_mm[i]
+        for panel in panels[:, column]:
+            panel.imshow(grey, cmap="gray", vmin=low, vmax=high, interpolation="bicubic",
+                         aspect=aspect)
+            panel.axis("off")
+        panels[1, column].imshow(overlay, interpolation="nearest", aspect=aspect)
         panels[0, column].set_title(title, color="white")
-    figure.legend(handles=[Patch(color=colours[v], label=" + ".join(sorted(kind.truth[v])))
-                           for v in np.unique(truth) if v], loc="outside lower center", ncols=6,
-                  fontsize=8, facecolor="black", labelcolor="white", edgecolor="black")
-    figure.savefig(path, dpi=80, facecolor="black")
-    plt.close(figure)
+    legend = [Patch(color=colours[v], label=" + ".join(sorted(kind.truth[v])))
+              for v in np.unique(truth) if v]
+    figure.legend(handles=legend, loc="outside lower center", ncols=6, fontsize=8,
+                  facecolor="black", labelcolor="white", edgecolor="black")
+    with data.atomic_write(path) as part:
+        figure.savefig(part, dpi=80, facecolor="black")
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.phantom",
-                                     description="Write synthetic CT datasets in nnU-Net raw form.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the Dataset1xx folders")
-    parser.add_argument("--scans", type=int, required=True, help="training scans, all together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test-scans", type=int, default=6)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.phantom",
+        description="Write synthetic CT or knee MR datasets in nnU-Net raw form.")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="folder that gets the dataset folders")
+    parser.add_argument("--scans", type=int, required=True,
+                        help="number of training scans in all datasets together")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="each seed gives other scans (default 0)")
+    parser.add_argument("--test-scans", type=int, default=6,
+                        help="number of fully labelled test scans (default 6)")
     parser.add_argument("--anatomy", choices=ANATOMY, default="abdomen")
-    parser.add_argument("--picture", type=Path, help="also draw one scan to this PNG")
+    parser.add_argument("--picture", type=Path, help="also draw one scan to this PNG file")
     args = parser.parse_args(argv)
     try:
         for name, least in (("scans", 1), ("test_scans", 0), ("seed", 0)):
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, "
-                                 f"got {getattr(args, name)}")
+            value = getattr(args, name)
+            if value < least:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be at least {least}, got {value}")
         write_datasets(args.out, scans=args.scans, seed=args.seed, test_scans=args.test_scans,
                        anatomy=args.anatomy)
         if args.picture:

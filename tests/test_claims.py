@@ -1,15 +1,18 @@
-"""Tables by hand; the README's tables are those of the stored numbers; every claim works from end
-to end, on five steps and five scans (no number in it means anything)."""
+"""A table by hand; the tables of RESULTS.md are those of the stored numbers; every claim runs from
+end to end, with five steps and five scans (no number in it means anything)."""
 import json
 from pathlib import Path
 
 import pytest
 from conftest import SHARED
 
+import labels
 from experiments import bench, claims
 
 ROOT = Path(__file__).parents[1]
-RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+STORED = sorted((ROOT / "experiments" / "results").glob("*.json"))
+REAL = SHARED / "data"
+EMBEDDINGS = SHARED / "clip" / "txt_encoding.pth"
 
 
 def _run(liver, cyst, **more):
@@ -41,22 +44,33 @@ def test_many_methods_get_rows_and_patients_are_summed_over_seeds():
     assert lines[0] == "One seed. 7 steps." and len(lines) == 10
     assert lines[2].startswith("|  | mean Dice, organs | mean Dice, lesions | mean NSD |")
     assert lines[4].startswith("| a | 0.500 ± 0.000 |")
-    assert lines[4].endswith("| 4 of 6 | 2 of 8 | 0.36 |")           # 2 / (6 / 4 + 8 / 2)
+    assert lines[4].endswith("| 4 of 6 | 2 of 8 | 0.36 |")     # harmonic mean: 2 / (6/4 + 8/2)
 
 
-@pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.stem)
-def test_the_readmes_tables_are_those_of_the_stored_numbers(file):
+@pytest.mark.parametrize("file", STORED, ids=lambda f: f.stem)
+def test_the_tables_of_results_md_are_those_of_the_stored_numbers(file):
     table = bench.markdown if file.stem.startswith("bench") else claims.table
-    assert table(json.loads(file.read_text())) in (ROOT / "README.md").read_text()
+    results = (ROOT / "experiments" / "RESULTS.md").read_text()
+    assert table(json.loads(file.read_text())) in results
+
+
+def test_real_scans_without_their_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
+    assert labels.run(claims.main, ["real-scans", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "--real DIR" in error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_a_claim_writes_its_numbers(name, tmp_path, capsys):
-    if name == "real-scans" and not SHARED.is_dir():
-        pytest.skip("real scans (../shared) absent")
     args = [name, "--out", str(tmp_path), "--seeds", "1", "--steps", "5", "--scans", "5",
             "--test-scans", "1"]
+    if name == "real-scans":
+        if not REAL.is_dir():
+            pytest.skip("real scans absent")
+        args += ["--real", str(REAL)]
+    if name == "text" and EMBEDDINGS.is_file():
+        args += ["--rows", str(EMBEDDINGS)]
     assert claims.main(args) == 0
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["steps"] == 5 and len(content["runs"]) >= 2

@@ -1,4 +1,5 @@
-"""Facts about the synthetic scans: they repeat, lie the right way round, and need more than HU."""
+"""Facts about the synthetic scans: they are reproducible, organs lie on their own side, and grey
+values alone do not tell the classes apart."""
 import gzip
 import json
 
@@ -31,21 +32,31 @@ def _centroid_mm(mask, affine):
 
 
 def hu_classifier_dice(scans):
-    """Mean Dice of the best guess from a voxel's HU alone, fitted on the truth itself.
+    """Mean Dice over the classes of the best classifier that sees only a voxel's HU.
 
-    Each class may choose its own set of 10-HU bins, which is kinder than one class a bin: bins are
-    taken in order of the share of the class in them, as far as the Dice goes on rising.
+    It is fitted on the truth itself, and classes may share bins, so no real classifier is better.
     """
     bins = [np.clip((hu.ravel() + 1030) // 10, 0, 409).astype(int) for hu, _, _ in scans]
-    every = sum(np.bincount(b, minlength=410) for b in bins)
-    best = []
+    total = sum(np.bincount(b, minlength=410) for b in bins)
+    dice = []
     for name in SPELLING:
         hits = sum(np.bincount(b[_mask(truth, name).ravel()], minlength=410)
                    for b, (_, truth, _) in zip(bins, scans, strict=True))
         if hits.sum():
-            order = np.argsort(-hits / np.maximum(every, 1))
-            best.append((2 * hits[order].cumsum() / (every[order].cumsum() + hits.sum())).max())
-    return float(np.mean(best))
+            dice.append(best_dice_of_bins(hits, total))
+    return float(np.mean(dice))
+
+
+def best_dice_of_bins(hits, total):
+    """The best Dice of a class that is predicted wherever the grey value lies in a set of bins.
+
+    hits   voxels of the class in each bin
+    total  all voxels in each bin
+
+    The best set holds the bins with the largest shares of the class; all sizes of it are tried.
+    """
+    order = np.argsort(-hits / np.maximum(total, 1))
+    return (2 * hits[order].cumsum() / (total[order].cumsum() + hits.sum())).max()
 
 
 def test_best_hu_classifier_stays_below_half(scans):
@@ -53,12 +64,12 @@ def test_best_hu_classifier_stays_below_half(scans):
 
 
 def test_hu_classifier_solves_a_scan_whose_classes_have_their_own_hu():
-    """One bin a class, 27 voxels each: a Dice of 1, so the check above can fail."""
+    """A bin of its own for every class gives a Dice of 1, so the test above can fail."""
     truth = np.repeat(np.arange(1, 18, dtype=np.uint8), 27).reshape(17, 3, 9)
     assert hu_classifier_dice([(truth.astype(np.int16) * 100 - 1000, truth, np.eye(4))]) == 1.0
 
 
-def test_same_seed_same_scan_and_other_seed_other_scan(scans):
+def test_the_same_seed_gives_the_same_scan_and_another_seed_another_scan(scans):
     hu, truth, affine = make_scan(SEEDS[0])
     assert hu.dtype == np.int16 and truth.dtype == np.uint8
     assert np.array_equal(hu, scans[0][0]) and np.array_equal(truth, scans[0][1])
@@ -66,13 +77,13 @@ def test_same_seed_same_scan_and_other_seed_other_scan(scans):
     assert hu.shape != scans[1][0].shape or not np.array_equal(hu, scans[1][0])
 
 
-def test_healthy_body_is_the_same_body_without_lesions(scans):
+def test_a_healthy_body_is_the_same_body_without_lesions(scans):
     _, truth, affine = make_scan(SEEDS[3], healthy=True)
-    sick = scans[3][1]
+    with_lesions = scans[3][1]
     assert np.array_equal(affine, scans[3][2])
-    assert not _mask(truth, *HOSTS).any() and _mask(sick, *HOSTS).any()
-    untouched = ~_mask(sick, *HOSTS)
-    assert np.array_equal(truth[untouched], sick[untouched])
+    assert not _mask(truth, *HOSTS).any() and _mask(with_lesions, *HOSTS).any()
+    untouched = ~_mask(with_lesions, *HOSTS)
+    assert np.array_equal(truth[untouched], with_lesions[untouched])
 
 
 def test_unseen_hospital_has_thick_slices_and_an_unknown_one_is_refused():
@@ -103,7 +114,7 @@ def test_every_lesion_value_names_its_host():
 
 
 def test_lesions_touch_their_host(scans):
-    """Grown by one voxel, a lesion meets plain voxels of the organ it is in."""
+    """Among the neighbours of a lesion's voxels are voxels of its host organ."""
     for _, truth, _ in scans:
         for value, classes in TRUTH.items():
             lesion = truth == value
@@ -116,7 +127,11 @@ def test_lesions_touch_their_host(scans):
 
 
 def test_label_values_by_hand():
-    """Left lung is 1 and its tumour too; a kidney's cyst is 2, whichever the side."""
+    """Truth value -> label value.
+
+    Dataset105: left lung (11) and its tumour (16) are 1, right lung (10) and its tumour (15) are 2.
+    Dataset101: kidneys (2, 3) are 1, their cysts (13, 14) are 2.
+    """
     trunk = values_for(DATASETS["Dataset105_PhantomTrunk"])
     assert [int(trunk[v]) for v in (0, 5, 10, 11, 15, 16)] == [0, 0, 2, 1, 2, 1]
     kidney = values_for(DATASETS["Dataset101_PhantomKidney"])
@@ -125,10 +140,10 @@ def test_label_values_by_hand():
 
 
 def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
-    """Five scans, one a dataset; written twice, the files are the same bytes."""
+    """Five scans, one per dataset. A scan that is written twice gives the same bytes."""
     args = ["--scans", "5", "--test-scans", "1", "--seed", "7"]
     assert phantom.main(["--out", str(tmp_path / "one"), *args]) == 0
-    seeds = {}
+    images = {}
     for folder in sorted((tmp_path / "one").iterdir()):
         meta = json.loads((folder / "dataset.json").read_text())
         regions = {k: np.atleast_1d(v) for k, v in meta["labels"].items()}
@@ -144,11 +159,11 @@ def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
         assert np.isin(values, allowed).all() and values.any()
         assert label.get_data_dtype() == np.uint8 and image.get_data_dtype() == np.int16
         assert np.allclose(label.affine, image.affine) and label.header["qform_code"] == 1
-        seeds[folder.name] = image.shape, image.dataobj[:].tobytes()
+        images[folder.name] = image.shape, image.dataobj[:].tobytes()
         assert gzip.decompress(path.read_bytes())[:4] == b"\x5c\x01\x00\x00"
-    assert len(seeds) == 6 and len({data for _, data in seeds.values()}) == 6
-    phantom._write_case((tmp_path / "one" / "Dataset104_PhantomSpleen", "again",
-                         2 * (10 ** 6 * 7 + 3), "Tr", "abdomen"))
+    assert len(images) == 6 and len({voxels for _, voxels in images.values()}) == 6
+    phantom._write_case(phantom.Job(tmp_path / "one" / "Dataset104_PhantomSpleen", "again",
+                                    2 * (10 ** 6 * 7 + 3), "Tr", "abdomen"))
     files = sorted((tmp_path / "one" / "Dataset104_PhantomSpleen" / "imagesTr").iterdir())
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -184,7 +199,7 @@ def test_a_knee_is_the_right_way_round_in_any_axis_order(knees):
 
 
 def test_cartilage_lies_on_its_bone_and_menisci_between(knees):
-    """Grown by one voxel, a cartilage meets its bone and a meniscus both cartilages."""
+    """A cartilage touches its bone, and a meniscus the cartilages above and below it."""
     for _, truth, _ in knees:
         near = {}
         for v in phantom.KNEE:
@@ -197,25 +212,25 @@ def test_cartilage_lies_on_its_bone_and_menisci_between(knees):
 
 
 def test_grey_alone_does_not_solve_a_knee(knees):
-    every = np.concatenate([g.ravel() * (1000 / np.percentile(g, 99)) for g, _, _ in knees])
-    every, best = np.clip(every, 0, 1500).astype(int) // 10, []
-    for v in phantom.KNEE:
-        hits = np.bincount(every[np.concatenate([t.ravel() == v for _, t, _ in knees])],
-                           minlength=151)
-        total = np.bincount(every, minlength=151)
-        order = np.argsort(-hits / np.maximum(total, 1))
-        best.append((2 * hits[order].cumsum() / (total[order].cumsum() + hits.sum())).max())
-    assert np.mean(best) < 0.5
+    grey = np.concatenate([g.ravel() * (1000 / np.percentile(g, 99)) for g, _, _ in knees])
+    bins = np.clip(grey, 0, 1500).astype(int) // 10
+    truth = np.concatenate([t.ravel() for _, t, _ in knees])
+    total = np.bincount(bins, minlength=151)
+    dice = [best_dice_of_bins(np.bincount(bins[truth == v], minlength=151), total)
+            for v in phantom.KNEE]
+    assert np.mean(dice) < 0.5
 
 
-def test_knees_are_dealt_with_their_class_table(tmp_path):
+def test_knee_datasets_are_written_with_their_class_table(tmp_path):
     assert phantom.main(["--out", str(tmp_path), "--scans", "3", "--test-scans", "1",
                          "--anatomy", "knee"]) == 0
     classes = labels.load_classes(tmp_path / "knee.json")
     assert [c.name for c in classes] == list(phantom.KNEE.values())
-    covers = {d.name: [classes[k].name for k in np.flatnonzero(data.read_dataset(
-        d, classes)[0].annotated)] for d in data.find_datasets([tmp_path])}
-    assert covers == {
+    annotated = {}
+    for folder in data.find_datasets([tmp_path]):
+        case = data.read_dataset(folder, classes)[0]
+        annotated[folder.name] = [classes[k].name for k in np.flatnonzero(case.annotated)]
+    assert annotated == {
         "Dataset201_PhantomKneeBones": ["Femur", "Tibia"],
         "Dataset202_PhantomKneeCartilages": ["Femoral Cartilage", "Medial Tibial Cartilage",
                                              "Lateral Tibial Cartilage"],

@@ -1,4 +1,4 @@
-"""What the README says is there."""
+"""The commands, links and snippets of README.md and experiments/RESULTS.md work."""
 import os
 import re
 import shlex
@@ -21,17 +21,24 @@ import train
 from experiments import bench, claims, phantom
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-FENCES = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
+README = ROOT / "README.md"
+RESULTS = ROOT / "experiments" / "RESULTS.md"
+TEXT = README.read_text()
 MAINS = {"train.py": train.parse, "infer.py": infer.main, "metrics.py": metrics.main,
          "clip_text.py": clip_text.main, "labels.py": labels.main,
          "experiments.phantom": phantom.main, "experiments.bench": bench.main,
          "experiments.claims": claims.main}
 
 
-def commands():
-    """(program, arguments) of every command in a fence or in backquotes."""
-    pieces = [f for _, f in FENCES] + re.findall(r"`([^`\n]+)`", TEXT)
+def fences(text):
+    """(language, content) of every fenced block."""
+    return re.findall(r"```(\w*)\n(.*?)```", text, re.S)
+
+
+def commands(document):
+    """(program, arguments) of every command in a fenced block or in backquotes."""
+    text = document.read_text()
+    pieces = [content for _, content in fences(text)] + re.findall(r"`([^`\n]+)`", text)
     for piece in pieces:
         for line in re.split(r"&&|\n", piece.replace("\\\n", " ")):
             for name in MAINS:
@@ -39,8 +46,16 @@ def commands():
                     yield name, shlex.split(line.strip().split(name, 1)[1])
 
 
-def test_every_flag_of_every_command_exists(capsys):
-    found = list(commands())
+def headings(text):
+    """The anchors of a document's headings, as GitHub makes them: "Real scans" -> real-scans."""
+    without_fences = re.sub(r"```.*?```", "", text, flags=re.S)
+    for title in re.findall(r"^#+ (.+)$", without_fences, re.M):
+        yield re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+def test_every_flag_of_every_command_exists(document, capsys):
+    found = list(commands(document))
     assert len(found) > 10
     for name, args in found:
         with pytest.raises(SystemExit) as e:
@@ -51,12 +66,20 @@ def test_every_flag_of_every_command_exists(capsys):
             assert re.search(rf"{flag}\b", known), (name, flag)
 
 
-def test_files_and_pictures_it_points_to_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+def test_files_pictures_and_sections_it_points_to_are_there(document):
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, section = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.exists(), target
+        if section:
+            assert section in headings(path.read_text()), target
 
 
-SNIPPETS = {re.match(r"import (\w+)", code).group(1): code for k, code in FENCES if k == "python"}
+SNIPPETS = {re.match(r"import (\w+)", code).group(1): code
+            for language, code in fences(TEXT) if language == "python"}
 
 
 @pytest.mark.parametrize("name", ["losses", "model", "metrics", "clip_text"])
@@ -76,21 +99,50 @@ def test_the_snippets_run_as_they_stand(name, monkeypatch, tmp_path):
             exec(SNIPPETS[name], given)
         return
     exec(SNIPPETS[name], given)
-    found = {"losses": lambda: given["loss"].ndim == 0, "metrics": lambda: given["nsd"] == 1,
-             "model": lambda: given["deep"].shape == (1, 768, 2, 2, 2) and
-             given["fine"].shape == (1, 48, 64, 64, 64) and
-             given["logits"].shape == (1, 2, 64, 64, 64)}
-    assert found[name]()
+    if name == "losses":
+        assert given["loss"].ndim == 0
+    if name == "metrics":
+        assert given["nsd"] == 1
+    if name == "model":
+        assert given["deep"].shape == (1, 768, 2, 2, 2)
+        assert given["fine"].shape == (1, 48, 64, 64, 64)
+        assert given["logits"].shape == (1, 2, 64, 64, 64)
 
 
+# Beginnings of the commands that cannot run here: no network, no public dataset.
 LACKING = {"clip_text.py --out rows.pt", "clip_text.py --classes liver",
            "train.py --data /data/btcv", "labels.py kits DIR"}
+EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
+
+
+def needs_reference_files(args):
+    beginnings = ("Dataset00", "knee/", "real/")
+    return any(a.startswith(beginnings) or a == "txt_encoding.pth" for a in args)
+
+
+def shortened(name):
+    """Flags that make a command take little time; argparse takes the last value of a flag."""
+    if name == "experiments.phantom":
+        return ["--scans", "5", "--test-scans", "1"]
+    return ["--steps", "2"] if name == "train.py" else []
+
+
+def commands_to_run():
+    """Every command of both documents once, in their order, that can run here."""
+    done = []
+    for command in [*commands(README), *commands(RESULTS)]:
+        name, args = command
+        if command in done or name in EXPERIMENTS or (name == "experiments.phantom" and not args):
+            continue
+        if needs_reference_files(args) and not SHARED.is_dir():
+            continue
+        done.append(command)
+        yield command
 
 
 @pytest.mark.slow
 def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path):
-    """In the README's order, in one folder: few scans, two steps, no network. The experiments that
-    take no time here (claims, bench) have tests of their own."""
+    """In the order of the documents, in one folder: few scans, two steps, no network."""
     for part in (*(SHARED / "data").glob("Dataset00*"), SHARED / "clip" / "txt_encoding.pth"):
         if part.exists():
             (tmp_path / part.name).symlink_to(part)
@@ -99,20 +151,13 @@ def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CLIP_CACHE": str(tmp_path / "clip"),
            "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     lacking = set()
-    for name, args in commands():
-        if name in ("experiments.bench", "experiments.claims") or name[0] == "e" and not args:
-            continue
-        if any(a.startswith("Dataset00") or a == "txt_encoding.pth" or a.startswith("knee/")
-               or a.startswith("real/") for a in args) and not SHARED.is_dir():
-            continue
+    for name, args in commands_to_run():
         if "scan.nii.gz" in args:
             scan, = (tmp_path / "phantom/Dataset199_PhantomTest/imagesTs").iterdir()
             shutil.copy(scan, tmp_path / "scan.nii.gz")
-        few = {"experiments.phantom": ["--scans", "5", "--test-scans", "1"],
-               "train.py": ["--steps", "2"]}.get(name, [])
-        program = ["-m", name] if name[0] == "e" else [str(ROOT / name)]
-        run = subprocess.run([sys.executable, *program, *args, *few], cwd=tmp_path, env=env,
-                             capture_output=True, text=True)
+        program = ["-m", name] if name.startswith("experiments.") else [str(ROOT / name)]
+        run = subprocess.run([sys.executable, *program, *args, *shortened(name)], cwd=tmp_path,
+                             env=env, capture_output=True, text=True)
         command = " ".join([name, *args])
         assert run.returncode in (0, 2) and "Traceback" not in run.stderr, (command, run.stderr)
         if run.returncode:
@@ -122,5 +167,6 @@ def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path):
     assert all(any(c.startswith(known) for c in lacking) for known in LACKING)
 
 
-def test_no_number_is_missing():
-    assert not re.findall(r"@[A-Z]+@", TEXT)
+@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+def test_no_number_is_missing(document):
+    assert not re.findall(r"@[A-Z]+@", document.read_text())
