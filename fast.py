@@ -404,9 +404,14 @@ class FastSwinBlock(SwinBlock):
     which is one and the same token, is a single key whose weights are summed."""
     devices = ("cpu",)
 
-    def windowed_attention(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in self.devices:
-            return super().windowed_attention(x)
+            return super().forward(x)
+        x = x + self.grouped_attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def grouped_attention(self, x: Tensor) -> Tensor:
+        """Window attention of all tokens, group by group: (B, D, H, W, C) -> the same shape."""
         C, size = x.shape[-1], x.shape[1:4]
         window, shift = window_and_shift(size, self.shifted)
         if any(shift):
@@ -536,7 +541,7 @@ class _Heads(torch.autograd.Function):
         (w1, w2, w3), _ = split_theta(theta)
         back = torch.ops.aten.threshold_backward.grad_input                    # of ReLU
         grad_feat = torch.empty_like(feat, memory_format=torch.contiguous_format)
-        grad_theta = 0
+        grad_theta, wide = 0, _at_least_float32(grad.dtype)
         for at, h1, h2, g1, g2 in _Heads.hidden(feat, theta, more=2):
             x, g = feat[:, at], grad[:, at]
             back(torch.mul(w3.transpose(1, 2), g[:, None], out=g2), h2, 0, grad_input=g2)
@@ -545,7 +550,7 @@ class _Heads(torch.autograd.Function):
                      (g2 @ h1.transpose(1, 2)).flatten(1),                     # 64
                      (h2 @ g[..., None]).flatten(1),                           # 8
                      g1.sum(2), g2.sum(2), g.sum(1, keepdim=True)]             # biases: 8, 8, 1
-            grad_theta = grad_theta + torch.cat(parts, 1).float()              # (K, 153)
+            grad_theta = grad_theta + torch.cat(parts, 1).to(wide)             # (K, 153)
             grad_feat[:, at] = w1.flatten(0, 1).t() @ g1.flatten(0, 1)
         return grad_feat, grad_theta.to(theta.dtype)
 

@@ -1,18 +1,22 @@
 """Masked back-propagation (paper, Sec. 3.3): losses over the classes a scan's dataset annotates.
 
-Needs torch only. What is not annotated is left out by selection, `logits[annotated]`, and never by
-multiplying with zero (0 * nan is nan), so it has no influence on value or gradient.
+Needs torch only. A class that the dataset of a scan does not annotate is left out by selection,
+`logits[annotated]`, and never by multiplying its loss with zero (0 * nan is nan): its logits and
+labels have no influence on the loss or its gradient.
 
-A scan's loss is the mean over its annotated classes; the loss of a batch is the mean over its
-scans. So every scan weighs the same, whether its dataset annotates one class or seventeen. With two
-scans of which the first annotates one class, of loss 4, and the second two, of loss 1 and 3:
+The loss of a crop is the mean over the classes that its scan annotates; the loss of a batch is the
+mean over its crops. So every scan weighs the same, whether its dataset annotates one class or many.
+For example, the first of two scans annotates one class, whose loss is 4, and the second annotates
+two classes, whose losses are 1 and 3. The loss of the batch is
 
-    (4 + (1 + 3) / 2) / 2 = 3        and not, over all pairs of scan and class,  (4 + 1 + 3) / 3
+    (4 + (1 + 3) / 2) / 2 = 3
 
-A scan that annotates nothing counts as a scan of loss 0, so that the mean over the processes of a
-distributed training, which all have the same number of scans, is the mean over all scans.
+and not the mean over all annotated pairs, (4 + 1 + 3) / 3. A scan without annotated classes counts
+with a loss of 0. Then the mean over processes with equally many crops each, which is what
+DistributedDataParallel computes, is the mean over all crops.
 
-B batch   K classes   D, H, W voxels   N voxels of a scan   P annotated (scan, class) pairs
+B batch: one crop of a scan each   K classes   D, H, W voxels   N = D H W   P annotated pairs of a
+crop and a class
 """
 from __future__ import annotations
 
@@ -22,22 +26,28 @@ from torch import Tensor
 
 
 def _annotated_pairs(logits: Tensor, y: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and targets (P, N) of the annotated pairs, in float32: a sum in bf16 is wrong."""
+    """-> the logits and the targets of the annotated pairs, (P, N) each.
+
+    They are float32 whatever the network computes in: sums over a million voxels follow, which
+    bf16 cannot hold.
+    """
     if logits.shape != y.shape:
         raise ValueError(f"y must be like logits {tuple(logits.shape)}, got {tuple(y.shape)}")
     if annotated.shape != logits.shape[:2] or annotated.dtype != torch.bool:
         raise ValueError(f"annotated must be bool (B, K) = {tuple(logits.shape[:2])}, "
                          f"got {annotated.dtype} {tuple(annotated.shape)}")
-    if annotated.all():                                       # nothing to leave out: no copy
-        return logits.flatten(0, 1).flatten(1).float(), y.flatten(0, 1).flatten(1).float()
-    return logits[annotated].flatten(1).float(), y[annotated].flatten(1).float()
+    logits, y = logits.flatten(2), y.flatten(2)               # (B, K, N)
+    if annotated.all():                                       # selecting everything would copy it
+        return logits.flatten(0, 1).float(), y.flatten(0, 1).float()
+    return logits[annotated].float(), y[annotated].float()
 
 
-def _mean_over_scans(loss: Tensor, annotated: Tensor) -> Tensor:
-    """Losses (P,) of the annotated pairs -> mean over each scan's classes, then over the scans."""
-    classes_of_scan = annotated.sum(1, keepdim=True)          # (B, 1)
-    weight = annotated / (len(annotated) * classes_of_scan)   # (B, K)
-    return (loss * weight[annotated].to(loss)).sum()
+def _mean_over_crops(loss: Tensor, annotated: Tensor) -> Tensor:
+    """Losses (P,) of the annotated pairs -> mean over the classes of a crop, then over crops."""
+    annotated_classes = annotated.sum(1, keepdim=True)        # (B, 1) how many
+    weight = 1 / (len(annotated) * annotated_classes.clamp_min(1))
+    weight = weight.expand_as(annotated)[annotated]           # (P,)
+    return (loss * weight.to(loss)).sum()
 
 
 def masked_bce(logits: Tensor, y: Tensor, annotated: Tensor) -> Tensor:
@@ -45,32 +55,30 @@ def masked_bce(logits: Tensor, y: Tensor, annotated: Tensor) -> Tensor:
 
     logits     (B, K, D, H, W)  raw scores
     y          (B, K, D, H, W)  0 or 1; ignored where the class is not annotated
-    annotated  (B, K) bool      True where this scan's dataset labels class k; on any device
-    returns    scalar           mean over each scan's annotated classes, summed, divided by B;
-                                0, with zero gradient, if nothing is annotated
+    annotated  (B, K) bool      True where the scan's dataset labels class k; on the CPU or on the
+                                device of the logits
+    returns    scalar           mean over the annotated classes of a crop, then over the crops;
+                                0 with a zero gradient if nothing is annotated
     raises     ValueError       if the shapes disagree
 
-    A right voxel (p = 0.9) and a wrong one (p = 0.1): (-ln 0.9 - ln 0.1) / 2 = 1.204.
+    Two voxels of a class, y = (1, 1) and p = (0.9, 0.1): (-ln 0.9 - ln 0.1) / 2 = 1.204.
     """
-    scores, target = _annotated_pairs(logits, y, annotated)   # (P, N)
-    if len(scores) == 0:
-        return logits.sum() * 0
-    loss = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
-    return _mean_over_scans(loss.mean(1), annotated)
+    logits, y = _annotated_pairs(logits, y, annotated)        # (P, N)
+    loss = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    return _mean_over_crops(loss.mean(1), annotated)
 
 
 def masked_dice(logits: Tensor, y: Tensor, annotated: Tensor) -> Tensor:
-    """Soft Dice loss over annotated classes only, of the whole patch (the release took slices).
+    """Soft Dice loss over annotated classes only; arguments, mean and errors as in `masked_bce`.
 
-    Shapes, mean and errors as in masked_bce. The loss of one scan and class is
-    1 - 2 sum(p y) / (sum p + sum y + 1): with two voxels, y = (1, 0) and p = (1, 0), it is
-    1 - 2 / (1 + 1 + 1) = 1/3. A class that is annotated but absent from the patch costs 1 and has
-    no gradient: there only masked_bce acts.
+    The loss of a crop and a class is 1 - 2 sum(p y) / (sum p + sum y + 1), summed over all voxels
+    of the crop. (A version of the release averaged over slices instead.) The 1 keeps the fraction
+    defined where p and y are zero everywhere. With two voxels, y = (1, 0) and p = (1, 0), the loss
+    is 1 - 2 / (1 + 1 + 1) = 1/3. A class that is annotated but absent from the crop has the loss 1
+    and no gradient; it learns from masked_bce alone.
     """
-    scores, target = _annotated_pairs(logits, y, annotated)   # (P, N)
-    if len(scores) == 0:
-        return logits.sum() * 0
-    p = scores.sigmoid()
-    overlap = (p * target).sum(1)
-    loss = 1 - 2 * overlap / (p.sum(1) + target.sum(1) + 1)   # (P,)
-    return _mean_over_scans(loss, annotated)
+    logits, y = _annotated_pairs(logits, y, annotated)        # (P, N)
+    p = logits.sigmoid()
+    overlap = (p * y).sum(1)                                  # (P,)
+    loss = 1 - 2 * overlap / (p.sum(1) + y.sum(1) + 1)
+    return _mean_over_crops(loss, annotated)

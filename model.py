@@ -1,15 +1,20 @@
 """The network (paper, Sec. 3.2): a backbone, a text branch, one small generated head per class.
 
-A class is a row of w, the CLIP embedding of its prompt. Together with the scan's global feature f
-it generates the 153 numbers theta_k of a three-layer head, which turns the decoder feature into the
-logits of P_k. The file is plain PyTorch and needs nothing else of this project; fast.py computes
-the same in less time and memory. Every piece equals the released weights (see `load_released`).
+A class is given by its text embedding w_k, row k of w. From w_k and the global image feature f of
+the input, the controller generates the 153 parameters theta_k of a small three-layer network, the
+head of class k. It turns the decoder feature into the logits of class k, whose sigmoid is P_k.
+
+The file is plain PyTorch and needs nothing else of this project; fast.py computes the same in less
+time and memory. With the released weights (`load_released`) the outputs equal those of the release
+for one window at a time.
 
 B batch   K classes   C channels   D, H, W voxels or tokens   E text width (512)
+N voxels of the input, or tokens of an attention window
 """
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +23,19 @@ from torch.utils.checkpoint import checkpoint
 
 IMAGE_DIM = 256         # width of the global image feature f
 HEAD = (8, 8, 8, 1)     # channels of a generated head: its input, two hidden layers, its output
-HEAD_LAYERS = [(c_out, c_in) for c_in, c_out in zip(HEAD, HEAD[1:], strict=False)]
-HEAD_SIZES = [c_out * c_in for c_out, c_in in HEAD_LAYERS] + [c_out for c_out, _ in HEAD_LAYERS]
-THETA_DIM = sum(HEAD_SIZES)                          # 64 + 64 + 8 weights, 8 + 8 + 1 biases: 153
+HEAD_LAYERS = [(c_out, c_in) for c_in, c_out in pairwise(HEAD)]    # (8, 8), (8, 8), (1, 8)
+WEIGHT_SIZES = [c_out * c_in for c_out, c_in in HEAD_LAYERS]       # 64, 64, 8
+BIAS_SIZES = [c_out for c_out, _ in HEAD_LAYERS]                   # 8, 8, 1
+THETA_DIM = sum(WEIGHT_SIZES) + sum(BIAS_SIZES)                    # 153
 
 
 # ---- pieces of both backbones ------------------------------------------------------------------
 class Conv(nn.Conv3d):
     """A 3x3x3 (or 1x1x1) convolution that keeps the size of its input."""
 
-    def __init__(self, c_in: int, c_out: int, side: int = 3, bias: bool = True):
-        super().__init__(c_in, c_out, side, padding=side // 2, bias=bias)
-        nn.init.kaiming_normal_(self.weight)       # larger than PyTorch's: calmer first steps
+    def __init__(self, c_in: int, c_out: int, kernel: int = 3, bias: bool = True):
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
+        nn.init.kaiming_normal_(self.weight)       # small trainings start more steadily with it
 
 
 class UpConv(nn.ConvTranspose3d):
@@ -40,7 +46,8 @@ class UpConv(nn.ConvTranspose3d):
 
 
 class GroupNormReLU(nn.GroupNorm):
-    """Group norm with gcd(16, C) groups, then ReLU: what precedes the pooling and the heads."""
+    """Group norm, then ReLU: the first step of the pooling branch and of the reduction to 8
+    channels. There are 16 groups as released, or fewer where 16 does not divide C."""
 
     def __init__(self, channels: int):
         super().__init__(math.gcd(16, channels), channels)
@@ -50,8 +57,8 @@ class GroupNormReLU(nn.GroupNorm):
 
 
 def run_stage(stage, *inputs, recompute: bool) -> Tensor:
-    """stage(*inputs). With `recompute` its activations are not stored but computed again in the
-    backward pass (activation checkpointing): less memory, about a third slower."""
+    """stage(*inputs), with activation checkpointing if `recompute`: its activations are not stored
+    but computed again in the backward pass, which takes less memory and more time."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(stage, *inputs, use_reentrant=False)
     return stage(*inputs)
@@ -61,8 +68,9 @@ def run_stage(stage, *inputs, recompute: bool) -> Tensor:
 class ConvNormReLU(nn.Module):
     """3x3x3 convolution, instance norm, ReLU.
 
-    The release has batch norm that uses the batch's own statistics, also in evaluation. With one
-    window at a time that is instance norm. Here a window never depends on the windows beside it.
+    The release has batch norm, which uses the statistics of the batch in evaluation as well. With
+    one input at a time batch norm of this kind equals instance norm. With instance norm, a result
+    never depends on the other inputs of the batch.
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -86,23 +94,31 @@ class UNet(nn.Module):
 
     x (B, 1, D, H, W)  ->  deep (B, 8 * width, D/8, H/8, W/8),  fine (B, width, D, H, W)
 
-    width      channels of the decoder feature
-    recompute  activation checkpointing of every level
+    width  channels of the decoder feature
     """
-    side_multiple, side_minimum = 16, 32      # the sides of a window that this backbone takes
+    # Input sides are multiples of the first number and at least the second. Three poolings need
+    # multiples of 8; at 16 and 32 every level has even sides, and the deepest one has 4^3 voxels
+    side_multiple, side_minimum = 16, 32
 
     def __init__(self, *, width: int = 64):
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"width must be a multiple of 8, got {width}")
-        c0, c1, c2, c3, c4 = width // 2, width, 2 * width, 4 * width, 8 * width
+        c1, c2, c3, c4 = width, 2 * width, 4 * width, 8 * width        # channels of the levels
         self.deep_channels, self.fine_channels = c4, c1
-        self.recompute = False
-        self.down = nn.ModuleList([DoubleConv(1, c0, c1), DoubleConv(c1, c1, c2),
-                                   DoubleConv(c2, c2, c3), DoubleConv(c3, c3, c4)])
+        self.recompute = False                 # True: activation checkpointing of every level
+        self.down = nn.ModuleList([
+            DoubleConv(1, c1 // 2, c1),
+            DoubleConv(c1, c1, c2),
+            DoubleConv(c2, c2, c3),
+            DoubleConv(c3, c3, c4),
+        ])
         self.up = nn.ModuleList([UpConv(c4, c4), UpConv(c3, c3), UpConv(c2, c2)])
-        self.merge = nn.ModuleList([DoubleConv(c4 + c3, c3, c3), DoubleConv(c3 + c2, c2, c2),
-                                    DoubleConv(c2 + c1, c1, c1)])
+        self.merge = nn.ModuleList([           # upsampled channels + skip channels -> ...
+            DoubleConv(c4 + c3, c3, c3),
+            DoubleConv(c3 + c2, c2, c2),
+            DoubleConv(c2 + c1, c1, c1),
+        ])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skips = []
@@ -112,10 +128,11 @@ class UNet(nn.Module):
             x = run_stage(down, x, recompute=self.recompute)           # (B, 2^level width, ...)
             skips.append(x)
         deep = skips.pop()                                # (B, 8 width, D/8, H/8, W/8)
+        fine = deep
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = torch.cat([up(x), skips.pop()], 1)        # upsampled first, then the skip
-            x = run_stage(merge, x, recompute=self.recompute)
-        return deep, x                                    # x (B, width, D, H, W)
+            fine = torch.cat([up(fine), skips.pop()], 1)  # upsampled first, then the skip
+            fine = run_stage(merge, fine, recompute=self.recompute)
+        return deep, fine                                 # fine (B, width, D, H, W)
 
 
 # ---- Swin UNETR: attention in windows ------------------------------------------------------------
@@ -123,18 +140,19 @@ WINDOW = 7                         # side of an attention window, in tokens
 
 
 def window_and_shift(size, shifted: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Window sides and shifts of a token grid. An axis no longer than a window is one window,
-    which is never shifted."""
-    window = tuple(min(WINDOW, n) for n in size)
-    shift = tuple(WINDOW // 2 if shifted and n > WINDOW else 0 for n in size)
+    """Sides of the windows of a token grid, and by how much they are shifted along each axis.
+
+    An axis of at most 7 tokens is a single window, and such an axis is never shifted.
+    """
+    window = tuple(min(WINDOW, tokens) for tokens in size)
+    shift = tuple(WINDOW // 2 if shifted and tokens > WINDOW else 0 for tokens in size)
     return window, shift
 
 
 def pad_to_windows(x: Tensor, window) -> Tensor:
-    """Zeros behind the last token of every axis (B, D, H, W, C), up to whole windows."""
-    D, H, W = x.shape[1:4]
-    d, h, w = window
-    return F.pad(x, (0, 0, 0, -W % w, 0, -H % h, 0, -D % d))
+    """Append zeros to every axis of x (B, D, H, W, C), so that whole windows cover it."""
+    missing = [-tokens % side for tokens, side in zip(x.shape[1:4], window, strict=True)]
+    return F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
 
 
 def window_partition(x: Tensor, window) -> Tensor:
@@ -147,7 +165,7 @@ def window_partition(x: Tensor, window) -> Tensor:
 
 
 def window_reverse(windows: Tensor, window, size) -> Tensor:
-    """(B * windows, N, C) -> (B, D, H, W, C): undoes `window_partition`."""
+    """(B * windows, N, C) -> (B, D, H, W, C): the inverse of `window_partition`."""
     D, H, W = size
     d, h, w = window
     C = windows.shape[-1]
@@ -157,32 +175,39 @@ def window_reverse(windows: Tensor, window, size) -> Tensor:
 
 
 def shifted_window_mask(size, window, shift, device) -> Tensor:
-    """(windows, N, N) bool: True where two tokens of a window must not see each other.
+    """(windows of a grid, N, N) bool: True where a token must not attend to another of its window.
 
-    Rolling a grid by `shift` brings its first tokens behind its last ones. Two tokens of a window
-    are neighbours in the volume only if, on every axis, both were wrapped round or neither was.
+    A grid that was rolled by -shift ends, on every axis, with the tokens that it began with before.
+    Two tokens of a window are near each other in the volume only if both of them are such tokens
+    or neither is, on every axis.
     """
-    wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True)]
+    wrapped = []
+    for tokens, s in zip(size, shift, strict=True):
+        wrapped.append(torch.arange(tokens, device=device) >= tokens - s)
     wrapped = torch.stack(torch.meshgrid(*wrapped, indexing="ij"), -1)         # (D, H, W, 3)
     wrapped = window_partition(wrapped[None], window)                          # (windows, N, 3)
-    return (wrapped[:, :, None] != wrapped[:, None]).any(-1)
+    return (wrapped[:, :, None] != wrapped[:, None, :]).any(-1)                # (windows, N, N)
 
 
 def relative_position_index(device=None) -> Tensor:
-    """(343, 343): which row of the bias table belongs to two places of a 7^3 window."""
-    places = torch.cartesian_prod(*[torch.arange(WINDOW, device=device)] * 3)  # (343, 3)
-    offset = places[:, None] - places[None] + WINDOW - 1                       # each 0 ... 12
-    span = 2 * WINDOW - 1
+    """(343, 343): the row of the bias table for each pair of the 343 places of a 7^3 window."""
+    side = torch.arange(WINDOW, device=device)
+    places = torch.cartesian_prod(side, side, side)                            # (343, 3)
+    offset = places[:, None] - places[None, :] + WINDOW - 1                    # each 0 ... 12
+    span = 2 * WINDOW - 1                                                      # 13 offsets an axis
     return (offset[..., 0] * span + offset[..., 1]) * span + offset[..., 2]
 
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned bias per relative position.
 
-    windows (n, N, C), mask (windows of a scan, N, N) bool or None  ->  (n, N, C)
+    windows  (n, N, C)         the tokens of n windows
+    mask     (m, N, N) bool    True where nothing may be attended to, for the m windows of one grid
+                               (n is a multiple of m), or None
+    returns  (n, N, C)
 
-    As in the release, the bias of a window smaller than 7^3 comes from the first N rows and columns
-    of the full index.
+    A window of fewer than 7^3 tokens takes the first N rows and columns of the index of a whole
+    window. That gives its pairs the wrong offsets, but it is what the release does.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -193,17 +218,22 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def position_bias(self, N: int) -> Tensor:
-        """(heads, N, N): what is added to the scores of two places of a window of N tokens."""
+        """(heads, N, N): what is added to the score of each pair of places."""
         index = relative_position_index(self.bias_table.device)[:N, :N]
         return self.bias_table[index].permute(2, 0, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k' / sqrt(c) + bias) v; q, k, v and the result are (n, heads, N, c)."""
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)         # (n, heads, N, N)
+        """softmax(q k^T / sqrt(c) + bias) v, without the masked pairs.
+
+        q, k, v and the result are (n, heads, N, c).
+        """
+        c = q.shape[-1]
+        scores = (q / math.sqrt(c)) @ k.transpose(-2, -1)              # (n, heads, N, N)
         scores = scores + self.position_bias(q.shape[2])
         if mask is not None:
-            per_scan = scores.unflatten(0, (-1, len(mask)))            # (B, windows, heads, N, N)
-            scores = per_scan.masked_fill(mask[:, None], -math.inf).flatten(0, 1)
+            scores = scores.unflatten(0, (-1, len(mask)))              # (B, m, heads, N, N)
+            scores = scores.masked_fill(mask[:, None], -math.inf)
+            scores = scores.flatten(0, 1)                              # (n, heads, N, N)
         return scores.softmax(-1) @ v
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
@@ -214,9 +244,11 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and an MLP, each behind a layer norm and beside a shortcut.
+    """A transformer block with window attention: layer norm, attention, residual, layer norm, MLP,
+    residual.
 
-    x (B, D, H, W, C) tokens; every second block shifts its windows by half a side.
+    x (B, D, H, W, C) tokens -> the same shape. With `shifted`, the windows are moved by 3 tokens
+    along every axis, so that they overlap those of the block before.
     """
 
     def __init__(self, dim: int, heads: int, shifted: bool):
@@ -227,12 +259,14 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def windowed_attention(self, x: Tensor) -> Tensor:
-        """Shift, partition, attend, reverse and shift back: (B, D, H, W, C), same shape."""
+    def forward(self, x: Tensor) -> Tensor:
         D, H, W = x.shape[1:4]
         window, shift = window_and_shift((D, H, W), self.shifted)
+        shortcut = x
+        x = self.norm1(x)
         x = pad_to_windows(x, window)
-        size, mask = x.shape[1:4], None
+        size = x.shape[1:4]
+        mask = None
         if any(shift):
             x = x.roll([-s for s in shift], (1, 2, 3))
             mask = shifted_window_mask(size, window, shift, x.device)
@@ -241,20 +275,22 @@ class SwinBlock(nn.Module):
         x = window_reverse(windows, window, size)
         if any(shift):
             x = x.roll(shift, (1, 2, 3))
-        return x[:, :D, :H, :W]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.windowed_attention(self.norm1(x))
+        x = x[:, :D, :H, :W]                                           # without the padding
+        x = shortcut + x
         return x + self.mlp(self.norm2(x))
 
 
-# Which token of every 2x2x2 block (offset along D, H, W) goes where among the eight
-OCTANTS = {"merging": "000 100 010 001 101 010 001 111",      # as released: two twice, two never
-           "mergingv2": "000 001 010 011 100 101 110 111"}    # every one once
+# Offsets (along D, H, W) of the eight tokens of a 2x2x2 block, in the order of concatenation. The
+# release takes two of them twice and two never: a mistake, but its weights were trained with it
+OCTANTS = {"merging": "000 100 010 001 101 010 001 111",      # as released
+           "mergingv2": "000 001 010 011 100 101 110 111"}    # every token once
 
 
 class PatchMerging(nn.Module):
-    """Eight neighbouring tokens become one: (B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
+    """The eight tokens of every 2x2x2 block become one of twice the width.
+
+    (B, D, H, W, C), with even sides -> (B, D/2, H/2, W/2, 2C)
+    """
 
     def __init__(self, dim: int, merging: str):
         super().__init__()
@@ -268,7 +304,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks with plain and shifted windows in turn, then patch merging."""
+    """Blocks whose windows are unshifted and shifted in turn, then patch merging."""
 
     def __init__(self, dim: int, depth: int, heads: int, merging: str):
         super().__init__()
@@ -282,13 +318,14 @@ class SwinStage(nn.Module):
 
 # ---- Swin UNETR: the network ---------------------------------------------------------------------
 class ResBlock(nn.Module):
-    """Two 3x3x3 convolutions and a shortcut, with instance norms that have no parameters."""
+    """Two 3x3x3 convolutions and a shortcut. The instance norms have no parameters; where the
+    number of channels changes, the shortcut has a 1x1x1 convolution (conv3)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv1 = Conv(c_in, c_out, bias=False)
         self.conv2 = Conv(c_out, c_out, bias=False)
-        self.conv3 = Conv(c_in, c_out, side=1, bias=False) if c_in != c_out else None
+        self.conv3 = Conv(c_in, c_out, kernel=1, bias=False) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.leaky_relu(F.instance_norm(self.conv1(x)), 0.01)
@@ -305,32 +342,41 @@ class SwinUNETR(nn.Module):
 
     feature_size  C, channels of the decoder feature
     merging       "merging" as released (the public weights need it), or "mergingv2", corrected
-    recompute     activation checkpointing of every stage and block
     """
-    side_multiple, side_minimum = 32, 64      # the sides of a window that this backbone takes
+    # Input sides are multiples of the first number, as sides are halved five times, and at least
+    # the second: a deepest feature of one voxel cannot be normalised
+    side_multiple, side_minimum = 32, 64
 
     def __init__(self, *, feature_size: int = 48, depths=(2, 2, 2, 2), heads=(3, 6, 12, 24),
                  merging: str = "merging"):
         super().__init__()
-        if feature_size % heads[0] or merging not in OCTANTS:
-            raise ValueError(f"feature_size must be a multiple of {heads[0]} and merging one of "
-                             f"{list(OCTANTS)}, got {feature_size} and {merging!r}")
+        for stage, count in enumerate(heads):
+            if feature_size * 2 ** stage % count:
+                raise ValueError(f"feature_size must be a multiple of {heads[0]}, got "
+                                 f"{feature_size}: stage {stage} has {count} attention heads")
+        if merging not in OCTANTS:
+            raise ValueError(f"merging must be one of {list(OCTANTS)}, got {merging!r}")
         C = feature_size
         self.deep_channels, self.fine_channels = 16 * C, C
-        self.recompute = False
+        self.recompute = False     # True: activation checkpointing of stages and residual blocks
         self.patch = nn.Conv3d(1, C, kernel_size=2, stride=2)
         self.stages = nn.ModuleList(
-            SwinStage(C * 2 ** i, depth, n, merging)
-            for i, (depth, n) in enumerate(zip(depths, heads, strict=True)))
-        self.enc = nn.ModuleList([ResBlock(1, C), ResBlock(C, C), ResBlock(2 * C, 2 * C),
-                                  ResBlock(4 * C, 4 * C)])
+            SwinStage(C * 2 ** stage, depth, count, merging)
+            for stage, (depth, count) in enumerate(zip(depths, heads, strict=True)))
+        self.enc = nn.ModuleList([
+            ResBlock(1, C),
+            ResBlock(C, C),
+            ResBlock(2 * C, 2 * C),
+            ResBlock(4 * C, 4 * C),
+        ])
         self.bottom = ResBlock(16 * C, 16 * C)
         steps = [(16 * C, 8 * C), (8 * C, 4 * C), (4 * C, 2 * C), (2 * C, C), (C, C)]
         self.up = nn.ModuleList(UpConv(c_in, c_out, bias=False) for c_in, c_out in steps)
         self.dec = nn.ModuleList(ResBlock(2 * c_out, c_out) for _, c_out in steps)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Hidden states 0 ... 4, (B, 2^i C, D/2^(i+1), ...), layer-normalised (no parameters)."""
+        """x -> five hidden states, the first (B, C, D/2, H/2, W/2); each further one has twice the
+        channels and half the sides. They are layer-normalised without parameters."""
         tokens = self.patch(x).permute(0, 2, 3, 4, 1)          # (B, D/2, H/2, W/2, C)
         hidden = [tokens]
         for stage in self.stages:
@@ -340,14 +386,16 @@ class SwinUNETR(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.encode(x)
-        skips = [run_stage(enc, h, recompute=self.recompute)             # D, D/2, D/4, D/8
-                 for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True)]
-        skips.append(hidden[3])                                # D/16
-        deep = y = self.bottom(hidden[4])                      # (B, 16 C, D/32, H/32, W/32)
+        skips = []                                             # of depth D, D/2, D/4, D/8, D/16
+        for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True):
+            skips.append(run_stage(enc, h, recompute=self.recompute))
+        skips.append(hidden[3])
+        deep = self.bottom(hidden[4])                          # (B, 16 C, D/32, H/32, W/32)
+        fine = deep
         for up, dec in zip(self.up, self.dec, strict=True):
-            y = torch.cat([up(y), skips.pop()], 1)             # upsampled first, then the skip
-            y = run_stage(dec, y, recompute=self.recompute)
-        return deep, y                                         # y (B, C, D, H, W)
+            fine = torch.cat([up(fine), skips.pop()], 1)       # upsampled first, then the skip
+            fine = run_stage(dec, fine, recompute=self.recompute)
+        return deep, fine                                      # fine (B, C, D, H, W)
 
 
 # ---- text branch and heads ---------------------------------------------------------------------
@@ -359,18 +407,17 @@ def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
     As released: all weights come first, then all biases.
     """
-    parts = theta.split(HEAD_SIZES, -1)
-    layers = len(HEAD_LAYERS)
-    weights = [part.unflatten(-1, shape)
-               for part, shape in zip(parts[:layers], HEAD_LAYERS, strict=True)]
-    return weights, list(parts[layers:])
+    weights, biases = theta.split((sum(WEIGHT_SIZES), sum(BIAS_SIZES)), -1)
+    weights = weights.split(WEIGHT_SIZES, -1)
+    weights = [flat.unflatten(-1, shape) for flat, shape in zip(weights, HEAD_LAYERS, strict=True)]
+    return weights, list(biases.split(BIAS_SIZES, -1))
 
 
 def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
-    """P_k before the sigmoid: three 1x1x1 convolutions with the weights theta_k, ReLU in between.
+    """The heads: three 1x1x1 convolutions per class with the parameters theta_k, ReLU in between.
 
     feat     (B, 8, D, H, W)   theta (B, K, 153)
-    returns  (B, K, D, H, W)   logits
+    returns  (B, K, D, H, W)   logits; P_k is their sigmoid
     """
     (w1, w2, w3), (b1, b2, b3) = split_theta(theta)
     x = feat.flatten(2)                                                        # (B, 8, N)
@@ -381,112 +428,130 @@ def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
 
 
 class Controller(nn.Module):
-    """theta_k = one linear layer of concat(f, text_k), text_k a projection of w_k."""
+    """theta_k = Linear(concat(f, ReLU(Linear(w_k)))): the parameters of every head.
+
+    w (K, E), f (B, 256)  ->  theta (B, K, 153)
+    """
 
     def __init__(self, *, text_dim: int = 512, image_dim: int = IMAGE_DIM, hidden: int = 256):
         super().__init__()
         self.text = nn.Linear(text_dim, hidden)
         self.out = nn.Linear(image_dim + hidden, THETA_DIM)
-        self.start_as_small_networks()
+        self.initialise_heads()
 
     @torch.no_grad()
-    def start_as_small_networks(self) -> None:
-        """Every head starts as an ordinary small network (He) whose answer is "no" mostly."""
-        weights, biases = split_theta(self.out.bias)
+    def initialise_heads(self) -> None:
+        """Let the bias of `out` be the parameters of a network with He initialisation.
+
+        `out` starts with small weights, so every head starts near this network. The last bias is
+        -2: at first a head gives every voxel a probability of about 0.12.
+        """
         self.out.bias.zero_()
+        weights, biases = split_theta(self.out.bias)       # views: writing to them writes to bias
         for weight in weights[:-1]:
-            weight.normal_(0, math.sqrt(2 / weight.shape[-1]))
-        weights[-1].normal_(0, math.sqrt(1 / weights[-1].shape[-1]))
-        biases[-1].fill_(-2.0)                             # a probability of 0.12
+            weight.normal_(0, math.sqrt(2 / weight.shape[-1]))         # a ReLU follows
+        weights[-1].normal_(0, math.sqrt(1 / weights[-1].shape[-1]))   # no ReLU follows
+        biases[-1].fill_(-2.0)
 
     def forward(self, w: Tensor, f: Tensor) -> Tensor:
-        """w (K, E), f (B, 256) -> theta (B, K, 153)."""
         text = F.relu(self.text(w))                                    # (K, 256)
         B, K = f.shape[0], text.shape[0]
-        image = f[:, None].expand(-1, K, -1)                           # (B, K, 256)
-        text = text.expand(B, -1, -1)                                  # (B, K, 256)
+        image = f[:, None].expand(B, K, -1)                            # (B, K, 256)
+        text = text[None].expand(B, K, -1)                             # (B, K, 256)
         return self.out(torch.cat([image, text], 2))                   # the image feature first
 
 
 class Extension(nn.Module):
-    """New classes beside a frozen model (the 2024 extension): one two-layer MLP for each.
+    """Heads of new classes beside a frozen model (the 2024 extension): one two-layer MLP per class.
 
-    w_new  (n, E)  their text embeddings, by which they are recognised among those of a call
+    w_new  (n, E)  text embeddings of the n new classes. A class of a call is a new one if its
+                   embedding is equal to one of them.
     """
 
     def __init__(self, w_new: Tensor, image_dim: int = IMAGE_DIM, hidden: int = 512):
         super().__init__()
         n, width = len(w_new), image_dim + w_new.shape[1]
         self.register_buffer("w_new", w_new.clone())
+        # The layers of all n MLPs are stacked in one tensor each
         self.w1 = nn.Parameter(torch.randn(n, width, hidden) * math.sqrt(2 / width))
         self.b1 = nn.Parameter(torch.zeros(n, 1, hidden))
         self.w2 = nn.Parameter(torch.randn(n, hidden, THETA_DIM) / math.sqrt(hidden))
         self.b2 = nn.Parameter(torch.zeros(n, 1, THETA_DIM))
 
     def find(self, w: Tensor) -> Tensor:
-        """w (K, E) -> (K,) int: which new class an embedding belongs to, -1 for an old class."""
-        same = (w[:, None] == self.w_new).all(2)                       # (K, n)
-        return torch.where(same.any(1), same.int().argmax(1), -1)
+        """w (K, E) -> (K,) int: the index of the new class, or -1 for a class of the old model."""
+        equal = (w[:, None] == self.w_new).all(2)                      # (K, n)
+        return torch.where(equal.any(1), equal.int().argmax(1), -1)
 
-    def forward(self, which: Tensor, f: Tensor) -> Tensor:
-        """which (k,) of the new classes, f (B, 256) -> theta (B, k, 153)."""
-        k, B = len(which), len(f)
-        image = f[None].expand(k, -1, -1)                              # (k, B, 256)
-        text = self.w_new[which, None].expand(-1, B, -1)               # (k, B, E)
-        h = torch.cat([image, text], 2)
-        h = F.relu(torch.baddbmm(self.b1[which], h, self.w1[which]))   # (k, B, 512)
-        return torch.baddbmm(self.b2[which], h, self.w2[which]).transpose(0, 1)
+    def forward(self, new: Tensor, f: Tensor) -> Tensor:
+        """new (k,) indices of new classes, f (B, 256) -> theta (B, k, 153)."""
+        k, B = len(new), len(f)
+        image = f[None].expand(k, B, -1)                               # (k, B, 256)
+        text = self.w_new[new, None].expand(k, B, -1)                  # (k, B, E)
+        x = torch.cat([image, text], 2)
+        x = F.relu(torch.baddbmm(self.b1[new], x, self.w1[new]))       # (k, B, 512)
+        x = torch.baddbmm(self.b2[new], x, self.w2[new])               # (k, B, 153)
+        return x.transpose(0, 1)
 
 
 class UniversalModel(nn.Module):
     """Backbone, pooling branch, text-driven controller, dynamic heads (paper, Fig. 2).
 
-    backbone  a module with deep_channels, fine_channels, side_multiple and side_minimum that
-              returns (deep, fine)
+    backbone  UNet, SwinUNETR, or a module of your own with their attributes deep_channels,
+              fine_channels, side_multiple and side_minimum that returns (deep, fine)
     text_dim  E, the width of a text embedding
     """
 
     def __init__(self, backbone: nn.Module, text_dim: int = 512):
         super().__init__()
         self.backbone = backbone
+        # The pooling branch: norm, ReLU, average over all voxels, linear layer
         self.pool_norm = GroupNormReLU(backbone.deep_channels)
         self.pool = nn.Linear(backbone.deep_channels, IMAGE_DIM)
         self.controller = Controller(text_dim=text_dim)
+        # The reduction of the decoder feature to the 8 channels that the heads take
         self.reduce_norm = GroupNormReLU(backbone.fine_channels)
         self.reduce = nn.Conv3d(backbone.fine_channels, HEAD[0], 1)
         self.extension: Extension | None = None
 
     def extend(self, w_new: Tensor) -> None:
-        """Freeze everything there is and add classes with these text embeddings (n, E)."""
+        """Freeze all weights and add new classes, given by their text embeddings (n, E)."""
+        if self.extension is not None:
+            raise ValueError("this model was extended before and cannot be extended again")
         self.requires_grad_(False)
-        self.extension = Extension(w_new).to(w_new.device)
+        self.extension = Extension(w_new).to(self.pool.weight.device)
+
+    def image_feature(self, deep: Tensor) -> Tensor:
+        """The pooling branch: deep (B, C', ...) -> f (B, 256)."""
+        return self.pool(self.pool_norm(deep).mean((2, 3, 4)))
 
     def theta(self, deep: Tensor, w: Tensor) -> Tensor:
-        """deep (B, C, D/s, H/s, W/s), w (K, E) -> theta (B, K, 153)."""
-        f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))            # (B, 256)
+        """deep (B, C', ...), w (K, E) -> the parameters of every head (B, K, 153)."""
+        f = self.image_feature(deep)                                   # (B, 256)
         if self.extension is None:
             return self.controller(w, f)
-        which = self.extension.find(w)                                 # (K,)
-        old, new = which < 0, which >= 0
+        index = self.extension.find(w)                                 # (K,)
+        is_old, is_new = index < 0, index >= 0
         theta = f.new_empty(len(f), len(w), THETA_DIM)
-        theta[:, old] = self.controller(w[old], f)
-        theta[:, new] = self.extension(which[new], f)
+        theta[:, is_old] = self.controller(w[is_old], f)
+        theta[:, is_new] = self.extension(index[is_new], f)
         return theta
 
     def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
+        """`apply_heads`, as a method that a subclass can replace."""
         return apply_heads(feat, theta)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities."""
         check_side(x.shape[2:], self.backbone)
-        deep, fine = self.backbone(x)                  # (B, 8 C, D/8, ...), (B, C, D, H, W)
+        deep, fine = self.backbone(x)                  # (B, C', D/8 or /32, ...), (B, C, D, H, W)
         theta = self.theta(deep, w)                    # (B, K, 153)
         feat = self.reduce(self.reduce_norm(fine))     # (B, 8, D, H, W)
         return self.heads(feat, theta)                 # (B, K, D, H, W)
 
 
 def check_side(size, backbone) -> None:
-    """raises ValueError  unless every side of a window is one that the backbone takes."""
+    """Raise ValueError unless the backbone takes an input window of this size (D, H, W)."""
     multiple, minimum = backbone.side_multiple, backbone.side_minimum
     if any(side % multiple or side < minimum for side in size):
         raise ValueError(f"window sides must be multiples of {multiple} and at least {minimum}, "
@@ -495,14 +560,15 @@ def check_side(size, backbone) -> None:
 
 # ---- checkpoints -------------------------------------------------------------------------------
 FORMAT = "universal-model/2"
-OLDER_FORMATS = ("universal-model/1",)       # read as well; they lack settings that are newer
+OLDER_FORMATS = ("universal-model/1",)       # can be read as well
 BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
 def build_model(spec: dict) -> UniversalModel:
     """{"backbone": "unet", "width": 64, "text_dim": 512} -> an untrained model.
 
-    "extension": n adds n new classes, whose text embeddings are still zero
+    The other keys are arguments of the backbone. With "extension": n, all weights are frozen and n
+    classes are added, whose text embeddings are zero until a state dict is loaded.
     """
     spec = dict(spec)
     backbone, text_dim = spec.pop("backbone"), spec.pop("text_dim")
@@ -516,9 +582,9 @@ def build_model(spec: dict) -> UniversalModel:
 
 
 def read_checkpoint(path) -> dict:
-    """The plain content of a checkpoint file; nothing in it is run.
+    """The content of a checkpoint file: tensors, numbers and strings. No code in it is run.
 
-    raises FileNotFoundError, ValueError  in one line with the path
+    raises FileNotFoundError, ValueError  with a message of one line that names the file
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -535,26 +601,30 @@ def read_checkpoint(path) -> dict:
 def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
     """A checkpoint of train.py, or a released one -> (model in eval mode, w (K, E), the rest).
 
-    The rest holds classes, config and the names trained on; it is empty for a released file.
+    The rest is what else the file holds: among it the classes, the settings of the training
+    ("config") and the names of the classes trained on ("trained"). It is empty for a released file.
     """
     content = read_checkpoint(path)
     if "format" not in content:
         model, w = load_released(content, where=str(path))
         return model, w, {}
     if content["format"] not in (FORMAT, *OLDER_FORMATS):
-        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, this reads "
-                         f"{FORMAT!r}")
-    model = build_model(content["spec"])
+        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}; this version "
+                         f"reads {', '.join([*OLDER_FORMATS, FORMAT])}")
     try:
+        model = build_model(content["spec"])
         model.load_state_dict(current_names(content.pop("model")))
+        w = content["w"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
     except RuntimeError as e:
         raise ValueError(f"{path}: weights do not fit the model it names: {e}") from None
-    return model.eval(), content["w"], content
+    return model.eval(), w, content
 
 
 def current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the names of today."""
-    renamed = {"extension.rows": "extension.w_new"}                    # universal-model/1
+    """The state dict of a checkpoint, with parameters that format 1 named differently renamed."""
+    renamed = {"extension.rows": "extension.w_new"}
     return {renamed.get(name, name): value for name, value in state.items()}
 
 
@@ -565,7 +635,7 @@ _SWIN_STAGE = {".mlp.linear1.": ".mlp.0.", ".mlp.linear2.": ".mlp.2.",
                ".relative_position_bias_table": ".bias_table", "downsample.": "merge."}
 _RES_BLOCK = {"conv1.conv.": "conv1.", "conv2.conv.": "conv2.", "conv3.conv.": "conv3."}
 _PUBLIC_NAMES = [
-    # a public name starts with     here                        and inside of it
+    # start of the public name      start of the name here      replacements in the remainder
     ("down_tr64.ops.",              "backbone.down.0.",         _DOUBLE_CONV),
     ("down_tr128.ops.",             "backbone.down.1.",         _DOUBLE_CONV),
     ("down_tr256.ops.",             "backbone.down.2.",         _DOUBLE_CONV),
@@ -604,6 +674,8 @@ _PUBLIC_NAMES = [
     ("controller.weight",           "controller.out.weight",    {}),
     ("controller.bias",             "controller.out.bias",      {}),
 ]
+# Buffers that this code does not need: the released batch norm never uses its running statistics,
+# and the position index is computed
 _UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_position_index")
 
 
@@ -613,20 +685,20 @@ def our_name(public: str) -> str:
     "module.backbone.down_tr64.ops.0.conv1.weight" -> "backbone.down.0.0.conv.weight"
     """
     public = public.removeprefix("module.")
-    name = public.removeprefix("backbone.")
-    if name.startswith(("layers", "patch_embed")):                     # self-supervised files
-        name = "swinViT." + name
-    for start, ours, inside in _PUBLIC_NAMES:
-        if name.startswith(start):
-            name = ours + name.removeprefix(start)
-            for old, new in inside.items():
-                name = name.replace(old, new)
-            return name
+    bare = public.removeprefix("backbone.")
+    if bare.startswith(("layers", "patch_embed")):                     # self-supervised files
+        bare = "swinViT." + bare
+    for start, our_start, replacements in _PUBLIC_NAMES:
+        if bare.startswith(start):
+            remainder = bare.removeprefix(start)
+            for old, new in replacements.items():
+                remainder = remainder.replace(old, new)
+            return our_start + remainder
     return public
 
 
 def _check_unused(name: str, value: Tensor, where: str) -> None:
-    """raises ValueError  if a buffer that is not used here has not the content it must have."""
+    """Raise ValueError if an unused buffer shows that the file is of another architecture."""
     if name.endswith(".relative_position_index"):
         if not torch.equal(value, relative_position_index()):
             raise ValueError(f"{where}: {name} is not that of {WINDOW}^3 windows")
@@ -635,7 +707,10 @@ def _check_unused(name: str, value: Tensor, where: str) -> None:
 
 
 def public_weights(content: dict, where: str) -> dict[str, Tensor]:
-    """A public payload -> {our name: tensor}, without the buffers that the release never uses."""
+    """The content of a public file -> {our name: tensor}, without the unused buffers.
+
+    where  the file, for error messages
+    """
     state = content
     for key in ("net", "state_dict", "model"):
         if isinstance(content.get(key), dict):
@@ -657,10 +732,13 @@ def public_weights(content: dict, where: str) -> dict[str, Tensor]:
 
 
 def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel, Tensor]:
-    """The authors' U-Net or Swin UNETR -> (model in eval mode, w (K, E)); nothing may be left over.
+    """The authors' U-Net or Swin UNETR -> (model in eval mode, w (K, E)).
 
-    source  a path or what is in the file; keys as `module.backbone.X` under `net`, as `module.X`
-            (older Swin file), or bare
+    Every parameter of the file must be used and none of the model's may be missing.
+
+    source  a path, or the content of the file; its keys are `module.backbone.X` under `net`,
+            `module.X` (an older Swin UNETR file), or bare
+    where   what error messages call the source if it is no path
     raises  ValueError  listing every parameter that is missing, unknown or of another shape
     """
     if not isinstance(source, dict):
@@ -678,7 +756,7 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
         spec = {"backbone": "swin_unetr", "feature_size": len(first)}
     else:
         spec = {"backbone": "unet", "width": 2 * len(first)}
-    with torch.device("meta"):
+    with torch.device("meta"):         # without memory: load_state_dict(assign=True) brings it
         model = build_model({**spec, "text_dim": text.shape[1]})
     own = model.state_dict()
     wrong = [f"missing {name}" for name in own if name not in state]
@@ -701,7 +779,8 @@ def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
     returns  (names filled, names in the file that are no part of this backbone)
     raises   ValueError  if a tensor has another shape, or nothing fits
     """
-    state, own = public_weights(read_checkpoint(path), str(path)), model.state_dict()
+    state = public_weights(read_checkpoint(path), str(path))
+    own = model.state_dict()
     fits = [name for name in state if name.startswith("backbone.") and name in own]
     if not fits:
         raise ValueError(f"{path}: no weight in it fits this backbone; it starts with "

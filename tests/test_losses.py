@@ -33,22 +33,45 @@ def test_dice_by_hand():
     assert masked_dice(logits, y, torch.tensor([[True]])).item() == pytest.approx(1 - 2 / 4.4)
 
 
-def test_mean_runs_over_annotated_pairs_and_not_over_all_classes():
-    """One right pair of nine: the loss is that pair's 0.1054, not a ninth of it."""
+def test_every_scan_weighs_the_same_however_many_classes_it_annotates():
+    """Cross-entropies by hand: the first scan annotates one class at 4, the second two at 1 and 3.
+    (4 + (1 + 3) / 2) / 2 = 3; over all pairs it would be 8 / 3."""
+    def logit_of_loss(loss):                       # -ln(p) = loss where y = 1
+        return logit(math.exp(-loss))
+    logits = torch.tensor([[logit_of_loss(4), 99.0], [logit_of_loss(1), logit_of_loss(3)]])
+    annotated = torch.tensor([[True, False], [True, True]])
+    loss = masked_bce(logits.view(2, 2, 1, 1, 1), torch.ones(2, 2, 1, 1, 1), annotated)
+    assert loss.item() == pytest.approx(3.0, abs=1e-5)
+
+
+def test_mean_runs_over_annotated_classes_and_not_over_all():
+    """One right pair of nine, in one of three scans: 0.1054 / 3, not a ninth of it."""
     logits = torch.full((3, 3, 1, 1, 1), logit(0.9))
     annotated = torch.zeros(3, 3, dtype=torch.bool)
     annotated[1, 2] = True
     loss = masked_bce(logits, torch.ones_like(logits), annotated)
-    assert loss.item() == pytest.approx(-math.log(0.9), abs=1e-6)
+    assert loss.item() == pytest.approx(-math.log(0.9) / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", [masked_bce, masked_dice])
 def test_masked_loss_equals_loss_on_the_subset(loss):
+    """Scan 0 annotates classes 0 and 2, scan 1 class 2."""
     logits, y, annotated = small()
-    pairs = [(0, 0), (0, 2), (1, 2)]
     one = torch.ones(1, 1, dtype=torch.bool)
-    parts = [loss(logits[b:b + 1, k:k + 1], y[b:b + 1, k:k + 1], one) for b, k in pairs]
-    assert loss(logits, y, annotated).item() == pytest.approx(sum(parts).item() / 3, abs=1e-6)
+    a, b, c = (loss(logits[i:i + 1, k:k + 1], y[i:i + 1, k:k + 1], one)
+               for i, k in [(0, 0), (0, 2), (1, 2)])
+    want = ((a + b) / 2 + c).item() / 2
+    assert loss(logits, y, annotated).item() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [masked_bce, masked_dice])
+@pytest.mark.parametrize("blind", [False, True])
+def test_one_process_with_two_scans_equals_two_with_one(loss, blind):
+    """DDP averages over the processes; also where one of the two scans annotates nothing."""
+    logits, y, annotated = small()
+    annotated[1] &= not blind
+    parts = [loss(logits[i:i + 1], y[i:i + 1], annotated[i:i + 1]) for i in range(2)]
+    assert loss(logits, y, annotated).item() == pytest.approx(sum(parts).item() / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", [masked_bce, masked_dice])

@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OURS = {"labels", "clip_text", "data", "model", "losses", "metrics", "train", "infer"}
+OURS = {"labels", "clip_text", "data", "model", "fast", "losses", "metrics", "train", "infer",
+        "postprocess"}
 PACKAGES = {"torch", "numpy", "nibabel", "scipy", "tqdm", "ftfy", "regex", "matplotlib"}
-ALONE = {"model", "losses", "metrics", "clip_text"}       # people copy these
+ALONE = {"model", "losses", "metrics", "clip_text", "postprocess"}       # people copy these
+# What the commands (not the top level) of a file may import of ours
+INSIDE = {"labels": {"data"}, "metrics": {"data", "labels"}, "clip_text": {"data", "labels"}}
 
 
 def imports(path, top_only=False):
@@ -35,14 +38,38 @@ def test_only_the_agreed_packages_are_imported():
 
 
 def test_imports_point_one_way():
-    order = ["labels", "model", "losses", "metrics", "clip_text", "data", "infer", "train"]
+    """At the top level of a file; the commands at its end may import what INSIDE names."""
+    order = ["labels", "model", "losses", "metrics", "clip_text", "postprocess", "fast", "data",
+             "infer", "train"]
     for path in files():
-        mine = (set(imports(path)) & OURS) - {path.stem}
+        top = (set(imports(path, top_only=True)) & OURS) - {path.stem}
+        everywhere = (set(imports(path)) & OURS) - {path.stem}
         if path.stem in ALONE:
-            assert not set(imports(path, top_only=True)) & OURS, path.name
-            assert mine <= {"labels"}, path.name
-        else:
-            assert all(order.index(m) < order.index(path.stem) for m in mine), path.name
+            assert not top, path.name
+        assert all(order.index(m) < order.index(path.stem) for m in top), path.name
+        assert everywhere - top <= INSIDE.get(path.stem, set()), path.name
+    assert set(imports(ROOT / "fast.py")) & OURS == {"model"}
+
+
+def test_experiments_are_imported_by_nobody():
+    for path in files():
+        assert "experiments" not in set(imports(path)), path.name
+
+
+def test_model_is_plain_pytorch():
+    """No custom gradient, no memory layout, no branch on the device: those are in fast.py."""
+    text = (ROOT / "model.py").read_text()
+    for word in ("autograd.Function", "memory_format", ".device.type", "autocast"):
+        assert word not in text, word
+
+
+def test_nothing_looks_outside_the_repository():
+    """Only the fixture in tests/conftest.py knows where the reference files may lie."""
+    for folder in (ROOT, ROOT / "experiments", ROOT / "tests"):
+        for path in folder.glob("*.py"):
+            if path.name not in ("conftest.py", "test_structure.py"):
+                assert '"shared"' not in path.read_text(), path
+                assert "parents[2]" not in path.read_text(), path
 
 
 def test_torch_load_always_with_weights_only():

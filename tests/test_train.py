@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,19 +66,21 @@ def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
     cfg = config(tiny, tmp_path, val_scans=3)
     cases = [c for f in data.find_datasets(cfg.data) for c in data.read_dataset(f, labels.CLASSES)]
     scans = data.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
-    scores = train.evaluate(Yes(), torch.eye(len(labels.CLASSES)), scans, labels.CLASSES, cfg, False)
+    w = torch.eye(len(labels.CLASSES))
+    scores = train.validate(Yes(), w, scans, labels.CLASSES, cfg, False)
     assert {d: set(v) for d, v in scores.items()} == {
         "Dataset901_Liver": {"Liver", "Liver Tumor"},
         "Dataset902_Kidney": {"Right Kidney", "Left Kidney"}}
-    two = train.evaluate(Yes(), torch.eye(len(labels.CLASSES)), scans, labels.CLASSES,
+    two = train.validate(Yes(), w, scans, labels.CLASSES,
                          dataclasses.replace(cfg, val_scans=2), False)
     assert two.keys() == scores.keys()                         # not two scans of the first
-    ns = [(np.count_nonzero(s.rows() == 2), s.rows().size) for s in scans[:2]]
+    ns = [(np.count_nonzero(s.label_rows() == 2), s.label_rows().size) for s in scans[:2]]
     assert scores["Dataset901_Liver"]["Liver Tumor"] == pytest.approx(
         sum(2 * n / (N + n) for n, N in ns) / 2)
-    rows = scans[2].rows()                                     # of the kidneys only the first scan
-    n = np.count_nonzero(scans[2].case.lm.regions[:, 1][rows])
-    assert scores["Dataset902_Kidney"]["Right Kidney"] == pytest.approx(2 * n / (rows.size + n))
+    label_rows = scans[2].label_rows()                # of the kidneys only the first scan
+    n = np.count_nonzero(scans[2].case.label_map.regions[:, 1][label_rows])
+    want = 2 * n / (label_rows.size + n)
+    assert scores["Dataset902_Kidney"]["Right Kidney"] == pytest.approx(want)
 
 
 def test_resume_equals_uninterrupted(tiny, tmp_path):
@@ -124,7 +127,7 @@ def test_runs_killed_at_random_moments_resume_to_identical_weights(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("change, what", [
-    ({"text": "nowhere.pt"}, "text rows"), ({"width": 9}, "multiple of 8"),
+    ({"text": "nowhere.pt"}, "text embeddings"), ({"width": 9}, "multiple of 8"),
     ({"patch": 65}, "multiples of 16"),
     ({"backbone": "swin_unetr", "patch": 80}, "multiples of 32"),
     ({"data": ("nowhere",)}, "no such folder"),
@@ -168,8 +171,9 @@ def test_flags_come_from_the_fields_and_unknown_ones_are_refused(capsys):
 
 
 @needs_shared
-def test_released_text_rows_are_a_file_of_rows():
-    w = train.text_embeddings(train.Config(text=str(SHARED / "clip/txt_encoding.pth")), labels.CLASSES)
+def test_released_text_embeddings_are_a_file():
+    cfg = train.Config(text=str(SHARED / "clip/txt_encoding.pth"))
+    w = train.text_embeddings(cfg, labels.CLASSES)
     assert w.shape == (32, 512) and w.dtype == torch.float32
     assert [round(n, 1) for n in (w.norm(dim=1).min().item(), w.norm(dim=1).max().item())] == \
         [8.1, 9.6]
@@ -194,7 +198,6 @@ def close(a, b):
 def test_two_gloo_processes_equal_one_with_twice_the_batch(tiny, tmp_path, blind):
     """Also where half of the scans annotate nothing, so that a rank may have no pair at all; and
     one process may finish what two began."""
-    import shutil
     raw = tmp_path / "raw"
     shutil.copytree(tiny / "raw", raw)
     if blind:
@@ -294,7 +297,6 @@ def test_report_and_dry_run(tiny, tmp_path, capsys):
 
 
 def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
-    import shutil
     shutil.copytree(tiny / "raw", tmp_path / "raw")
     bad = tmp_path / "raw/Dataset901_Liver/imagesTr/c1_0000.nii.gz"
     bad.write_bytes(bad.read_bytes()[:999])
@@ -334,7 +336,7 @@ def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path):
         assert step == pytest.approx(rate, rel=0.01), name
 
 
-def test_clip_rows_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
+def test_clip_embeddings_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     """The class table's prompts in the asked-for template go to the encoder, as released."""
     asked = []
 
@@ -353,7 +355,8 @@ def test_clip_rows_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
 
 
 def test_folds_hold_out_every_scan_once(tiny, tmp_path):
-    cases = [c for d in data.find_datasets([tiny / "raw"]) for c in data.read_dataset(d, labels.CLASSES)]
+    cases = [c for d in data.find_datasets([tiny / "raw"])
+             for c in data.read_dataset(d, labels.CLASSES)]
     scans = data.build_all(cases, tiny / "cache", 4.0)
     held = [data.split_scans(scans, 0.5, 3, f"{i}/3")[1] for i in range(3)]
     assert sorted(s.case.name for part in held for s in part) == sorted(s.case.name for s in scans)
@@ -383,3 +386,108 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path):
     assert new.extension.b2.abs().sum() > 0                            # it has learned something
     assert labels.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
                                     classes=str(tmp_path / "old.json"))) == 2
+
+
+# ---- one step alone ------------------------------------------------------------------------------
+def batch_of(annotated, seed=0):
+    """Two crops of 32^3 of three classes; label rows 0 ... 3, of which row v belongs to class v - 1
+    and row 3 to all of them."""
+    g = torch.Generator().manual_seed(seed)
+    regions = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=torch.bool)
+    return {"image": torch.rand(2, 1, 32, 32, 32, generator=g),
+            "label_rows": torch.randint(0, 4, (2, 32, 32, 32), generator=g),
+            "regions": regions.expand(2, -1, -1), "annotated": torch.tensor(annotated),
+            "name": ["a", "b"]}
+
+
+class Recorder(torch.nn.Module):
+    """Logits that are a parameter times k + 1; keeps the text embeddings that it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, w):
+        self.asked = w
+        return torch.cat([self.a * x * (k + 1) for k in range(len(w))], 1)
+
+
+def test_a_step_asks_for_the_union_of_annotated_classes_and_each_scan_counts_its_own():
+    """Scan a annotates class 0, scan b classes 0 and 2: cross-entropies by hand."""
+    net, w = Recorder(), torch.eye(3)
+    batch = batch_of([[True, False, False], [True, False, True]])
+    loss, bce, dice = train.step_loss(net, batch, w)
+    assert torch.equal(net.asked, w[[0, 2]]) and loss.item() == (bce + dice).item()
+    rows, x = batch["label_rows"], batch["image"][:, 0]
+
+    def of(scan, position, values):
+        target = torch.isin(rows[scan], torch.tensor(values)).float()
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            0.3 * x[scan] * (position + 1), target)
+    want = (of(0, 0, [1, 3]) + (of(1, 0, [1, 3]) + of(1, 1, [3])) / 2) / 2
+    assert bce.item() == pytest.approx(want.item(), abs=1e-6)
+
+
+def test_a_step_of_scans_that_annotate_nothing_has_a_zero_gradient():
+    net = Recorder()
+    loss, _, _ = train.step_loss(net, batch_of([[False] * 3] * 2), torch.eye(3))
+    loss.backward()
+    assert loss.item() == 0 and net.a.grad == 0
+
+
+def test_a_step_of_two_scans_is_the_mean_of_two_steps_of_one():
+    """What one scan does not annotate has no influence on it."""
+    w, whole = torch.eye(3), batch_of([[True, False, True], [False, True, False]])
+    network = tiny_network()
+    want = [train.step_loss(network, {k: v[i:i + 1] for k, v in whole.items()}, w)[0]
+            for i in range(2)]
+    got = train.step_loss(network, whole, w)[0]
+    assert got.item() == pytest.approx(sum(want).item() / 2, abs=1e-5)
+
+
+def tiny_network():
+    torch.manual_seed(0)
+    return model.build_model({"backbone": "unet", "width": 8, "text_dim": 3})
+
+
+def test_which_classes_count():
+    annotated = torch.tensor([[True, False, False], [False, False, True]])
+    covered = torch.tensor([True, False, True])
+
+    def counted(**how):
+        return train.counted_classes(annotated, covered, **how).int().tolist()
+    assert counted(unmasked=False, frozen=0) == [[1, 0, 0], [0, 0, 1]]
+    assert counted(unmasked=True, frozen=0) == [[1, 0, 1], [1, 0, 1]]
+    assert counted(unmasked=False, frozen=1) == [[0, 0, 0], [0, 0, 1]]
+    assert counted(unmasked=True, frozen=2) == [[0, 0, 1], [0, 0, 1]]
+
+
+# ---- plain and fast, older checkpoints -----------------------------------------------------------
+def test_plain_training_ends_where_fast_training_does(tiny, tmp_path):
+    """And a run of one form does not resume as the other."""
+    train.train(config(tiny, tmp_path / "fast", amp=False))
+    train.train(config(tiny, tmp_path / "plain", amp=False, plain=True))
+    assert close(weights(tmp_path / "fast/last.pt"), weights(tmp_path / "plain/last.pt"))
+    cfg = config(tiny, tmp_path / "plain", resume=True)
+    with pytest.raises(ValueError, match="--plain True, now False"):
+        train.train(cfg)
+
+
+def test_a_run_of_the_format_before_resumes_and_says_what_changed(tiny, tmp_path, capsys):
+    """Such a checkpoint lacks newer settings; parameters have kept their names and order, so the
+    optimiser's state fits. Every parameter goes on as if the file were of today."""
+    train.train(config(tiny, tmp_path / "run", steps=2))
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    content["step"] = 1                                                # one step is left
+    torch.save(content, tmp_path / "run/last.pt")
+    shutil.copytree(tmp_path / "run", tmp_path / "old")
+    content["format"] = "universal-model/1"
+    for newer in ("plain", "head_lr"):
+        del content["config"][newer]
+    torch.save(content, tmp_path / "old/last.pt")
+    capsys.readouterr()
+    train.train(config(tiny, tmp_path / "old", steps=2, resume=True))
+    assert "every scan weighs the same in the loss" in capsys.readouterr().out
+    train.train(config(tiny, tmp_path / "run", steps=2, resume=True))
+    assert "note:" not in capsys.readouterr().out
+    assert same(weights(tmp_path / "old/last.pt"), weights(tmp_path / "run/last.pt"))

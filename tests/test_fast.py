@@ -1,0 +1,265 @@
+"""Every subclass of fast.py against its plain class: values and gradients."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fast
+import model
+
+CLASSES = list(fast.FAST.values())
+
+
+def randomised(module):
+    """Parameters of a block that all differ, so that a swapped one shows."""
+    if not isinstance(module, model.UNet | model.UniversalModel):      # those stay well scaled
+        for p in module.parameters():
+            nn.init.normal_(p, mean=0.1, std=0.3)
+    return module
+
+
+def swin_block(shifted):
+    return model.SwinBlock(6, 2, shifted)
+
+
+# name: (a plain module, the sizes of its inputs)
+CASES = {
+    "Conv, single small input": (lambda: model.Conv(5, 4), [(1, 5, 6, 5, 4)]),
+    "Conv, odd depth": (lambda: model.Conv(5, 4), [(1, 5, 7, 5, 4)]),
+    "Conv, batch": (lambda: model.Conv(5, 4), [(2, 5, 6, 5, 4)]),
+    "Conv, 1x1x1": (lambda: model.Conv(5, 4, kernel=1, bias=False), [(1, 5, 6, 5, 4)]),
+    "UpConv": (lambda: model.UpConv(3, 4), [(2, 3, 2, 3, 4)]),
+    "UpConv, no bias": (lambda: model.UpConv(3, 4, bias=False), [(1, 3, 2, 3, 4)]),
+    "GroupNormReLU": (lambda: model.GroupNormReLU(32), [(2, 32, 5, 6, 7)]),
+    "GroupNormReLU, few channels": (lambda: model.GroupNormReLU(6), [(2, 6, 5, 6, 7)]),
+    "ConvNormReLU": (lambda: model.ConvNormReLU(3, 4), [(2, 3, 5, 6, 7)]),
+    "ResBlock": (lambda: model.ResBlock(4, 4), [(2, 4, 5, 6, 7)]),
+    "ResBlock, other width": (lambda: model.ResBlock(3, 4), [(2, 3, 5, 6, 7)]),
+    "WindowAttention": (lambda: model.WindowAttention(6, 2), [(5, 8, 6)]),
+    "SwinBlock": (lambda: swin_block(False), [(2, 9, 7, 15, 6)]),
+    "SwinBlock, shifted": (lambda: swin_block(True), [(2, 9, 7, 15, 6)]),
+    "SwinBlock, shifted, whole windows": (lambda: swin_block(True), [(1, 14, 14, 7, 6)]),
+    "SwinBlock, smaller than a window": (lambda: swin_block(True), [(1, 4, 8, 3, 6)]),
+    "UNet": (lambda: model.UNet(width=8), [(1, 1, 32, 32, 48)]),
+    "UniversalModel": (lambda: model.UniversalModel(model.UNet(width=8), 5),
+                       [(2, 1, 32, 32, 32), (3, 5)]),
+}
+
+
+def run(module, inputs, gradients=True):
+    """-> outputs, and the gradients of inputs and parameters for a fixed random weighting."""
+    more = (None,) if isinstance(module, model.WindowAttention) else ()
+    inputs = [x.clone().requires_grad_(gradients) for x in inputs]
+    with torch.set_grad_enabled(gradients):
+        out = module(*inputs, *more)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    if not gradients:
+        return outputs, []
+    torch.manual_seed(7)
+    weights = [torch.randn(o.shape, dtype=torch.double).to(o) for o in outputs]
+    wanted = [*inputs, *module.parameters()]
+    grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+    return [o.detach() for o in outputs], [g for g in grads if g is not None]
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-9)).item()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of every loop even for small inputs, the last of them shorter."""
+    for sizes in (fast.NORM_BLOCK, fast.HEAD_BLOCK, fast.ATTENTION_BLOCK):
+        monkeypatch.setitem(sizes, "cpu", 1000)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_plain_forms(name, small_blocks):
+    """In float64 to 1e-8, so it is the same formula. In float32 values to 1e-5; what depends on
+    the sign of activations, as gradients of whole networks do, is compared in float64 only."""
+    make, sizes = CASES[name]
+    torch.manual_seed(1)
+    plain = randomised(make())
+    quick = fast.accelerate(copy.deepcopy(plain))
+    inputs = [torch.randn(size, dtype=torch.double) for size in sizes]
+    oracle = copy.deepcopy(plain).double()
+    values, grads = run(oracle, inputs)
+    for gradients in (True, False):
+        got, got_grads = run(copy.deepcopy(quick).double(), inputs, gradients)
+        for a, b in zip([*got, *got_grads], [*values, *grads[:len(got_grads)]], strict=True):
+            assert relative(a, b) < 1e-8 or b.norm() < 1e-8
+    got, got_grads = run(quick, [x.float() for x in inputs])
+    assert max(relative(a, b) for a, b in zip(got, values, strict=True)) < 1e-5
+    if name not in ("UNet", "UniversalModel"):
+        assert all(relative(a, b) < 1e-5 or b.norm() < 1e-3
+                   for a, b in zip(got_grads, grads, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_errs_no_more_than_the_plain_form_does(name):
+    """Under autocast, as train.py and infer.py compute."""
+    make, sizes = CASES[name]
+    torch.manual_seed(2)
+    plain = randomised(make())
+    quick = fast.accelerate(copy.deepcopy(plain))
+    inputs = [torch.randn(size, dtype=torch.double) for size in sizes]
+    want, _ = run(copy.deepcopy(plain).double(), inputs, gradients=False)
+    errors = []
+    for form in (plain, quick):
+        with torch.autocast("cpu", torch.bfloat16):
+            got, _ = run(form, [x.float() for x in inputs], gradients=False)
+        errors.append(max(relative(a, b) for a, b in zip(got, want, strict=True)))
+    assert errors[1] < 1.5 * errors[0] + 0.004                 # 2^-8: one rounding
+
+
+def test_every_subclass_has_a_case_above():
+    """Swin UNETR as a whole is compared with MONAI in both forms in tests/test_model.py."""
+    tested = {name.split(",")[0] for name in CASES} | {"SwinUNETR"}
+    assert tested == {plain.__name__ for plain in fast.FAST}
+    for plain, quick in fast.FAST.items():
+        assert quick.__bases__ == (plain,) and quick.__doc__ and quick.devices
+
+
+def test_accelerating_swaps_classes_and_nothing_else():
+    network = model.build_model({"backbone": "swin_unetr", "feature_size": 12, "text_dim": 5})
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert fast.accelerate(network) is network and isinstance(network, model.UniversalModel)
+    kinds = {type(m) for m in network.modules()}
+    assert not kinds & fast.FAST.keys() and fast.FastSwinBlock in kinds
+    after = network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    fast.accelerate(network)                                   # a second time changes nothing
+    assert {type(m) for m in network.modules()} == kinds
+
+
+@pytest.mark.parametrize("quick", CLASSES)
+def test_a_device_that_is_not_named_gets_the_plain_form(quick, monkeypatch):
+    names = [name for name, (make, _) in CASES.items()
+             if type(make()) is quick.__bases__[0]] or ["UNet"]
+    make, sizes = CASES[names[0]]
+    torch.manual_seed(3)
+    plain = randomised(make())
+    inputs = [torch.randn(size) for size in sizes]
+    want, _ = run(plain, inputs, gradients=False)
+    accelerated = fast.accelerate(copy.deepcopy(plain).to(memory_format=torch.contiguous_format))
+    for each in CLASSES:
+        monkeypatch.setattr(each, "devices", ())
+    got, _ = run(accelerated.to(memory_format=torch.contiguous_format), inputs, gradients=False)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# ---- what a comparison with the plain form does not show -----------------------------------------
+def test_norm_statistics_stay_exact_at_full_window_size():
+    """Plain F.group_norm is off by 4e-4 to 1e-3 here; sums in slabs are not."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 96, 96, 96) * 2 + 5
+    mean = x.double().mean((2, 3, 4), keepdim=True).float()
+    variance = x.double().var((2, 3, 4), correction=0, keepdim=True)
+    want = (x - mean) / (variance + 1e-5).sqrt().float()
+    assert (fast.norm_act(x, slope=None) - want).abs().max() < 2e-5
+
+
+def test_only_an_input_that_may_be_overwritten_is():
+    """And never while gradients are recorded."""
+    x = torch.randn(1, 4, 3, 3, 3).to(memory_format=torch.channels_last_3d)
+    before = x.clone()
+    fast.norm_act(x)
+    weight = torch.ones(4, requires_grad=True)
+    fast.norm_act(x, weight, overwrite=True)
+    assert torch.equal(x, before)
+    y = fast.norm_act(x, overwrite=True)
+    assert y.data_ptr() == x.data_ptr() and torch.equal(y, x)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_attention_are_those_of_finite_differences(masked, monkeypatch):
+    monkeypatch.setitem(fast.ATTENTION_BLOCK, "cpu", 100)      # two windows at a time
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(6, 2, 5, 3, dtype=torch.double, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 5, 5, dtype=torch.double, requires_grad=True)
+    mask = None
+    if masked:                                                 # three windows a scan, two scans
+        mask = torch.rand(3, 5, 5) > 0.6
+        mask.diagonal(dim1=1, dim2=2).fill_(False)
+    assert torch.autograd.gradcheck(fast._Attention.apply, (q, k, v, bias, mask))
+
+
+def test_masked_attention_is_that_of_the_plain_block(monkeypatch):
+    """Where windows are not grouped, as on a GPU, attention gets the plain block's mask."""
+    monkeypatch.setattr(fast.FastSwinBlock, "devices", ())
+    monkeypatch.setitem(fast.ATTENTION_BLOCK, "cpu", 10 ** 6)
+    torch.manual_seed(0)
+    plain = randomised(swin_block(True)).double()
+    inputs = [torch.randn(2, 9, 7, 15, 6, dtype=torch.double)]
+    quick = fast.accelerate(copy.deepcopy(plain))
+    for a, b in zip(run(quick, inputs), run(plain, inputs), strict=True):
+        assert all(relative(x, y) < 1e-10 for x, y in zip(a, b, strict=True))
+
+
+def test_windows_along_an_axis_are_grouped_by_padding_and_shift():
+    """48 tokens in windows of 7, shifted by 3: six whole windows, then one with tokens 45 ... 47,
+    one place of padding and the wrapped tokens 0 ... 2."""
+    first, last = fast.window_groups(48, True)
+    assert (first.tokens, first.windows, first.places, first.wraps) == (
+        slice(0, 42), 6, tuple(range(7)), False)
+    assert (last.tokens, last.windows, last.places, last.wraps) == (
+        slice(42, 48), 1, (0, 1, 2, 4, 5, 6), True)
+    assert [g.windows for g in fast.window_groups(49, False)] == [7]
+    assert fast.window_groups(4, True) == [fast.WindowGroup(slice(0, 4), 1, (0, 1, 2, 3), False)]
+
+
+def test_the_layout_of_a_window_is_numpy_and_hides_wrapped_tokens():
+    filled, padding, added = fast.window_layout((1, 1, 7), ((0,), (0,), (0, 1, 2, 4, 5, 6)),
+                                                (False, False, True))
+    assert filled.tolist() == [0, 1, 2, 4, 5, 6] and padding.tolist() == [3]
+    assert isinstance(added, np.ndarray)
+    assert (added[0] < 0).tolist() == [False] * 4 + [True] * 3
+    assert fast.window_layout((1, 1, 7), ((0,), (0,), tuple(range(7))), (False,) * 3)[2] is None
+
+
+def test_a_convolution_of_what_is_upsampled_is_the_same_in_halves():
+    """Both edges of the cut, an odd depth, a skip of another width."""
+    torch.manual_seed(0)
+    conv, up = model.Conv(5 + 3, 4).double(), model.UpConv(5, 5).double()
+    x = torch.randn(2, 5, 49, 4, 3, dtype=torch.double)
+    skip = torch.randn(2, 3, 98, 8, 6, dtype=torch.double)
+    want = F.conv3d(torch.cat([up(x), skip], 1), conv.weight, conv.bias, padding=1)
+    with torch.no_grad():
+        assert torch.allclose(fast.conv_of_upsampled(conv, up, x, skip), want, atol=1e-12)
+        assert torch.allclose(fast.conv_beside(conv, up(x), skip), want, atol=1e-12)
+
+
+def test_a_unet_upsamples_in_halves_only_without_gradients(monkeypatch):
+    calls, halves = [], fast.conv_of_upsampled
+    monkeypatch.setattr(fast, "conv_of_upsampled",
+                        lambda *a: calls.append(a[2].shape[2]) or halves(*a))
+    torch.manual_seed(0)
+    plain = model.UNet(width=8)
+    quick, x = fast.accelerate(copy.deepcopy(plain)), torch.randn(1, 1, 64, 32, 32)
+    quick(x)
+    assert calls == []
+    with torch.no_grad():
+        assert (quick(x)[1] - plain(x)[1]).abs().max() < 1e-4
+    assert calls == [32]                                       # 64 planes; not 32 and 16
+
+
+def test_the_heads_work_on_blocks_of_voxels(monkeypatch):
+    """28 voxels times classes at once are 7 voxels of 4 classes; the last of 60 voxels are 4."""
+    monkeypatch.setitem(fast.HEAD_BLOCK, "cpu", 28)
+    blocks = fast._Heads.hidden(torch.ones(8, 60), torch.randn(4, 153))
+    assert [h1.shape for _, h1, _ in blocks] == 8 * [(4, 8, 7)] + [(4, 8, 4)]
+
+
+def test_inference_before_training_leaves_nothing_behind():
+    """A tensor made in inference mode and kept for later would end the next backward pass."""
+    network = fast.accelerate(model.build_model(
+        {"backbone": "swin_unetr", "feature_size": 12, "text_dim": 5}))
+    x, w = torch.rand(1, 1, 64, 64, 64), torch.randn(2, 5)
+    with torch.inference_mode():
+        network(x, w)
+    network(x, w).mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
