@@ -450,7 +450,7 @@ def test_recomputing_in_backward_changes_no_gradient(kind):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-7 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+@pytest.mark.parametrize("kind", ["unet", pytest.param("swin_unetr", marks=SLOW)])
 def test_a_window_alone_equals_the_window_in_a_batch(kind):
     """The fast form, whose sums are exact, in float32; the plain form in float64."""
     network = small_released(kind)[0].eval()
