@@ -1,244 +1,270 @@
-"""Speed and memory, as ratios of pairs in one run on one machine.
+"""Speed and memory against the release's way of computing, in one run on one machine.
 
     python -m experiments.bench                     every row, written to bench.json and bench.md
     python -m experiments.bench --only heads unet   the rows whose names contain one of these
+    python -m experiments.bench --device cuda       the GPU's measurements, at most five minutes,
+                                                    written to experiments/results/bench-cuda.json
 
-Every measurement runs in a fresh process (so that its peak memory is its own) and alternates both
-sides of a pair; the table shows medians. The baselines are what the release computes: a plain
-contiguous network, its feature map copied once per class, grouped convolutions as heads, all 32
-classes also in training. MONAI 1.4.0 gives the Swin UNETR and the preprocessing.
+Three forms of the network are compared. `base` is what the release computes, frozen in this file:
+a plain network (the Swin UNETR is that of MONAI 1.4.0), its feature map copied once per class,
+grouped convolutions as heads, all 32 classes also in training. `plain` is model.py; `fast` (in the
+keys of bench.json: `ours`) is model.py after fast.accelerate, as train.py and infer.py use it.
+
+On the CPU every measurement runs in a fresh process, so that its peak memory is its own. The two
+sides of a comparison are timed in turn, and the table shows medians.
+
+B batch   K classes   D, H, W voxels
 """
+from __future__ import annotations
+
 import argparse
+import contextlib
+import dataclasses
+import gc
 import json
+import math
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+# Limit OpenMP spinning before torch loads; otherwise a shared CPU can be 10x slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import nibabel as nib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor, nn
+
+import data
+import fast
+import infer
+import labels
+import losses
+import metrics
+import model as plain_form
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE, K = 96, 32
-GOALS = {}
 
 
-def row(goal):
-    """Register a measurement: a function that returns a dict of numbers."""
-    def keep(f):
-        GOALS[f.__name__] = goal
-        return f
-    return keep
+@dataclass(frozen=True)
+class Size:
+    """How large the networks and their inputs are; the defaults are the paper's."""
+    side: int = 96                              # of a window, in voxels
+    classes: int = 32
+    annotated: tuple[int, ...] = (5, 26)        # the classes that a training scan annotates
+    width: int = 64                             # of the U-Net
+    feature_size: int = 48                      # of the Swin UNETR
+    text_dim: int = 512
 
 
-def medians(n, *calls):
-    """Seconds of each call, alternated n times after one warm-up."""
-    for c in calls:
-        c()
-    took = [[] for _ in calls]
-    for _ in range(n):
-        for c, t in zip(calls, took, strict=True):
-            start = time.perf_counter()
-            c()
-            t.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in took]
+FULL = Size()
+BACKBONES = {"unet": "U-Net", "swin": "Swin UNETR"}
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+# ---- the baselines -------------------------------------------------------------------------------
+# These networks and this loss compute as the release does. They are frozen: they import nothing of
+# model.py, fast.py and losses.py, so that a change there never changes what it is compared with.
+class PlainUNet(nn.Module):
+    """The U-Net of the release: batch norm that uses the statistics of the batch."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.deep_channels, self.fine_channels = 8 * width, width
+        self.down = nn.ModuleList([
+            self.double_conv(1, width // 2, width),
+            self.double_conv(width, width, 2 * width),
+            self.double_conv(2 * width, 2 * width, 4 * width),
+            self.double_conv(4 * width, 4 * width, 8 * width),
+        ])
+        channels = (8 * width, 4 * width, 2 * width)
+        self.up = nn.ModuleList(nn.ConvTranspose3d(c, c, 2, stride=2) for c in channels)
+        self.merge = nn.ModuleList(
+            self.double_conv(c + c // 2, c // 2, c // 2) for c in channels)
+        self.pool = nn.MaxPool3d(2)
+
+    @staticmethod
+    def double_conv(c_in: int, c_middle: int, c_out: int) -> nn.Sequential:
+        units = []
+        for a, b in ((c_in, c_middle), (c_middle, c_out)):
+            norm = nn.BatchNorm3d(b, track_running_stats=False)
+            units.append(nn.Sequential(nn.Conv3d(a, b, 3, padding=1), norm, nn.ReLU()))
+        return nn.Sequential(*units)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        skips = []
+        for level, down in enumerate(self.down):
+            x = down(self.pool(x) if level > 0 else x)
+            skips.append(x)
+        deep = skips.pop()
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = merge(torch.cat([up(x), skips.pop()], 1))
+        return deep, x
 
 
-# ---- the baselines: plain torch, as the release computes ----------------------------------------
-def plain_unet():
-    import torch
-    from torch import nn
+class MonaiSwinUNETR(nn.Module):
+    """The Swin UNETR of MONAI without its last convolution."""
 
-    def unit(a, b):
-        return nn.Sequential(nn.Conv3d(a, b, 3, padding=1),
-                             nn.BatchNorm3d(b, track_running_stats=False), nn.ReLU())
+    def __init__(self, side: int, feature_size: int):
+        super().__init__()
+        warnings.filterwarnings("ignore")
+        from monai.networks.nets import SwinUNETR
+        self.deep_channels, self.fine_channels = 16 * feature_size, feature_size
+        self.net = SwinUNETR(img_size=(side,) * 3, in_channels=1, out_channels=2,
+                             feature_size=feature_size)
+        self.net.out = nn.Identity()
+        self.net.encoder10.register_forward_hook(self.keep_deep)
 
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.down = nn.ModuleList(nn.Sequential(unit(a, b), unit(b, 2 * b)) for a, b in
-                                      ((1, 32), (64, 64), (128, 128), (256, 256)))
-            self.up = nn.ModuleList(nn.ConvTranspose3d(c, c, 2, 2) for c in (512, 256, 128))
-            self.merge = nn.ModuleList(nn.Sequential(unit(c + c // 2, c // 2), unit(c // 2, c // 2))
-                                       for c in (512, 256, 128))
-            self.pool = nn.MaxPool3d(2)
+    def keep_deep(self, module, inputs, output):
+        self.deep = output
 
-        def forward(self, x):
-            skips = []
-            for i, down in enumerate(self.down):
-                x = down(self.pool(x) if i else x)
-                skips.append(x)
-            deep = skips.pop()
-            for up, merge in zip(self.up, self.merge, strict=True):
-                x = merge(torch.cat([up(x), skips.pop()], 1))
-            return deep, x
-    return Plain(), 512, 64
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.net(x)
+        return self.deep, fine
 
 
-def monai_swin():
-    import warnings
-    warnings.filterwarnings("ignore")
-    from monai.networks.nets import SwinUNETR
-    from torch import nn
+def grouped_heads(feat: Tensor, theta: Tensor) -> Tensor:
+    """feat (1, 8, D, H, W), theta (K, 153) -> logits (1, K, D, H, W), as in the release.
 
-    class Backbone(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = SwinUNETR(img_size=(SIDE,) * 3, in_channels=1, out_channels=2,
-                                 feature_size=48)
-            self.net.out = nn.Identity()
-            self.net.encoder10.register_forward_hook(lambda m, i, o: setattr(self, "deep", o))
-
-        def forward(self, x):
-            fine = self.net(x)
-            return self.deep, fine
-    return Backbone(), 768, 48
-
-
-def plain_model(backbone):
-    """Backbone and heads as the release runs them: one scan, K copies, grouped convolutions."""
-    import torch
-    from torch import nn
-    net, deep, fine = plain_unet() if backbone == "unet" else monai_swin()
-
-    class Release(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = net
-            self.gap = nn.Sequential(nn.GroupNorm(16, deep), nn.ReLU(), nn.AdaptiveAvgPool3d(1),
-                                     nn.Conv3d(deep, 256, 1))
-            self.pre = nn.Sequential(nn.GroupNorm(16, fine), nn.ReLU(), nn.Conv3d(fine, 8, 1))
-            self.text, self.controller = nn.Linear(512, 256), nn.Conv3d(512, 153, 1)
-
-        def forward(self, x, w):
-            deep, fine = self.backbone(x)
-            f = self.gap(deep).flatten(1)
-            t = torch.relu(self.text(w))
-            both = torch.cat([f.expand(len(w), -1), t], 1)[..., None, None, None]
-            return grouped_heads(self.pre(fine), self.controller(both).flatten(1))
-    return Release()
-
-
-def grouped_heads(feat, theta):
-    import torch.nn.functional as F
-    n = len(theta)
-    x = feat.repeat(1, n, 1, 1, 1)
+    The feature map is copied once per class, and every layer is a grouped convolution.
+    """
+    K = len(theta)
+    x = feat.repeat(1, K, 1, 1, 1)
     parts = theta.split([64, 64, 8, 8, 8, 1], 1)
-    for i, out in enumerate((8, 8, 1)):
-        x = F.conv3d(x, parts[i].reshape(n * out, 8, 1, 1, 1), parts[3 + i].reshape(-1), groups=n)
-        x = F.relu(x) if i < 2 else x
+    for layer, channels in enumerate((8, 8, 1)):
+        weight = parts[layer].reshape(K * channels, 8, 1, 1, 1)
+        bias = parts[3 + layer].reshape(-1)
+        x = F.conv3d(x, weight, bias, groups=K)
+        if layer < 2:
+            x = F.relu(x)
     return x
 
 
-def our_model(backbone):
-    sys.path.insert(0, str(ROOT))
-    from model import build_model
-    return build_model({"backbone": "unet" if backbone == "unet" else "swin_unetr",
-                          "text_dim": 512})
+class Release(nn.Module):
+    """Backbone, pooling branch, controller and heads; the heads of one scan after the other."""
+
+    def __init__(self, backbone: nn.Module, text_dim: int):
+        super().__init__()
+        deep, fine = backbone.deep_channels, backbone.fine_channels
+        self.backbone = backbone
+        self.gap = nn.Sequential(nn.GroupNorm(math.gcd(16, deep), deep), nn.ReLU(),
+                                 nn.AdaptiveAvgPool3d(1), nn.Conv3d(deep, 256, 1))
+        self.pre = nn.Sequential(nn.GroupNorm(math.gcd(16, fine), fine), nn.ReLU(),
+                                 nn.Conv3d(fine, 8, 1))
+        self.text = nn.Linear(text_dim, 256)
+        self.controller = nn.Conv3d(512, 153, 1)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        deep, fine = self.backbone(x)
+        image = self.gap(deep).flatten(1)                                      # (B, 256)
+        text = torch.relu(self.text(w))                                        # (K, 256)
+        logits = []
+        for b in range(len(x)):
+            both = torch.cat([image[b].expand(len(w), -1), text], 1)           # (K, 512)
+            theta = self.controller(both[..., None, None, None]).flatten(1)    # (K, 153)
+            logits.append(grouped_heads(self.pre(fine[b:b + 1]), theta))
+        return torch.cat(logits)
 
 
-def bf16():
-    import infer
-    return infer.use_amp("cpu")
+def release_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """The release's masked loss: the mean over all annotated pairs of scan and class.
+
+    logits and y (B, annotated classes, D, H, W)
+    """
+    scores = logits.flatten(0, 1).flatten(1).float()
+    target = y.flatten(0, 1).flatten(1).float()
+    cross_entropy = F.binary_cross_entropy_with_logits(scores, target)
+    p = scores.sigmoid()
+    dice = 1 - 2 * (p * target).sum(1) / (p.sum(1) + target.sum(1) + 1)
+    return cross_entropy + dice.mean()
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-def window(side, backbone, amp=False):
-    import torch
-    model = (plain_model if side == "base" else our_model)(backbone)
-    model = model.train() if side == "base" else model.eval()    # batch statistics, as released
-    x, w = torch.rand(1, 1, SIDE, SIDE, SIDE), torch.randn(K, 512)
+# ---- networks and calls that both devices measure ------------------------------------------------
+def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> nn.Module:
+    """An untrained network: side is base, plain, fast or compiled (torch.compile of plain)."""
+    with torch.device(device):
+        if side == "base":
+            net = PlainUNet(size.width) if backbone == "unet" else \
+                MonaiSwinUNETR(size.side, size.feature_size)
+            return Release(net, size.text_dim)
+        spec = {"backbone": "unet", "width": size.width}
+        if backbone == "swin":
+            spec = {"backbone": "swin_unetr", "feature_size": size.feature_size}
+        network = plain_form.build_model({**spec, "text_dim": size.text_dim})
+    if side == "fast":
+        fast.accelerate(network)
+    if side == "compiled":
+        network = torch.compile(network)
+    return network
+
+
+def inputs(size: Size, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """x (B, 1, D, H, W) and w (K, E)."""
+    x = torch.rand(batch, 1, *(size.side,) * 3, device=device)
+    w = torch.randn(size.classes, size.text_dim, device=device)
+    return x, w
+
+
+def window(side: str, backbone: str, amp: bool = False, *, size: Size = FULL, batch: int = 1,
+           device: str = "cpu") -> Callable[[], Tensor]:
+    """A call that computes the logits of a batch of windows for all classes.
+
+    The release's norms use the statistics of the batch, also in inference, so the baseline is in
+    training mode and computes one window at a time.
+    """
+    network = build(side, backbone, size, device).train(side == "base")
+    x, w = inputs(size, batch, device)
 
     def call():
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            model(x, w)
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=amp):
+            if side == "base":
+                return torch.cat([network(one, w) for one in x.split(1)])
+            return network(x, w)
     return call
 
 
-def step(side, backbone, amp=False):
-    import torch
+def step(side: str, backbone: str, amp: bool = False, *, size: Size = FULL, batch: int = 1,
+         device: str = "cpu") -> Callable[[], Tensor]:
+    """A call that makes a training step; every scan of the batch annotates `size.annotated`.
 
-    import losses
-    model = (plain_model if side == "base" else our_model)(backbone).train()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    x, w = torch.rand(1, 1, SIDE, SIDE, SIDE), torch.randn(K, 512)
-    y = torch.rand(1, 2, SIDE, SIDE, SIDE) > 0.8
-    annotated = torch.ones(1, 2, dtype=torch.bool)
+    The baseline computes the logits of all classes, model.py those that are annotated.
+    """
+    network = build(side, backbone, size, device).train()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    x, w = inputs(size, batch, device)
+    asked = list(size.annotated)
+    y = torch.rand(batch, len(asked), *x.shape[2:], device=device) > 0.8
+    annotated = torch.ones(batch, len(asked), dtype=torch.bool)       # on the CPU, as in train.py
 
     def call():
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            logits = model(x, w)[:, [5, 26]] if side == "base" else model(x, w[[5, 26]])
-        loss = losses.masked_bce(logits, y, annotated) + losses.masked_dice(logits, y, annotated)
-        opt.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            logits = network(x, w)[:, asked] if side == "base" else network(x, w[asked])
+        if side == "base":
+            loss = release_loss(logits, y)
+        else:
+            loss = losses.masked_bce(logits, y, annotated)
+            loss = loss + losses.masked_dice(logits, y, annotated)
+        optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        opt.step()
+        optimiser.step()
+        return loss.detach()
     return call
 
 
-def pair(make, backbone, n):
-    def measure(part):
-        if part == "time":
-            amp = [make("ours", backbone, True)] if bf16() else []
-            base, ours, *half = medians(n, make("base", backbone), make("ours", backbone), *amp)
-            out = {"base_s": base, "ours_s": ours, "fp32_ratio": base / ours}
-            return {**out, **({"bf16_s": half[0], "bf16_ratio": base / half[0]} if half else
-                              {"bf16": "not run: this processor does not compute in bf16"})}
-        before = peak_gb()
-        call = make(part, backbone)
-        call()
-        return {f"{part}_gb": peak_gb(), f"{part}_start_gb": before}
-    return measure
-
-
-@row("fp32 2.5x, bf16 5x, memory 50 %")
-def window_swin(part):
-    return pair(window, "swin", 3)(part)
-
-
-@row("fp32 1.9x, bf16 3.6x, memory 50 %")
-def window_unet(part):
-    return pair(window, "unet", 3)(part)
-
-
-@row("fp32 2x, bf16 4x, memory 45 %")
-def step_swin(part):
-    return pair(step, "swin", 2)(part)
-
-
-@row("fp32 1.6x, bf16 3.3x, memory 45 %")
-def step_unet(part):
-    return pair(step, "unet", 2)(part)
-
-
-@row("20x")
-def heads(part):
-    import torch
-
-    from model import apply_heads
-    feat, theta = torch.randn(1, 8, SIDE, SIDE, SIDE), torch.randn(K, 153)
-    ours = feat.contiguous(memory_format=torch.channels_last_3d)
-    if part == "time":
-        with torch.inference_mode():
-            a, b = medians(5, lambda: grouped_heads(feat, theta),
-                           lambda: apply_heads(ours, theta[None]))
-        return {"base_s": a, "ours_s": b, "fp32_ratio": a / b}
-    with torch.inference_mode():
-        grouped_heads(feat, theta) if part == "base" else apply_heads(ours, theta[None])
-    return {f"{part}_gb": peak_gb()}
-
-
-def phantom_scan(folder, spacing=(1.5, 1.5, 2.0), shape=(220, 180, 120), seed=0):
-    """A CT-like NIfTI of any size."""
-    import nibabel as nib
+def phantom_scan(folder, spacing=(1.5, 1.5, 2.0), shape=(220, 180, 120), seed: int = 0) -> Path:
+    """Write a CT-like NIfTI of any size: noise as bright as soft tissue, with air around it."""
     rng = np.random.default_rng(seed)
     hu = np.full(shape, -1000, np.int16)
     inner = tuple(slice(n // 10, n - n // 10) for n in shape)
@@ -248,300 +274,845 @@ def phantom_scan(folder, spacing=(1.5, 1.5, 2.0), shape=(220, 180, 120), seed=0)
     return path
 
 
-def checkpoint(folder, width=8, spacing=1.5):
-    import torch
-
-    import labels
-    from model import FORMAT, build_model
-    model = build_model({"backbone": "unet", "width": width, "text_dim": K})
+def checkpoint(folder, width: int = 8, spacing: float = 1.5, side: int = FULL.side) -> Path:
+    """Write the checkpoint of an untrained U-Net for all built-in classes."""
     names = [c.name for c in labels.CLASSES]
+    spec = {"backbone": "unet", "width": width, "text_dim": len(names)}
     path = Path(folder) / "last.pt"
-    torch.save({"format": FORMAT, "spec": {"backbone": "unet", "width": width, "text_dim": K},
-                "model": model.state_dict(), "w": torch.eye(K), "classes": names,
-                "trained": names, "config": {"spacing_mm": spacing, "patch": SIDE}}, path)
+    torch.save({"format": plain_form.FORMAT, "spec": spec,
+                "model": plain_form.build_model(spec).state_dict(), "w": torch.eye(len(names)),
+                "classes": names, "trained": names,
+                "config": {"spacing_mm": spacing, "patch": side}}, path)
     return path
+
+
+def segment(scan: Path, weights: Path, out_dir, *flags: str) -> float:
+    """Segment a scan with infer.py, in this process -> seconds from reading to writing."""
+    start = time.perf_counter()
+    infer.main(["--checkpoint", str(weights), "--input", str(scan), "--output", str(out_dir),
+                *flags])
+    return time.perf_counter() - start
+
+
+# ---- the rows of the CPU's table -----------------------------------------------------------------
+PAIR = ("time", "base", "ours")                    # the parts of a row that compares two sides
+TRIPLE = ("time", "base", "plain", "ours")
+
+
+@dataclass(frozen=True)
+class Row:
+    goal: str
+    parts: tuple[str, ...]                         # each part is measured in a process of its own
+    measure: Callable[[str], dict]                 # part -> numbers under the keys of bench.json
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(goal: str, parts: tuple[str, ...] = ("time",)):
+    """Register a row under the name of its function."""
+    def register(measure):
+        ROWS[measure.__name__] = Row(goal, parts, measure)
+        return measure
+    return register
+
+
+def medians(n: int, *calls: Callable) -> list[float]:
+    """Seconds of each call: all are called in turn, once to warm up and then n times."""
+    for call in calls:
+        call()
+    seconds = [[] for _ in calls]
+    for _ in range(n):
+        for call, own in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in seconds]
+
+
+def peak_gb() -> float:
+    """The largest resident memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def bf16() -> bool:
+    """Whether this processor computes in bf16; elsewhere it is not measured."""
+    return infer.use_amp("cpu")
+
+
+def compare_networks(part: str, make: Callable, backbone: str, n: int) -> dict:
+    """A part of a row that compares base, plain and fast; make is `window` or `step`."""
+    if part != "time":
+        before = peak_gb()
+        make("fast" if part == "ours" else part, backbone)()
+        return {f"{part}_gb": peak_gb(), f"{part}_start_gb": before}
+    calls = [make(side, backbone) for side in ("base", "plain", "fast")]
+    if bf16():
+        calls.append(make("fast", backbone, True))
+    base, plain, ours, *half = medians(n, *calls)
+    numbers = {"base_s": base, "plain_s": plain, "ours_s": ours, "fp32_ratio": base / ours}
+    if half:
+        return {**numbers, "bf16_s": half[0], "bf16_ratio": base / half[0]}
+    return {**numbers, "bf16": "not run: this processor does not compute in bf16"}
+
+
+def compare_calls(part: str, base: Callable, ours: Callable, n: int) -> dict:
+    """A part of a row that compares two calls: their times, or the peak memory of one of them."""
+    if part == "time":
+        base_s, ours_s = medians(n, base, ours)
+        return {"base_s": base_s, "ours_s": ours_s, "fp32_ratio": base_s / ours_s}
+    call = base if part == "base" else ours
+    call()
+    return {f"{part}_gb": peak_gb()}
+
+
+@row("fp32 2.5x, bf16 5x, memory 50 %", TRIPLE)
+def window_swin(part):
+    return compare_networks(part, window, "swin", 3)
+
+
+@row("fp32 1.9x, bf16 3.6x, memory 50 %", TRIPLE)
+def window_unet(part):
+    return compare_networks(part, window, "unet", 3)
+
+
+@row("fp32 2x, bf16 4x, memory 45 %", TRIPLE)
+def step_swin(part):
+    return compare_networks(part, step, "swin", 2)
+
+
+@row("fp32 1.6x, bf16 3.3x, memory 45 %", TRIPLE)
+def step_unet(part):
+    return compare_networks(part, step, "unet", 2)
+
+
+def two_scan_step(together: bool, size: Size = FULL, counts=(13, 2)) -> Callable[[], Tensor]:
+    """A training step of two scans that annotate different classes, as many as `counts` says.
+
+    together  True: one call for both scans, for the union of their classes, as in train.py
+              False: one call per scan, each for its own classes
+    """
+    network = build("fast", "unet", size).train()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    x, w = inputs(size, 2, "cpu")
+    annotated = torch.zeros(2, sum(counts), dtype=torch.bool)
+    annotated[0, :counts[0]] = True
+    annotated[1, counts[0]:] = True
+    w = w[:sum(counts)]
+    y = torch.rand(2, sum(counts), *x.shape[2:]) > 0.8
+
+    def loss_of(scans: slice, classes: Tensor) -> Tensor:
+        logits = network(x[scans], w[classes])
+        target, own = y[scans][:, classes], annotated[scans][:, classes]
+        return losses.masked_bce(logits, target, own) + losses.masked_dice(logits, target, own)
+
+    def call():
+        if together:
+            loss = loss_of(slice(0, 2), torch.arange(sum(counts)))
+        else:
+            first = loss_of(slice(0, 1), annotated[0].nonzero()[:, 0])
+            second = loss_of(slice(1, 2), annotated[1].nonzero()[:, 0])
+            loss = (first + second) / 2
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+    return call
+
+
+@row("shows what the union costs", PAIR)
+def two_scans(part):
+    """U-Net: two scans that annotate 13 and 2 other classes, in one call for all 15 classes (ours)
+    against one call per scan for its own classes (base)."""
+    if part == "time":
+        return compare_calls(part, two_scan_step(False), two_scan_step(True), 2)
+    call = two_scan_step(together=part == "ours")
+    return compare_calls(part, call, call, 1)
+
+
+@row("20x", PAIR)
+def heads(part):
+    """The heads alone, 32 classes."""
+    feat, theta = torch.randn(1, 8, *(FULL.side,) * 3), torch.randn(FULL.classes, 153)
+    channels_last = feat.contiguous(memory_format=torch.channels_last_3d)
+    network = build("fast", "unet", Size(width=8))
+    with torch.inference_mode():
+        return compare_calls(part, lambda: grouped_heads(feat, theta),
+                             lambda: network.heads(channels_last, theta[None]), 5)
 
 
 @row("at most 1.10x")
 def whole_ct(part):
     """Full-width U-Net, 32 classes; everything from reading to writing against the windows."""
-    import torch
-
-    import data
-    import infer
-    if part != "time":
-        return {}
-    with tempfile.TemporaryDirectory() as tmp:
-        scan, ck = phantom_scan(tmp), checkpoint(tmp, width=64)
-        one = window("ours", "unet", bf16())            # as infer.py computes
+    with tempfile.TemporaryDirectory() as folder:
+        scan, weights = phantom_scan(folder), checkpoint(folder, width=FULL.width)
+        one_window = window("fast", "unet", bf16())            # as infer.py computes
         shape = data.preprocess(data.load_volume(scan))[0].shape
-        n = infer.count_windows(shape, SIDE)
-        start = time.perf_counter()
-        infer.main(["--checkpoint", str(ck), "--input", str(scan), "--output", f"{tmp}/out"])
-        whole = time.perf_counter() - start
-        single, = medians(5, one)
-    return {"windows": n, "window_s": single, "whole_s": whole, "ratio": whole / (n * single),
-            "threads": torch.get_num_threads()}
+        windows = infer.count_windows(shape, FULL.side)
+        whole = segment(scan, weights, f"{folder}/out")
+        single, = medians(5, one_window)
+    return {"windows": windows, "window_s": single, "whole_s": whole,
+            "ratio": whole / (windows * single), "threads": torch.get_num_threads()}
 
 
 @row("under 6 GB")
 def huge_ct(part):
     """512 x 512 x 1000 at 0.8 x 0.8 x 1 mm, width 8, 32 classes, written."""
-    import infer
-    if part != "time":
-        return {}
-    with tempfile.TemporaryDirectory() as tmp:
-        code = f"from experiments.bench import phantom_scan as f; f({tmp!r}, (.8, .8, 1), " \
-               "(512, 512, 1000))"
+    with tempfile.TemporaryDirectory() as folder:
+        # another process writes the scan, so that its memory does not count
+        code = (f"from experiments.bench import phantom_scan; "
+                f"phantom_scan({folder!r}, (0.8, 0.8, 1), (512, 512, 1000))")
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-        start = time.perf_counter()
-        infer.main(["--checkpoint", str(checkpoint(tmp)), "--input", f"{tmp}/scan_1000.nii.gz",
-                    "--output", f"{tmp}/out"])
-        return {"peak_gb": peak_gb(), "seconds": time.perf_counter() - start}
+        scan = Path(folder) / "scan_1000.nii.gz"
+        seconds = segment(scan, checkpoint(folder), f"{folder}/out")
+        return {"peak_gb": peak_gb(), "seconds": seconds}
 
 
-@row("2x faster, less memory")
+def monai_preprocess(scan: str):
+    """The preprocessing of the release, without its labels."""
+    warnings.filterwarnings("ignore")
+    from monai import transforms
+    return transforms.Compose([
+        transforms.LoadImage(image_only=True),
+        transforms.EnsureChannelFirst(),
+        transforms.Orientation("RAS"),
+        transforms.Spacing((1.5,) * 3, mode="bilinear"),
+        transforms.ScaleIntensityRange(-175, 250, 0, 1, clip=True),
+        transforms.CropForeground(),
+    ])(scan)
+
+
+@row("2x faster, less memory", PAIR)
 def preprocess(part):
-    import data
-    with tempfile.TemporaryDirectory() as tmp:
-        scan = str(phantom_scan(tmp, (0.8, 0.8, 2.5), (400, 400, 160)))
-
-        def base():
-            import warnings
-            warnings.filterwarnings("ignore")
-            from monai.transforms import (
-                Compose,
-                CropForeground,
-                EnsureChannelFirst,
-                LoadImage,
-                Orientation,
-                ScaleIntensityRange,
-                Spacing,
-            )
-            return Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation("RAS"),
-                            Spacing((1.5,) * 3, mode="bilinear"),
-                            ScaleIntensityRange(-175, 250, 0, 1, clip=True),
-                            CropForeground()])(scan)
-
-        def ours():
-            return data.preprocess(data.load_volume(scan))
-        if part == "time":
-            a, b = medians(3, base, ours)
-            return {"base_s": a, "ours_s": b, "fp32_ratio": a / b}
-        (base if part == "base" else ours)()
-        return {f"{part}_gb": peak_gb()}
+    """A CT from its file to the network's grid, against MONAI."""
+    with tempfile.TemporaryDirectory() as folder:
+        scan = str(phantom_scan(folder, (0.8, 0.8, 2.5), (400, 400, 160)))
+        return compare_calls(part, lambda: monai_preprocess(scan),
+                             lambda: data.preprocess(data.load_volume(scan)), 3)
 
 
 @row("5x what training consumes")
 def pipeline(part):
     """Cached crops a second with two workers against training steps a second (U-Net, 96^3)."""
-    import torch
-
-    import data
-    import labels
-    if part != "time":
-        return {}
-    with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run([sys.executable, "-m", "experiments.phantom", "--out", tmp, "--scans", "6",
-                        "--test-scans", "0"], cwd=ROOT, check=True, capture_output=True)
-        cases = [c for d in data.find_datasets([tmp]) for c in data.read_dataset(d, labels.CLASSES)]
-        scans = data.build_all(cases, Path(tmp) / "cache")
-        crops = data.Crops(scans, patch=SIDE, length=64)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "experiments.phantom", "--out", folder, "--scans",
+                        "6", "--test-scans", "0"], cwd=ROOT, check=True, capture_output=True)
+        cases = [case for dataset in data.find_datasets([folder])
+                 for case in data.read_dataset(dataset, labels.CLASSES)]
+        scans = data.build_all(cases, Path(folder) / "cache")
+        crops = data.Crops(scans, patch=FULL.side, length=64)
         loader = torch.utils.data.DataLoader(crops, 1, collate_fn=data.collate, num_workers=2)
         start = time.perf_counter()
-        n = sum(len(b["image"]) for b in loader)
-        rate = n / (time.perf_counter() - start)
-    train, = medians(1, step("ours", "unet", bf16()))
-    return {"crops_per_s": rate, "step_s": train, "ratio": rate * train}
+        count = sum(len(batch["image"]) for batch in loader)
+        rate = count / (time.perf_counter() - start)
+    step_s, = medians(1, step("fast", "unet", bf16()))
+    return {"crops_per_s": rate, "step_s": step_s, "ratio": rate * step_s}
+
+
+def count_flops(backbone: str, size: Size = FULL) -> int:
+    """Two per multiply-add of the convolutions and linear layers of one window of model.py,
+    counted without computing."""
+    network = build("plain", backbone, size, "meta").backbone.eval()
+    total = 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        per_output = module.weight[0].numel()                  # (out, in, ...)
+        if isinstance(module, nn.ConvTranspose3d):
+            per_output = module.weight.shape[0]                # (in, out, 2, 2, 2), stride 2
+        total += 2 * output.numel() * per_output
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.inference_mode():
+        network(torch.empty(1, 1, *(size.side,) * 3, device="meta"))
+    return total
 
 
 @row("70 % U-Net, 55 % Swin UNETR")
 def arithmetic(part):
-    """Rate of the backbone (multiply-adds counted by hooks) over that of a matrix product."""
-    import torch
-    from torch import nn
-    if part != "time":
-        return {}
-    out, a = {}, torch.randn(2048, 2048)
+    """The backbone's arithmetic per second as a share of that of a matrix product."""
+    n = 2048
+    numbers = {}
     for name in ("unet", "swin"):
-        net, flops = our_model(name).backbone.eval(), [0]
-        x = torch.rand(1, 1, SIDE, SIDE, SIDE).contiguous(memory_format=torch.channels_last_3d)
-
-        def count(m, i, o, flops=flops):
-            flops[0] += 2 * o.numel() * m.weight.numel() // m.weight.shape[
-                1 if isinstance(m, nn.ConvTranspose3d) else 0] // (
-                8 if isinstance(m, nn.ConvTranspose3d) else 1)
-        hooks = [m.register_forward_hook(count) for m in net.modules()
-                 if isinstance(m, nn.Conv3d | nn.ConvTranspose3d | nn.Linear)]
-        with torch.inference_mode():
-            net(x)
-        for h in hooks:
-            h.remove()
-        for dtype, amp in (("fp32", False), ("bf16", True))[:1 + bf16()]:
-            b = a.bfloat16() if amp else a
+        flops = count_flops(name)
+        backbone = build("fast", name).backbone.eval()
+        x = torch.rand(1, 1, *(FULL.side,) * 3)
+        for precision in ("fp32", "bf16") if bf16() else ("fp32",):
+            amp = precision == "bf16"
+            a = torch.randn(n, n, dtype=torch.bfloat16 if amp else torch.float32)
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                t, m = medians(3, lambda net=net, x=x: net(x), lambda b=b: b @ b)
-            peak = 2 * 2048 ** 3 / m
-            out |= {f"{name}_{dtype}_gflops": flops[0] / t / 1e9,
-                    f"matmul_{dtype}_gflops": peak / 1e9, f"{name}_{dtype}_share":
-                    flops[0] / t / peak}
-        out[f"{name}_gflop"] = flops[0] / 1e9
-    return out
+                seconds, matmul_s = medians(3, lambda net=backbone, x=x: net(x), lambda a=a: a @ a)
+            peak = 2 * n ** 3 / matmul_s
+            numbers[f"{name}_{precision}_gflops"] = flops / seconds / 1e9
+            numbers[f"matmul_{precision}_gflops"] = peak / 1e9
+            numbers[f"{name}_{precision}_share"] = flops / seconds / peak
+        numbers[f"{name}_gflop"] = flops / 1e9
+    return numbers
 
 
-@row("seconds per window within 10 %, memory below the volume's growth")
+@row("seconds per window within 10 %, memory below the volume's growth", ("1", "2", "4", "8"))
 def size(part):
     """Scans of 1, 2, 4, 8 times the voxels, full-width U-Net, 32 classes."""
-    import data
-    import infer
-    if not part.isdigit():
-        return {}
-    with tempfile.TemporaryDirectory() as tmp:
-        scan = phantom_scan(tmp, (1.5,) * 3, (192, 192, 96 * int(part)))
-        n = infer.count_windows(data.preprocess(data.load_volume(scan))[0].shape, SIDE)
-        ck = checkpoint(tmp, width=64)
-        start = time.perf_counter()
-        infer.main(["--checkpoint", str(ck), "--input", str(scan), "--output", f"{tmp}/out"])
-        return {f"x{part}_s_per_window": (time.perf_counter() - start) / n,
-                f"x{part}_gb": peak_gb()}
+    with tempfile.TemporaryDirectory() as folder:
+        scan = phantom_scan(folder, (1.5,) * 3, (192, 192, 96 * int(part)))
+        shape = data.preprocess(data.load_volume(scan))[0].shape
+        seconds = segment(scan, checkpoint(folder, width=FULL.width), f"{folder}/out")
+    return {f"x{part}_s_per_window": seconds / infer.count_windows(shape, FULL.side),
+            f"x{part}_gb": peak_gb()}
 
 
-@row("5x, memory below")
-def surfaces(part):
-    """32 classes of a 512 x 512 x 200 pair: NSD, HD95 and Dice against surface-distance."""
-    import metrics
-    np.Inf = np.inf                                     # surface-distance is older than NumPy 2
-    sd = __import__("surface_distance")
+def ellipsoid_maps(shape, spacing) -> list[np.ndarray]:
+    """Two label maps of the same 32 ellipsoids of many sizes, moved a little in each."""
     rng = np.random.default_rng(0)
-    shape, spacing = (512, 512, 200), (0.8, 0.8, 1.5)
     maps = [np.zeros(shape, np.uint8) for _ in range(2)]
-    for k in range(1, K + 1):                           # ellipsoids of many sizes, moved a little
+    for value in range(1, FULL.classes + 1):
         centre, radii = rng.uniform(0.15, 0.85, 3) * shape, rng.uniform(6, 60, 3)
-        for m in maps:
+        for label_map in maps:
             c, r = centre + rng.normal(0, 1, 3), radii * rng.uniform(0.95, 1.05, 3)
             box = tuple(slice(max(0, int(a - b)), int(a + b) + 2)
                         for a, b in zip(c, r, strict=True))
-            grid = np.ogrid[tuple(slice(s.start, min(s.stop, n)) for s, n in
-                                  zip(box, shape, strict=True))]
+            grid = np.ogrid[tuple(slice(s.start, min(s.stop, n))
+                                  for s, n in zip(box, shape, strict=True))]
             inside = sum(((g - a) / b) ** 2 for g, a, b in zip(grid, c, r, strict=True)) < 1
-            m[box][inside] = k
+            label_map[box][inside] = value
+    return maps
 
-    def base():
-        out = []
-        for k in range(1, K + 1):
-            p, r = maps[0] == k, maps[1] == k
-            d = sd.compute_surface_distances(r, p, spacing)
-            out.append((sd.compute_surface_dice_at_tolerance(d, 2.0),
-                        sd.compute_robust_hausdorff(d, 95), sd.compute_dice_coefficient(r, p)))
-        return out
 
-    def ours():
-        out, found = [], [ndimage.find_objects(m) for m in maps]
-        for k in range(1, K + 1):
-            box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
-                        for a, b in zip(found[0][k - 1], found[1][k - 1], strict=True))
-            p, r = (m[box] == k for m in maps)
-            s = metrics.surface_distances(p, r, spacing_mm=spacing)
-            out.append((metrics.nsd_of(s, 2.0), metrics.hd_of(s, 95), metrics.dice(p, r)))
-        return out
+def scores_of_surface_distance(maps, spacing) -> list[tuple]:
+    """NSD, HD95 and Dice of every class by the package surface-distance."""
+    np.Inf = np.inf                                     # surface-distance is older than NumPy 2
+    import surface_distance
+    pred_map, ref_map = maps
+    scores = []
+    for value in range(1, FULL.classes + 1):
+        pred, ref = pred_map == value, ref_map == value
+        distances = surface_distance.compute_surface_distances(ref, pred, spacing)
+        nsd = surface_distance.compute_surface_dice_at_tolerance(distances, 2.0)
+        hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
+        scores.append((nsd, hd95, surface_distance.compute_dice_coefficient(ref, pred)))
+    return scores
+
+
+def scores_of_metrics(maps, spacing) -> list[tuple]:
+    """The same by metrics.py, inside the box of each class."""
+    boxes = [ndimage.find_objects(label_map) for label_map in maps]
+    scores = []
+    for k in range(FULL.classes):
+        box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
+                    for a, b in zip(boxes[0][k], boxes[1][k], strict=True))
+        pred, ref = (label_map[box] == k + 1 for label_map in maps)
+        distances = metrics.surface_distances(pred, ref, spacing_mm=spacing)
+        scores.append((metrics.nsd_of(distances, 2.0), metrics.hd_of(distances, 95),
+                       metrics.dice(pred, ref)))
+    return scores
+
+
+@row("5x, memory below", PAIR)
+def surfaces(part):
+    """32 classes of a 512 x 512 x 200 pair: NSD, HD95 and Dice against surface-distance. The memory
+    is what comes on top of the imports, since neither side needs torch."""
+    before = peak_gb()
+    spacing = (0.8, 0.8, 1.5)
+    maps = ellipsoid_maps((512, 512, 200), spacing)
+    numbers = compare_calls(part, lambda: scores_of_surface_distance(maps, spacing),
+                            lambda: scores_of_metrics(maps, spacing), 1)
     if part == "time":
-        assert np.allclose(base(), ours(), atol=1e-6)
-        a, b = medians(1, base, ours)
-        return {"base_s": a, "ours_s": b, "fp32_ratio": a / b}
-    (base if part == "base" else ours)()
-    return {f"{part}_gb": peak_gb()}
+        assert np.allclose(scores_of_surface_distance(maps, spacing),
+                           scores_of_metrics(maps, spacing), atol=1e-6)
+        return numbers
+    return {f"{part}_gb": numbers[f"{part}_gb"] - before}
+
+
+def smallest_dice(file_a, file_b) -> dict[int, float]:
+    """The smallest Dice of a class of two label maps, by the least volume (ml) that counts.
+
+    A class of at least 10 ml counts under 10, one of 1 to 10 ml under 1.
+    """
+    a, b = data.load_volume(file_a), data.load_volume(file_b)
+    voxel_ml = abs(np.linalg.det(a.affine)) / 1000
+    worst = {10: 1.0, 1: 1.0}
+    for value in np.unique(a.array[a.array > 0]):
+        in_a, in_b = a.array == value, b.array == value
+        volume_ml = in_a.sum() * voxel_ml
+        least = next((least for least in worst if volume_ml > least), None)
+        if least is not None:
+            dice = float(2 * (in_a & in_b).sum() / (in_a.sum() + in_b.sum()))
+            worst[least] = min(worst[least], dice)
+    return worst
 
 
 @row("Dice above 0.99 from 10 ml, 0.97 from 1 ml")
 def agreement(part):
     """fp32 against bf16 segmentations by the README's first model and its one of real scans, with
     and without post-processing: the smallest Dice of a class in a scan."""
-    import data
-    import infer
-    if part != "time":
-        return {}
-    out = {}
+    numbers = {}
     for run, scans in (("run", "phantom/Dataset199_PhantomTest/imagesTs"),
                        ("real", "Dataset001_TotalSegExample/imagesTr")):
-        if not (ROOT / run / "last.pt").is_file():
-            out[run] = "not run: needs the README's training run of this name, and its data"
+        weights = ROOT / run / "last.pt"
+        if not weights.is_file():
+            numbers[run] = "not run: needs the README's training run of this name, and its data"
             continue
         for how in ("postprocess", "no-postprocess"):
             worst = {10: 1.0, 1: 1.0}
-            with tempfile.TemporaryDirectory() as tmp:
-                for amp in ("no-amp", "amp"):
-                    infer.main(["--checkpoint", str(ROOT / run / "last.pt"), "--input",
-                                str(ROOT / scans), "--output", f"{tmp}/{amp}", f"--{amp}",
-                                f"--{how}"])
-                for file in Path(tmp, "amp").glob("*.nii.gz"):
-                    a, b = (data.load_volume(f"{tmp}/{amp}/{file.name}")
-                            for amp in ("no-amp", "amp"))
-                    ml = abs(np.linalg.det(a.affine)) / 1000
-                    for v in np.unique(a.array[a.array > 0]):
-                        x, y = a.array == v, b.array == v
-                        d = float(2 * (x & y).sum() / (x.sum() + y.sum()))
-                        size = next((s for s in worst if x.sum() * ml > s), None)
-                        if size:
-                            worst[size] = min(worst[size], d)
-            out |= {f"{run}_{how.replace('-', '_')}_from_{s}_ml": d for s, d in worst.items()}
-    return out
+            with tempfile.TemporaryDirectory() as folder:
+                for precision in ("no-amp", "amp"):
+                    segment(ROOT / scans, weights, f"{folder}/{precision}", f"--{precision}",
+                            f"--{how}")
+                for file in Path(folder, "amp").glob("*.nii.gz"):
+                    found = smallest_dice(f"{folder}/no-amp/{file.name}", file)
+                    worst = {least: min(worst[least], found[least]) for least in worst}
+            for least, dice in worst.items():
+                numbers[f"{run}_{how.replace('-', '_')}_from_{least}_ml"] = dice
+    return numbers
 
 
-def markdown(content: dict) -> str:
-    """The README's table of a bench.json."""
-    lines = ["| row | goal | measured | peak memory |", "|---|---|---|---|"]
-    for name, d in content["rows"].items():
-        d = dict(d)
-        goal, memory = d.pop("goal"), ""
-        if "memory" in d:
-            memory = f"{d['ours_gb']:.2f} of {d['base_gb']:.2f} GB ({d['memory']:.0%})"
-        if "fp32_ratio" in d:
-            text = f"{d['fp32_ratio']:.2f}x ({d['base_s']:.3g} s, here {d['ours_s']:.3g} s)"
-            text += f", bf16 {d['bf16_ratio']:.2f}x" if "bf16_ratio" in d else ""
+# ---- the GPU's measurements ----------------------------------------------------------------------
+MODES = {                  # name: (tf32 in matrix products, tf32 in convolutions, bf16 autocast)
+    "fp32": (False, False, False),
+    "tf32": (True, True, False),
+    "bf16": (False, True, True),          # PyTorch's own settings, as in train.py and infer.py
+}
+TIME_LIMIT_S = 285.0       # of all measurements together
+RUNS_LIMIT_S = 4.0         # of one measurement's runs; slow ones are repeated less often
+COMPILE_LIMIT_S = 60.0
+SCAN_LIMIT_S = 100.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which of the classes of fast.py serve, and how."""
+    only: tuple[str, ...] | None = None    # names of the plain classes that are swapped; None: all
+    without: tuple[str, ...] = ()          # of these, names of those that are not
+    also_on: tuple[str, ...] = ()          # plain classes whose fast form serves this device too
+    channels_last: bool = True             # the layout of the weights
+    norms: str = "exact"                   # "torch": PyTorch's own norms in place of norm_act
+    heads: str = "blocks"                  # "plain": the heads of model.py
+
+
+CONVS = ("Conv", "UpConv")
+NORMS = ("GroupNormReLU", "ConvNormReLU", "ResBlock")
+WHOLE = ("UNet", "SwinUNETR")
+VARIANTS = {
+    "model.py": Variant(only=(), channels_last=False),
+    "only the layout of the weights": Variant(only=()),
+    "only Conv, UpConv": Variant(only=CONVS, also_on=CONVS),
+    "only norms": Variant(only=NORMS),
+    "only UNet, SwinUNETR (with their norms)": Variant(only=(*WHOLE, "ConvNormReLU", "ResBlock")),
+    "only WindowAttention": Variant(only=("WindowAttention",)),
+    "only SwinBlock": Variant(only=("SwinBlock",), also_on=("SwinBlock",)),
+    "only UniversalModel (heads)": Variant(only=("UniversalModel",)),
+    "all": Variant(),
+    "all but Conv, UpConv": Variant(without=CONVS),
+    "all but norms (and UNet, SwinUNETR, which need them)": Variant(without=(*NORMS, *WHOLE)),
+    "all but UNet, SwinUNETR": Variant(without=WHOLE),
+    "all but WindowAttention": Variant(without=("WindowAttention",)),
+    "all but UniversalModel (heads)": Variant(without=("UniversalModel",)),
+    "all, up as a matrix product": Variant(also_on=CONVS),
+    "all, SwinBlock too": Variant(also_on=("SwinBlock",)),
+    "all, PyTorch's norms": Variant(norms="torch"),
+    "all, heads of model.py": Variant(heads="plain"),
+    "all, weights contiguous": Variant(channels_last=False),
+}
+ONLY_SWIN = ("only WindowAttention", "only SwinBlock", "all but WindowAttention",
+             "all, SwinBlock too")
+
+
+def torch_norm_act(x: Tensor, weight=None, bias=None, *, groups=None, slope=0.0, eps=1e-5,
+                   overwrite=False) -> Tensor:
+    """fast.norm_act by PyTorch's own instance and group norm."""
+    if groups is None:
+        x = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    else:
+        x = F.group_norm(x, groups, weight, bias, eps)
+    return x if slope is None else F.leaky_relu(x, slope)
+
+
+@contextlib.contextmanager
+def switched(variant: Variant, device: str):
+    """Inside, fast.accelerate and the fast classes do what the variant says."""
+    by_name = {plain.__name__: plain for plain in fast.FAST}
+    names = by_name if variant.only is None else variant.only
+    table = {by_name[name]: fast.FAST[by_name[name]]
+             for name in names if name not in variant.without}
+    accelerate = fast.accelerate
+
+    def accelerate_contiguous(network):
+        return accelerate(network).to(memory_format=torch.contiguous_format)
+
+    with contextlib.ExitStack() as stack:
+        def replace(where, name, value):
+            stack.enter_context(mock.patch.object(where, name, value))
+        replace(fast, "FAST", table)
+        for name in variant.also_on:
+            own = fast.FAST.get(by_name[name])
+            replace(own, "devices", (*own.devices, device))
+        if not variant.channels_last:
+            replace(fast, "accelerate", accelerate_contiguous)
+        if variant.norms == "torch":
+            replace(fast, "norm_act", torch_norm_act)
+        if variant.heads == "plain":
+            replace(fast.FastUniversalModel, "heads", plain_form.UniversalModel.heads)
+        yield
+
+
+@contextlib.contextmanager
+def precision(mode: str):
+    """Inside, tf32 is used as the mode says -> whether to compute in bf16 by autocast."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32, amp = MODES[mode]
+    try:
+        yield amp
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one entry of bench-cuda.json is about."""
+    table: str                       # networks, pieces or scan
+    what: str                        # window or step; for a scan, what infer.py is asked to do
+    backbone: str = "unet"
+    side: str = "fast"               # base, plain, fast or compiled
+    mode: str = "bf16"
+    batch: int = 1
+    variant: str = "all"             # one of VARIANTS
+    limit_s: float | None = None     # if set, a process of its own, which ends after this time
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.table, self.what, self.backbone, self.side, self.mode,
+                         f"batch {self.batch}", self.variant])
+
+
+def measurements() -> list[Measurement]:
+    """All measurements, the most important first, since the time limit cuts the end."""
+    def networks(mode):
+        return [Measurement("networks", what, backbone, side, mode, 1 if what == "window" else 2)
+                for what in ("window", "step") for backbone in BACKBONES
+                for side in ("base", "plain", "fast")]
+
+    def compiled(mode):
+        return [Measurement("networks", "window", backbone, "compiled", mode,
+                            limit_s=COMPILE_LIMIT_S) for backbone in BACKBONES]
+    batches = [Measurement("networks", "window", backbone, side, "bf16", 4)
+               for backbone in BACKBONES for side in ("base", "plain", "fast")]
+    pieces = [Measurement("pieces", what, backbone, batch=batch, variant=variant)
+              for variant in VARIANTS for backbone in BACKBONES
+              for what, batch in (("window", 1), ("step", 2))
+              if backbone == "swin" or variant not in ONLY_SWIN]
+    whole, raw = (Measurement("scan", how, batch=4, limit_s=SCAN_LIMIT_S)
+                  for how in ("postprocess", "no-postprocess"))
+    return [*networks("bf16"), *networks("fp32"), whole, *networks("tf32"), *batches, *pieces,
+            *compiled("bf16"), raw, *compiled("tf32"), *compiled("fp32")]
+
+
+def milliseconds(call: Callable, device: str, runs: int, warm_ups: int) -> list[float]:
+    """Milliseconds of each run after the warm-ups, by CUDA events where there are any."""
+    for _ in range(warm_ups):
+        call()
+    took: list[float] = []
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    while len(took) < runs and sum(took) < 1000 * RUNS_LIMIT_S:
+        if device == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            took.append(start.elapsed_time(stop))
         else:
-            text = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else
-                             f"{k.replace('_', ' ')} {v}" for k, v in d.items() if k != "memory")
-        lines.append(f"| {name.replace('_', ' ')} | {goal} | {text} | {memory} |")
+            begin = time.perf_counter()
+            call()
+            took.append(1000 * (time.perf_counter() - begin))
+    return took
+
+
+def device_peak_gb(device: str) -> float | None:
+    """The most memory that tensors held since the last reset; None where nobody counts."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+
+def measure_network(m: Measurement, device: str, size: Size, runs: int, warm_ups: int) -> dict:
+    """The median of a window's or step's times, per call of the whole batch, and its memory."""
+    make = window if m.what == "window" else step
+    with switched(VARIANTS[m.variant], device), precision(m.mode) as amp:
+        call = make(m.side, m.backbone, amp, size=size, batch=m.batch, device=device)
+        took = milliseconds(call, device, runs, warm_ups)
+    return {"ms": statistics.median(took), "gb": device_peak_gb(device), "runs": len(took)}
+
+
+def measure_scan(m: Measurement, device: str, size: Size, shape=(512, 512, 300)) -> dict:
+    """Seconds of infer.main, from reading to writing, for a CT of 0.8 x 0.8 x 1 mm, 32 classes, in
+    the precision that infer.py chooses on this device (bf16 on an H100).
+
+    The network is untrained, so its masks have far more pieces than those of a trained one, which
+    makes post-processing slower.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        scan = phantom_scan(folder, (0.8, 0.8, 1.0), shape)
+        weights = checkpoint(folder, width=size.width, side=size.side)
+        seconds = segment(scan, weights, f"{folder}/out", "--device", device, "--batch",
+                          str(m.batch), f"--{m.what}")
+    return {"s": seconds, "gb": device_peak_gb(device)}
+
+
+def measure(m: Measurement, device: str, size: Size = FULL, runs: int = 5,
+            warm_ups: int = 2) -> dict:
+    """The numbers of a measurement, or the first line of its error."""
+    try:
+        if m.table == "scan":
+            return measure_scan(m, device, size)
+        return measure_network(m, device, size, runs, warm_ups)
+    except Exception as e:               # one failure must not end the others
+        return {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[:1]}"}
+
+
+def measure_in_own_process(m: Measurement, device: str, limit_s: float) -> dict:
+    """The same in a process that can be ended: a compiler does not look at the clock."""
+    command = [sys.executable, "-m", "experiments.bench", "--device", device, "--part", m.name]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)           # and the compiler's own processes
+        process.communicate()
+        return {"error": f"ended after {limit_s:.0f} s"}
+    return result_line(output) or {"error": str(errors.strip().splitlines()[-1:])}
+
+
+def free_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run_measurements(plan: list[Measurement], device: str, out: Path, machine: dict, *,
+                     size: Size = FULL, runs: int = 5, warm_ups: int = 2,
+                     limit_s: float = TIME_LIMIT_S) -> dict:
+    """Measure one after the other. Each is printed as a line of JSON and written at once."""
+    start = time.monotonic()
+    content = {"machine": machine, "measurements": []}
+    for m in plan:
+        left = limit_s - (time.monotonic() - start)
+        if left < 5:
+            numbers = {"error": "not run: the time limit was reached"}
+        elif m.limit_s is not None:
+            numbers = measure_in_own_process(m, device, min(m.limit_s, left))
+        else:
+            numbers = measure(m, device, size, runs, warm_ups)
+        free_memory(device)
+        entry = {**dataclasses.asdict(m), **numbers}
+        del entry["limit_s"]
+        content["measurements"].append(entry)
+        print(json.dumps(entry), flush=True)
+        machine["seconds"] = round(time.monotonic() - start, 1)
+        write(content, out)
+    return content
+
+
+# ---- tables --------------------------------------------------------------------------------------
+def markdown(content: dict) -> str:
+    """The table of a bench.json, or the tables of a bench-cuda.json."""
+    if "measurements" in content:
+        return device_markdown(content)
+    lines = ["| row | goal | measured | peak memory |", "|---|---|---|---|"]
+    for name, numbers in content["rows"].items():
+        cells = [name.replace("_", " "), numbers["goal"], times_cell(numbers), memory_cell(numbers)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def times_cell(numbers: dict) -> str:
+    if "fp32_ratio" not in numbers:
+        shown = {key: value for key, value in numbers.items() if key not in ("goal", "memory")}
+        return ", ".join(f"{key.replace('_', ' ')} {number(value)}"
+                         for key, value in shown.items())
+    plain = f"plain {numbers['plain_s']:.3g} s, " if "plain_s" in numbers else ""
+    text = (f"{numbers['fp32_ratio']:.2f}x ({numbers['base_s']:.3g} s, {plain}"
+            f"here {numbers['ours_s']:.3g} s)")
+    return text + (f", bf16 {numbers['bf16_ratio']:.2f}x" if "bf16_ratio" in numbers else "")
+
+
+def memory_cell(numbers: dict) -> str:
+    if "memory" not in numbers:
+        return ""
+    plain = f", plain {numbers['plain_gb']:.2f} GB" if "plain_gb" in numbers else ""
+    return (f"{numbers['ours_gb']:.2f} of {numbers['base_gb']:.2f} GB "
+            f"({numbers['memory']:.0%}){plain}")
+
+
+def number(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def device_markdown(content: dict) -> str:
+    """Three tables: networks, whole scans, single pieces of fast.py."""
+    entries = content["measurements"]
+    parts = [networks_table([e for e in entries if e["table"] == "networks"]),
+             scans_table([e for e in entries if e["table"] == "scan"]),
+             pieces_table([e for e in entries if e["table"] == "pieces"])]
+    return "\n".join(part for part in parts if part)
+
+
+def device_cell(entry: dict | None) -> str:
+    """Milliseconds per window or step, and memory."""
+    if entry is None:
+        return ""
+    if "error" in entry:
+        return "not run" if entry["error"].startswith("not run") else "failed"
+    windows = entry["batch"] if entry["what"] == "window" else 1
+    memory = "" if entry["gb"] is None else f", {entry['gb']:.2f} GB"
+    return f"{entry['ms'] / windows:.1f} ms{memory}"
+
+
+def ratio_cell(base: dict | None, other: dict | None) -> str:
+    if base is None or other is None or "ms" not in base or "ms" not in other:
+        return ""
+    return f"{base['ms'] / other['ms']:.2f}x"
+
+
+def networks_table(entries: list[dict]) -> str:
+    if not entries:
+        return ""
+    sides = ("base", "plain", "fast", "compiled")
+    by_row: dict[tuple, dict] = {}
+    for e in entries:
+        by_row.setdefault((e["what"], e["backbone"], e["mode"], e["batch"]), {})[e["side"]] = e
+    rows = []
+    for (what, backbone, mode, batch), found in sorted(by_row.items(), reverse=True):
+        cells = [device_cell(found.get(side)) for side in sides]
+        rows.append([f"{what}, {BACKBONES[backbone]}, batch {batch}", mode, *cells,
+                     ratio_cell(found.get("base"), found.get("fast"))])
+    return table(["time per window or step", "mode", *sides, "base / fast"], rows)
+
+
+def scans_table(entries: list[dict]) -> str:
+    if not entries:
+        return ""
+    rows = []
+    for e in entries:
+        failed = device_cell(e) if "error" in e else ""
+        memory = "" if e.get("gb") is None else f"{e['gb']:.2f} GB"
+        rows.append([f"--{e['what']}", failed or f"{e['s']:.1f} s", memory])
+    return table(["whole CT with infer.py", "seconds", "memory"], rows)
+
+
+def pieces_table(entries: list[dict]) -> str:
+    if not entries:
+        return ""
+    columns = [("window", "swin"), ("step", "swin"), ("window", "unet"), ("step", "unet")]
+    by_variant: dict[str, dict] = {}
+    for e in entries:
+        by_variant.setdefault(e["variant"], {})[e["what"], e["backbone"]] = e
+    rows = [[variant, *(device_cell(found.get(column)) for column in columns)]
+            for variant, found in by_variant.items()]
+    head = [f"{BACKBONES[backbone]}, {what}" for what, backbone in columns]
+    return table(["classes of fast.py, bf16", *head], rows)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+def write(content: dict, out: Path) -> None:
+    """The JSON, and its tables beside it."""
+    with data.atomic_write(out) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+    with data.atomic_write(out.with_suffix(".md")) as part:
+        part.write_text(markdown(content))
+
+
+def result_line(output: str) -> dict | None:
+    """What a process of `--part` found; None if it did not come so far."""
+    found = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(found[-1].removeprefix("RESULT ")) if found else None
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def measure_row(name: str) -> dict:
+    """A row: every part in a process of its own."""
+    numbers: dict = {"goal": ROWS[name].goal}
+    for part in ROWS[name].parts:
+        run = subprocess.run([sys.executable, "-m", "experiments.bench", "--only", name, "--part",
+                              part], cwd=ROOT, capture_output=True, text=True)
+        failed = {f"{part}_failed": run.stderr.strip().splitlines()[-1:]}
+        numbers |= result_line(run.stdout) or failed
+    if "base_gb" in numbers and "ours_gb" in numbers:
+        numbers["memory"] = numbers["ours_gb"] / numbers["base_gb"]
+    return numbers
+
+
+def run_rows(names: list[str], out: Path) -> None:
+    """Measure rows and replace them in the file, which keeps its other rows."""
+    machine = {"processor": processor(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "bf16": bf16(), "python": platform.python_version()}
+    rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
+    print(json.dumps(machine))
+    for name in names:
+        rows[name] = measure_row(name)
+        shown = ", ".join(f"{key} {number(value)}" for key, value in rows[name].items()
+                          if key != "goal")
+        print(f"{name:12} goal: {rows[name]['goal']}\n   {shown}", flush=True)
+        write({"machine": machine, "rows": rows}, out)
+
+
+def run_device(names: list[str], out: Path) -> None:
+    """The GPU's measurements whose names contain one of these."""
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+               "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+               "processor": processor(), "threads": torch.get_num_threads(),
+               "python": platform.python_version()}
+    print(json.dumps(machine), flush=True)
+    plan = [m for m in measurements() if any(name in m.name for name in names)]
+    run_measurements(plan, "cuda", out, machine)
+
+
+def measure_part(args: argparse.Namespace) -> dict:
+    """One measurement, in this process."""
+    if args.device == "cuda":
+        m, = (m for m in measurements() if m.name == args.part)
+        return measure(m, args.device)
+    name = args.only[0]
+    if name not in ROWS:
+        name = next(full for full in ROWS if name in full)
+    return ROWS[name].measure(args.part)
+
+
 def main(argv=None) -> int:
-    ap = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split(
-        "\n")[0])
-    ap.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
-    ap.add_argument("--out", type=Path, default=Path("bench.json"))
+    ap = argparse.ArgumentParser(prog="python -m experiments.bench",
+                                 description=__doc__.split("\n")[0])
+    ap.add_argument("--only", nargs="+", default=[""], metavar="NAME",
+                    help="measure only what has one of these in its name")
+    ap.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                    help="which table to measure (default: cpu)")
+    ap.add_argument("--out", type=Path, metavar="FILE",
+                    help="the JSON file; the table is written beside it (default: bench.json, for "
+                         "cuda experiments/results/bench-cuda.json)")
     ap.add_argument("--part", help=argparse.SUPPRESS)           # one measurement, in this process
     args = ap.parse_args(argv)
-    rows = [n for n in GOALS if any(o in n for o in args.only)]
-    sys.path.insert(0, str(ROOT))
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        ap.error("--device cuda: PyTorch finds no CUDA device here")
     if args.part:
-        print("RESULT " + json.dumps(globals()[rows[0]](args.part)))
-        return 0
-    import torch
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-                if line.startswith("model name")), platform.processor())
-    machine = {"processor": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "bf16": bf16(), "python": platform.python_version()}
-    table = json.loads(args.out.read_text())["rows"] if args.out.is_file() else {}
-    print(json.dumps(machine))
-    for name in rows:
-        table[name] = {"goal": GOALS[name]}
-        for part in ("1", "2", "4", "8") if name == "size" else ("time", "base", "ours"):
-            run = subprocess.run([sys.executable, "-m", "experiments.bench", "--only", name,
-                                  "--part", part], cwd=ROOT, capture_output=True, text=True)
-            line = [s for s in run.stdout.splitlines() if s.startswith("RESULT ")]
-            table[name] |= json.loads(line[-1][7:]) if line else {
-                f"{part}_failed": run.stderr.strip().splitlines()[-1:]}
-        d = table[name]
-        if "base_gb" in d and "ours_gb" in d:
-            d["memory"] = d["ours_gb"] / d["base_gb"]
-        print(f"{name:12} goal: {d['goal']}\n   " + ", ".join(
-            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in d.items() if k != "goal"), flush=True)
-        content = {"machine": machine, "rows": table}
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(markdown(content))
+        print("RESULT " + json.dumps(measure_part(args)))
+    elif args.device == "cuda":
+        run_device(args.only, args.out or ROOT / "experiments" / "results" / "bench-cuda.json")
+    else:
+        names = [name for name in ROWS if any(part in name for part in args.only)]
+        run_rows(names, args.out or Path("bench.json"))
     return 0
 
 
