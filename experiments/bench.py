@@ -194,14 +194,13 @@ def release_loss(logits: Tensor, y: Tensor) -> Tensor:
 # ---- networks and calls that both devices measure ------------------------------------------------
 def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> nn.Module:
     """An untrained network: side is base, plain, fast or compiled (torch.compile of plain)."""
+    spec = {"unet": {"backbone": "unet", "width": size.width},
+            "swin": {"backbone": "swin_unetr", "feature_size": size.feature_size}}[backbone]
     with torch.device(device):
+        if side == "base" and backbone == "unet":
+            return Release(PlainUNet(size.width), size.text_dim)
         if side == "base":
-            net = PlainUNet(size.width) if backbone == "unet" else \
-                MonaiSwinUNETR(size.side, size.feature_size)
-            return Release(net, size.text_dim)
-        spec = {"backbone": "unet", "width": size.width}
-        if backbone == "swin":
-            spec = {"backbone": "swin_unetr", "feature_size": size.feature_size}
+            return Release(MonaiSwinUNETR(size.side, size.feature_size), size.text_dim)
         network = plain_form.build_model({**spec, "text_dim": size.text_dim})
     if side == "fast":
         fast.accelerate(network)
