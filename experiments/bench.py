@@ -561,7 +561,7 @@ def size(part):
             f"x{part}_gb": peak_gb()}
 
 
-def ellipsoid_maps(shape, spacing) -> list[np.ndarray]:
+def ellipsoid_maps(shape) -> list[np.ndarray]:
     """Two label maps of the same 32 ellipsoids of many sizes, moved a little in each."""
     rng = np.random.default_rng(0)
     maps = [np.zeros(shape, np.uint8) for _ in range(2)]
@@ -613,7 +613,7 @@ def surfaces(part):
     is what comes on top of the imports, since neither side needs torch."""
     before = peak_gb()
     spacing = (0.8, 0.8, 1.5)
-    maps = ellipsoid_maps((512, 512, 200), spacing)
+    maps = ellipsoid_maps((512, 512, 200))
     numbers = compare_calls(part, lambda: scores_of_surface_distance(maps, spacing),
                             lambda: scores_of_metrics(maps, spacing), 1)
     if part == "time":
