@@ -194,14 +194,13 @@ def release_loss(logits: Tensor, y: Tensor) -> Tensor:
 # ---- networks and calls that both devices measure ------------------------------------------------
 def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> nn.Module:
     """An untrained network: side is base, plain, fast or compiled (torch.compile of plain)."""
+    spec = {"unet": {"backbone": "unet", "width": size.width},
+            "swin": {"backbone": "swin_unetr", "feature_size": size.feature_size}}[backbone]
     with torch.device(device):
+        if side == "base" and backbone == "unet":
+            return Release(PlainUNet(size.width), size.text_dim)
         if side == "base":
-            net = PlainUNet(size.width) if backbone == "unet" else \
-                MonaiSwinUNETR(size.side, size.feature_size)
-            return Release(net, size.text_dim)
-        spec = {"backbone": "unet", "width": size.width}
-        if backbone == "swin":
-            spec = {"backbone": "swin_unetr", "feature_size": size.feature_size}
+            return Release(MonaiSwinUNETR(size.side, size.feature_size), size.text_dim)
         network = plain_form.build_model({**spec, "text_dim": size.text_dim})
     if side == "fast":
         fast.accelerate(network)
@@ -562,7 +561,7 @@ def size(part):
             f"x{part}_gb": peak_gb()}
 
 
-def ellipsoid_maps(shape, spacing) -> list[np.ndarray]:
+def ellipsoid_maps(shape) -> list[np.ndarray]:
     """Two label maps of the same 32 ellipsoids of many sizes, moved a little in each."""
     rng = np.random.default_rng(0)
     maps = [np.zeros(shape, np.uint8) for _ in range(2)]
@@ -614,7 +613,7 @@ def surfaces(part):
     is what comes on top of the imports, since neither side needs torch."""
     before = peak_gb()
     spacing = (0.8, 0.8, 1.5)
-    maps = ellipsoid_maps((512, 512, 200), spacing)
+    maps = ellipsoid_maps((512, 512, 200))
     numbers = compare_calls(part, lambda: scores_of_surface_distance(maps, spacing),
                             lambda: scores_of_metrics(maps, spacing), 1)
     if part == "time":

@@ -1,0 +1,277 @@
+"""The benchmark: frozen baselines against model.py, its rows and tables, and the GPU's measurements
+on the CPU at tiny sizes (no time in them means anything)."""
+import contextlib
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fast
+import losses
+import model
+from experiments import bench
+
+TINY = bench.Size(side=32, classes=4, annotated=(1, 3), width=8, feature_size=12, text_dim=5)
+TINY_SWIN = dataclasses.replace(TINY, side=64)
+
+
+def logits_of(side, backbone="unet", size=TINY, batch=1, variant="all"):
+    """Of a network and of windows that depend on nothing but a seed."""
+    torch.manual_seed(0)
+    with bench.switched(bench.VARIANTS[variant], "cpu"):
+        return bench.window(side, backbone, size=size, batch=batch)()
+
+
+# ---- baselines -----------------------------------------------------------------------------------
+def name_in_baseline(name):
+    """down.0.1.conv.weight -> backbone.down.0.1.0.weight, and so on."""
+    renamed = {"pool_norm": "gap.0", "pool": "gap.3", "reduce_norm": "pre.0", "reduce": "pre.2",
+               "controller.text": "text", "controller.out": "controller"}
+    module, kind = name.rsplit(".", 1)
+    module = module.replace(".conv", ".0").replace(".norm", ".1")
+    return f"{renamed.get(module, module)}.{kind}"
+
+
+def test_the_baseline_is_our_plain_unet_for_one_window():
+    torch.manual_seed(0)
+    ours = bench.build("plain", "unet", TINY)
+    base = bench.build("base", "unet", TINY)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, 0.02, 0.1)                # norms and biases that differ as well
+    shapes = base.state_dict()
+    state = {name_in_baseline(name): value for name, value in ours.state_dict().items()}
+    base.load_state_dict({name: value.view_as(shapes[name]) for name, value in state.items()})
+    x, w = bench.inputs(TINY, 1, "cpu")
+    want, got = ours(x, w), base.train()(x, w)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.detach().abs().max()))
+
+
+def test_grouped_heads_are_apply_heads():
+    feat, theta = torch.randn(1, 8, 3, 4, 5), torch.randn(6, 153)
+    torch.testing.assert_close(bench.grouped_heads(feat, theta),
+                               model.apply_heads(feat, theta[None]), rtol=1e-5, atol=1e-4)
+
+
+def test_the_baseline_s_loss_is_ours_where_every_scan_annotates_the_same():
+    logits, y = torch.randn(2, 3, 4, 5, 6), torch.rand(2, 3, 4, 5, 6) > 0.7
+    annotated = torch.ones(2, 3, dtype=torch.bool)
+    ours = losses.masked_bce(logits, y, annotated) + losses.masked_dice(logits, y, annotated)
+    torch.testing.assert_close(bench.release_loss(logits, y), ours)
+
+
+def test_monai_gives_a_decoder_feature_and_a_deepest_one():
+    pytest.importorskip("monai")
+    deep, fine = bench.build("base", "swin", TINY_SWIN).backbone(torch.rand(1, 1, 64, 64, 64))
+    assert deep.shape == (1, 16 * 12, 2, 2, 2) and fine.shape == (1, 12, 64, 64, 64)
+
+
+# ---- what is compared ----------------------------------------------------------------------------
+@pytest.mark.parametrize("side", ["base", "plain", "fast"])
+def test_windows_and_steps_of_two(side):
+    assert logits_of(side, batch=2).shape == (2, 4, 32, 32, 32)
+    call = bench.step(side, "unet", size=TINY, batch=2)
+    assert call() > call() > 0                                     # the step changes the network
+
+
+def test_one_call_for_both_scans_has_the_loss_of_one_call_for_each():
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        found.append(bench.two_scan_step(together, TINY, (3, 1))())
+    torch.testing.assert_close(*found)
+
+
+def test_multiply_adds_of_one_convolution_of_the_unet_by_hand():
+    """The last convolution of width 8 at 32^3 has 2 * 27 * 8 * 8 * 32^3 operations; twice as many
+    voxels on every side need eight times as many of all."""
+    small = bench.count_flops("unet", TINY)
+    assert 2 * 27 * 8 * 8 * 32 ** 3 < small
+    assert bench.count_flops("unet", TINY_SWIN) == 8 * small
+
+
+# ---- the CPU's rows ------------------------------------------------------------------------------
+def test_rows_and_their_parts():
+    assert list(bench.ROWS) == ["window_swin", "window_unet", "step_swin", "step_unet", "two_scans",
+                                "heads", "whole_ct", "huge_ct", "preprocess", "pipeline",
+                                "arithmetic", "size", "surfaces", "agreement"]
+    assert bench.ROWS["step_unet"].parts == ("time", "base", "plain", "ours")
+    assert bench.ROWS["size"].parts == ("1", "2", "4", "8")
+
+
+def test_a_comparison_of_networks_has_the_keys_of_the_table(monkeypatch):
+    def tiny(side, backbone, amp=False):
+        return bench.window(side, backbone, amp, size=TINY)
+    monkeypatch.setattr(bench, "bf16", lambda: True)
+    numbers = bench.compare_networks("time", tiny, "unet", 1)
+    assert set(numbers) == {"base_s", "plain_s", "ours_s", "fp32_ratio", "bf16_s", "bf16_ratio"}
+    for part in ("base", "plain", "ours"):
+        assert bench.compare_networks(part, tiny, "unet", 1)[f"{part}_gb"] > 0
+
+
+def test_only_names_a_row_and_part_measures_it_in_this_process(monkeypatch, capsys):
+    row = bench.Row("a goal", ("time",), lambda part: {"seen": part})
+    monkeypatch.setitem(bench.ROWS, "heads", row)
+    assert bench.main(["--only", "heads", "--part", "time"]) == 0
+    assert bench.result_line(capsys.readouterr().out) == {"seen": "time"}
+    assert bench.result_line("no result\n") is None
+
+
+def test_rows_that_were_not_measured_again_stay_in_the_file(monkeypatch, tmp_path):
+    out = tmp_path / "bench.json"
+    out.write_text(json.dumps({"rows": {"heads": {"goal": "20x", "kept": 1}}}))
+    monkeypatch.setattr(bench, "measure_row", lambda name: {"goal": "g", "seconds": 0.25})
+    assert bench.main(["--only", "huge", "--out", str(out)]) == 0
+    assert list(json.loads(out.read_text())["rows"]) == ["heads", "huge_ct"]
+    *_, last = out.with_suffix(".md").read_text().splitlines()
+    assert last == "| huge ct | g | seconds 0.25 |  |"
+
+
+def test_a_table_by_hand():
+    numbers = {"goal": "2x", "base_s": 4.0, "plain_s": 3.0, "ours_s": 1.0, "fp32_ratio": 4.0,
+               "bf16_ratio": 8.0, "base_gb": 2.0, "plain_gb": 1.5, "ours_gb": 1.0, "memory": 0.5}
+    other = {"goal": "few", "windows": 12, "whole_s": 0.12345, "threads": 2}
+    assert bench.markdown({"rows": {"step_unet": numbers, "whole_ct": other}}) == """\
+| row | goal | measured | peak memory |
+|---|---|---|---|
+| step unet | 2x | 4.00x (4 s, plain 3 s, here 1 s), bf16 8.00x | \
+1.00 of 2.00 GB (50%), plain 1.50 GB |
+| whole ct | few | windows 12, whole s 0.123, threads 2 |  |
+"""
+
+
+# ---- the GPU's measurements ----------------------------------------------------------------------
+def test_variants_swap_what_they_say_and_leave_nothing_behind():
+    before = dict(fast.FAST)
+    with bench.switched(bench.VARIANTS["only Conv, UpConv"], "somewhere"):
+        assert set(fast.FAST) == {model.Conv, model.UpConv}
+        assert fast.FastConv.devices == ("cpu", "somewhere")
+    with bench.switched(bench.VARIANTS["all but UniversalModel (heads)"], "cpu"):
+        assert set(before) - set(fast.FAST) == {model.UniversalModel}
+    assert fast.FAST == before and fast.FastConv.devices == ("cpu",)
+
+
+@pytest.mark.parametrize("variant", [v for v in bench.VARIANTS if v not in bench.ONLY_SWIN])
+def test_every_variant_computes_the_same_unet(variant):
+    want = logits_of("plain")
+    torch.testing.assert_close(logits_of("fast", variant=variant), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", bench.ONLY_SWIN)
+def test_every_variant_of_attention_computes_the_same_swin_unetr(variant):
+    want = logits_of("plain", "swin", TINY_SWIN)
+    got = logits_of("fast", "swin", TINY_SWIN, variant=variant)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_precision_is_set_and_restored():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for mode, want in bench.MODES.items():
+        with bench.precision(mode) as amp:
+            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+                    amp) == want
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_names_tell_measurements_apart_and_the_most_important_come_first():
+    plan = bench.measurements()
+    assert len({m.name for m in plan}) == len(plan)
+    assert [m.mode for m in plan[:24]] == ["bf16"] * 12 + ["fp32"] * 12
+    assert plan[24].table == "scan" and plan[-1].side == "compiled"
+    for m in plan:
+        assert m.variant in bench.VARIANTS and m.mode in bench.MODES
+
+
+def tiny_plan():
+    """A window of every side, a step, a piece, a failure, and two that no time is left for."""
+    plan = [bench.Measurement("networks", "window", side=side, mode=mode, batch=batch)
+            for side, mode, batch in (("base", "fp32", 1), ("plain", "tf32", 1),
+                                      ("fast", "bf16", 1), ("fast", "fp32", 4))]
+    return [*plan, bench.Measurement("networks", "step", mode="fp32", batch=2),
+            bench.Measurement("pieces", "window", variant="only norms", mode="fp32"),
+            bench.Measurement("pieces", "step", backbone="resnet", mode="fp32")]
+
+
+def test_measurements_of_the_gpu_on_the_cpu(tmp_path, capsys):
+    out = tmp_path / "results" / "bench-cuda.json"
+    content = bench.run_measurements(tiny_plan(), "cpu", out, {"device": "none"}, size=TINY, runs=2,
+                                     warm_ups=0)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == content["measurements"] == json.loads(out.read_text())["measurements"]
+    *good, failed = printed
+    assert all(e["ms"] > 0 and e["gb"] is None and e["runs"] in (1, 2) for e in good)
+    assert "error" in failed and "ms" not in failed
+    assert out.with_suffix(".md").read_text() == bench.markdown(content)
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path):
+    content = bench.run_measurements(tiny_plan()[:2], "cpu", tmp_path / "b.json", {}, size=TINY,
+                                     limit_s=0)
+    assert [e["error"] for e in content["measurements"]] == [
+        "not run: the time limit was reached"] * 2
+
+
+def test_a_compiled_network_is_measured(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    m = bench.Measurement("networks", "window", side="compiled", mode="fp32")
+    assert bench.measure(m, "cpu", TINY, 1, 0)["ms"] > 0
+    assert len(compiled) == 1 and type(compiled[0]) is model.UniversalModel
+
+
+def test_a_process_that_outlasts_its_limit_is_ended():
+    m = bench.Measurement("networks", "window")
+    assert bench.measure_in_own_process(m, "cpu", 0.1)["error"].startswith("ended after")
+
+
+def test_a_process_that_fails_leaves_its_last_line():
+    if torch.cuda.is_available():
+        pytest.skip("is about machines without a GPU")
+    m = bench.Measurement("networks", "window")
+    assert "no CUDA device" in bench.measure_in_own_process(m, "cuda", 60)["error"]
+
+
+def test_a_whole_scan_is_timed():
+    m = bench.Measurement("scan", "no-postprocess", batch=4)
+    numbers = bench.measure_scan(m, "cpu", TINY, shape=(40, 36, 30))
+    assert numbers["s"] > 0 and numbers["gb"] is None
+
+
+def test_without_a_gpu_the_command_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("is about machines without a GPU")
+    with contextlib.suppress(SystemExit):
+        bench.main(["--device", "cuda"])
+    assert "PyTorch finds no CUDA device" in capsys.readouterr().err
+
+
+def entry(table, what, **more):
+    return {**dataclasses.asdict(bench.Measurement(table, what)), **more}
+
+
+def test_tables_of_the_gpu_by_hand():
+    content = {"machine": {}, "measurements": [
+        entry("networks", "window", side="base", batch=4, ms=80.0, gb=2.0),
+        entry("networks", "window", side="plain", batch=4, ms=60.0, gb=1.5),
+        entry("networks", "window", side="fast", batch=4, ms=40.0, gb=1.0),
+        entry("networks", "window", side="compiled", batch=4, error="not run: no time"),
+        entry("scan", "postprocess", s=12.34, gb=3.0),
+        entry("scan", "no-postprocess", error="ended after 60 s"),
+        entry("pieces", "step", variant="all", ms=5.0, gb=0.5),
+        entry("pieces", "window", variant="all", backbone="swin", error="OutOfMemoryError: []"),
+    ]}
+    assert bench.markdown(content) == """\
+| time per window or step | mode | base | plain | fast | compiled | base / fast |
+| --- | --- | --- | --- | --- | --- | --- |
+| window, U-Net, batch 4 | bf16 | 20.0 ms, 2.00 GB | 15.0 ms, 1.50 GB | 10.0 ms, 1.00 GB | \
+not run | 2.00x |
+
+| whole CT with infer.py | seconds | memory |
+| --- | --- | --- |
+| --postprocess | 12.3 s | 3.00 GB |
+| --no-postprocess | failed |  |
+
+| classes of fast.py, bf16 | Swin UNETR, window | Swin UNETR, step | U-Net, window | U-Net, step |
+| --- | --- | --- | --- | --- |
+| all | failed |  |  | 5.0 ms, 0.50 GB |
+"""
