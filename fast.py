@@ -1,10 +1,11 @@
 """The operations of model.py again, faster and in less memory: `accelerate(model)`.
 
 Every class here is a subclass of one plain class of model.py, with the same parameters and the same
-results to rounding; `accelerate` swaps the classes of a model's modules and nothing else. State
-dicts, isinstance and checkpoints are the same either way. A forward falls back to the plain one on
-a device that its class does not name in `devices`: what saves memory serves GPUs as well, what is
-only faster serves the device on which it was measured (experiments/RESULTS.md).
+results to rounding; `accelerate` swaps the classes of a model's modules and, on the CPU, the memory
+layout of its weights. State dicts, isinstance and checkpoints are the same either way. A forward
+falls back to the plain one on a device that its class does not name in `devices`. Attention and
+heads save memory and serve GPUs as well. The others serve the CPU only: on an H100, PyTorch's own
+norms and convolutions on contiguous tensors were as fast or faster (experiments/RESULTS.md).
 
 B batch   K classes   C channels   D, H, W voxels or tokens   N voxels, or tokens of a window
 """
@@ -42,14 +43,14 @@ from model import (
 CHANNELS_LAST = torch.channels_last_3d
 # How many numbers a loop handles at once: what fits the cache of a CPU, and on a GPU enough to
 # keep it busy without large temporaries
-NORM_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}         # activations
+NORM_BLOCK = {"cpu": 1 << 18}                          # activations
 HEAD_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 23}         # voxels times classes
 ATTENTION_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}    # attention weights
 LEAST_DEPTH_TO_HALVE = 48      # planes of an upsampled map; smaller ones save too little memory
 
 
 def block_size(sizes: dict[str, int], device: torch.device) -> int:
-    return sizes.get(device.type, sizes["cuda"])
+    return sizes.get(device.type, sizes["cpu"])
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def norm_act(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 
 class FastGroupNormReLU(GroupNormReLU):
     """Exact statistics; norm and activation in one pass."""
-    devices = ("cpu", "cuda")
+    devices = ("cpu",)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in self.devices:
@@ -248,7 +249,7 @@ class FastUpConv(UpConv):
 # ---- U-Net ---------------------------------------------------------------------------------------
 class FastConvNormReLU(ConvNormReLU):
     """Norm and activation in one pass; without gradients in the memory of the convolution."""
-    devices = ("cpu", "cuda")
+    devices = ("cpu",)
 
     def normalise(self, y: Tensor) -> Tensor:
         return norm_act(y, self.norm.weight, self.norm.bias, overwrite=True)
@@ -262,7 +263,7 @@ class FastConvNormReLU(ConvNormReLU):
 class FastUNet(UNet):
     """Channels-last, without concatenations; pools in bf16 where autocast would go to float32. In
     inference a large upsampled map exists one half at a time."""
-    devices = ("cpu", "cuda")
+    devices = ("cpu",)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.device.type not in self.devices:
@@ -466,7 +467,7 @@ class FastSwinBlock(SwinBlock):
 # ---- Swin UNETR: the network ---------------------------------------------------------------------
 class FastResBlock(ResBlock):
     """Exact statistics, norm and activation in one pass; takes a skip without concatenation."""
-    devices = ("cpu", "cuda")
+    devices = ("cpu",)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if x.device.type not in self.devices:
@@ -483,7 +484,7 @@ class FastResBlock(ResBlock):
 
 class FastSwinUNETR(SwinUNETR):
     """Channels-last, and without concatenations."""
-    devices = ("cpu", "cuda")
+    devices = ("cpu",)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.device.type not in self.devices:
@@ -570,7 +571,7 @@ class FastUniversalModel(UniversalModel):
         return logits.view(B, K, *size)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        if x.device.type not in self.devices:
+        if x.device.type not in FastGroupNormReLU.devices:
             return super().forward(x, w)
         check_side(x.shape[2:], self.backbone)
         deep, fine = self.backbone(x)
@@ -596,9 +597,13 @@ FAST = {
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Swap the classes of a model's modules for their fast equivalents, in place, and lay out its
-    weights channels-last. Call it before the optimiser and DistributedDataParallel are made.
+    """Swap the classes of a model's modules for their fast equivalents, in place.
+
+    On the CPU the weights are laid out channels-last as well, so move the model to its device
+    before, and make the optimiser and DistributedDataParallel afterwards.
     """
     for module in model.modules():
         module.__class__ = FAST.get(type(module), type(module))
-    return model.to(memory_format=CHANNELS_LAST)
+    if next(model.parameters()).device.type in FastUNet.devices:
+        model.to(memory_format=CHANNELS_LAST)
+    return model

@@ -571,13 +571,14 @@ def load_job(args: argparse.Namespace) -> Job:
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
+    model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
     amp = use_amp(args.device) if args.amp is None else args.amp
     flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
                 "flags": flags}
-    return Job(model.to(args.device), w[indices].to(args.device), classes, indices,
+    return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
                args.modality or content.get("modality", "ct"), amp, settings)
 

@@ -283,9 +283,10 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
         print(f"{cfg.pretrained}: {len(filled)} of {total} tensors of the backbone filled; "
               f"not used: {', '.join(left) or 'none'}")
     network.backbone.recompute = cfg.recompute
+    network.to(cfg.device).train()
     if not cfg.plain:
         fast.accelerate(network)
-    return network.to(cfg.device).train(), spec
+    return network, spec
 
 
 def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:

@@ -680,51 +680,27 @@ SCAN_LIMIT_S = 100.0
 
 @dataclass(frozen=True)
 class Variant:
-    """Which of the classes of fast.py serve, and how."""
+    """Which classes of fast.py serve the device, and the layout of the weights there."""
     only: tuple[str, ...] | None = None    # names of the plain classes that are swapped; None: all
-    without: tuple[str, ...] = ()          # of these, names of those that are not
     also_on: tuple[str, ...] = ()          # plain classes whose fast form serves this device too
-    channels_last: bool = True             # the layout of the weights
-    norms: str = "exact"                   # "torch": PyTorch's own norms in place of norm_act
-    heads: str = "blocks"                  # "plain": the heads of model.py
+    channels_last: bool = False
 
 
 CONVS = ("Conv", "UpConv")
 NORMS = ("GroupNormReLU", "ConvNormReLU", "ResBlock")
 WHOLE = ("UNet", "SwinUNETR")
 VARIANTS = {
-    "model.py": Variant(only=(), channels_last=False),
-    "only the layout of the weights": Variant(only=()),
-    "only Conv, UpConv": Variant(only=CONVS, also_on=CONVS),
-    "only norms": Variant(only=NORMS),
-    "only UNet, SwinUNETR (with their norms)": Variant(only=(*WHOLE, "ConvNormReLU", "ResBlock")),
+    "model.py": Variant(only=()),
+    "fast.py": Variant(),
     "only WindowAttention": Variant(only=("WindowAttention",)),
-    "only SwinBlock": Variant(only=("SwinBlock",), also_on=("SwinBlock",)),
-    "only UniversalModel (heads)": Variant(only=("UniversalModel",)),
-    "all": Variant(),
-    "all but Conv, UpConv": Variant(without=CONVS),
-    "all but norms (and UNet, SwinUNETR, which need them)": Variant(without=(*NORMS, *WHOLE)),
-    "all but UNet, SwinUNETR": Variant(without=WHOLE),
-    "all but WindowAttention": Variant(without=("WindowAttention",)),
-    "all but UniversalModel (heads)": Variant(without=("UniversalModel",)),
-    "all, up as a matrix product": Variant(also_on=CONVS),
-    "all, SwinBlock too": Variant(also_on=("SwinBlock",)),
-    "all, PyTorch's norms": Variant(norms="torch"),
-    "all, heads of model.py": Variant(heads="plain"),
-    "all, weights contiguous": Variant(channels_last=False),
+    "only heads": Variant(only=("UniversalModel",)),
+    "channels-last": Variant(channels_last=True),
+    "channels-last, norms": Variant(also_on=NORMS, channels_last=True),
+    "channels-last, norms, UNet, SwinUNETR": Variant(also_on=(*NORMS, *WHOLE), channels_last=True),
+    "Conv, UpConv": Variant(also_on=CONVS),
+    "SwinBlock": Variant(also_on=("SwinBlock",)),
 }
-ONLY_SWIN = ("only WindowAttention", "only SwinBlock", "all but WindowAttention",
-             "all, SwinBlock too")
-
-
-def torch_norm_act(x: Tensor, weight=None, bias=None, *, groups=None, slope=0.0, eps=1e-5,
-                   overwrite=False) -> Tensor:
-    """fast.norm_act by PyTorch's own instance and group norm."""
-    if groups is None:
-        x = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
-    else:
-        x = F.group_norm(x, groups, weight, bias, eps)
-    return x if slope is None else F.leaky_relu(x, slope)
+ONLY_SWIN = ("only WindowAttention", "SwinBlock")
 
 
 @contextlib.contextmanager
@@ -732,26 +708,19 @@ def switched(variant: Variant, device: str):
     """Inside, fast.accelerate and the fast classes do what the variant says."""
     by_name = {plain.__name__: plain for plain in fast.FAST}
     names = by_name if variant.only is None else variant.only
-    table = {by_name[name]: fast.FAST[by_name[name]]
-             for name in names if name not in variant.without}
+    table = {by_name[name]: fast.FAST[by_name[name]] for name in names}
     accelerate = fast.accelerate
 
-    def accelerate_contiguous(network):
-        return accelerate(network).to(memory_format=torch.contiguous_format)
+    def accelerate_channels_last(network):
+        return accelerate(network).to(memory_format=torch.channels_last_3d)
 
     with contextlib.ExitStack() as stack:
-        def replace(where, name, value):
-            stack.enter_context(mock.patch.object(where, name, value))
-        replace(fast, "FAST", table)
         for name in variant.also_on:
-            own = fast.FAST.get(by_name[name])
-            replace(own, "devices", (*own.devices, device))
-        if not variant.channels_last:
-            replace(fast, "accelerate", accelerate_contiguous)
-        if variant.norms == "torch":
-            replace(fast, "norm_act", torch_norm_act)
-        if variant.heads == "plain":
-            replace(fast.FastUniversalModel, "heads", plain_form.UniversalModel.heads)
+            own = fast.FAST[by_name[name]]
+            stack.enter_context(mock.patch.object(own, "devices", (*own.devices, device)))
+        stack.enter_context(mock.patch.object(fast, "FAST", table))
+        if variant.channels_last:
+            stack.enter_context(mock.patch.object(fast, "accelerate", accelerate_channels_last))
         yield
 
 
@@ -776,7 +745,7 @@ class Measurement:
     side: str = "fast"               # base, plain, fast or compiled
     mode: str = "bf16"
     batch: int = 1
-    variant: str = "all"             # one of VARIANTS
+    variant: str = "fast.py"         # one of VARIANTS
     limit_s: float | None = None     # if set, a process of its own, which ends after this time
 
     @property
