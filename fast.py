@@ -310,13 +310,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, mask):
+        tensors = q, k, v, bias
+        q, k, v, bias = (t.detach() for t in tensors)      # else PyTorch picks no fused kernel
         if mask is None:
             everywhere = bias[None].expand(len(q), -1, -1, -1)
             out = F.scaled_dot_product_attention(q, k, v, everywhere)
         else:
-            out = torch.cat([F.scaled_dot_product_attention(
-                q[at], k[at], v[at], own.expand(len(q[at]), -1, -1, -1))
-                for at, own in _Attention.blocks(q, bias, mask)])
+            parts = []
+            for at, own in _Attention.blocks(q, bias, mask):
+                own = own.expand(len(q[at]), -1, -1, -1)
+                parts.append(F.scaled_dot_product_attention(q[at], k[at], v[at], own))
+            out = torch.cat(parts)
+        q, k, v, bias = tensors
         ctx.save_for_backward(q, k, v, out, bias, mask)
         return out
 
