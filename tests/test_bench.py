@@ -60,6 +60,7 @@ def test_the_baseline_s_loss_is_ours_where_every_scan_annotates_the_same():
     torch.testing.assert_close(bench.release_loss(logits, y), ours)
 
 
+@pytest.mark.slow
 def test_monai_gives_a_decoder_feature_and_a_deepest_one():
     pytest.importorskip("monai")
     deep, fine = bench.build("base", "swin", TINY_SWIN).backbone(torch.rand(1, 1, 64, 64, 64))
@@ -67,6 +68,7 @@ def test_monai_gives_a_decoder_feature_and_a_deepest_one():
 
 
 # ---- what is compared ----------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["base", "plain", "fast"])
 def test_windows_and_steps_of_two(side):
     assert logits_of(side, batch=2).shape == (2, 4, 32, 32, 32)
@@ -74,6 +76,7 @@ def test_windows_and_steps_of_two(side):
     assert call() > call() > 0                                     # the step changes the network
 
 
+@pytest.mark.slow
 def test_one_call_for_both_scans_has_the_loss_of_one_call_for_each():
     found = []
     for together in (False, True):
@@ -99,6 +102,7 @@ def test_rows_and_their_parts():
     assert bench.ROWS["size"].parts == ("1", "2", "4", "8")
 
 
+@pytest.mark.slow
 def test_a_comparison_of_networks_has_the_keys_of_the_table(monkeypatch):
     def tiny(side, backbone, amp=False):
         return bench.window(side, backbone, amp, size=TINY)
@@ -150,12 +154,14 @@ def test_variants_swap_what_they_say_and_leave_nothing_behind():
     assert fast.FAST == before and fast.FastConv.devices == ("cpu",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in bench.VARIANTS if v not in bench.ONLY_SWIN])
 def test_every_variant_computes_the_same_unet(variant):
     want = logits_of("plain")
     torch.testing.assert_close(logits_of("fast", variant=variant), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", bench.ONLY_SWIN)
 def test_every_variant_of_attention_computes_the_same_swin_unetr(variant):
     want = logits_of("plain", "swin", TINY_SWIN)
@@ -187,10 +193,11 @@ def tiny_plan():
             for side, mode, batch in (("base", "fp32", 1), ("plain", "tf32", 1),
                                       ("fast", "bf16", 1), ("fast", "fp32", 4))]
     return [*plan, bench.Measurement("networks", "step", mode="fp32", batch=2),
-            bench.Measurement("pieces", "window", variant="only norms", mode="fp32"),
+            bench.Measurement("pieces", "window", variant="only heads", mode="fp32"),
             bench.Measurement("pieces", "step", backbone="resnet", mode="fp32")]
 
 
+@pytest.mark.slow
 def test_measurements_of_the_gpu_on_the_cpu(tmp_path, capsys):
     out = tmp_path / "results" / "bench-cuda.json"
     content = bench.run_measurements(tiny_plan(), "cpu", out, {"device": "none"}, size=TINY, runs=2,
@@ -218,11 +225,13 @@ def test_a_compiled_network_is_measured(monkeypatch):
     assert len(compiled) == 1 and type(compiled[0]) is model.UniversalModel
 
 
+@pytest.mark.slow
 def test_a_process_that_outlasts_its_limit_is_ended():
     m = bench.Measurement("networks", "window")
     assert bench.measure_in_own_process(m, "cpu", 0.1)["error"].startswith("ended after")
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_leaves_its_last_line():
     if torch.cuda.is_available():
         pytest.skip("is about machines without a GPU")
@@ -230,6 +239,7 @@ def test_a_process_that_fails_leaves_its_last_line():
     assert "no CUDA device" in bench.measure_in_own_process(m, "cuda", 60)["error"]
 
 
+@pytest.mark.slow
 def test_a_whole_scan_is_timed():
     m = bench.Measurement("scan", "no-postprocess", batch=4)
     numbers = bench.measure_scan(m, "cpu", TINY, shape=(40, 36, 30))

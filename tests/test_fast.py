@@ -48,6 +48,8 @@ CASES = {
                        [(2, 1, 32, 32, 32), (3, 5)]),
 }
 
+WHOLE_NETWORKS = ("UNet", "UniversalModel")
+
 
 def run(module, inputs, gradients=True):
     """-> outputs, and the gradients of inputs and parameters for a fixed random weighting."""
@@ -93,12 +95,14 @@ def test_values_and_gradients_equal_the_plain_forms(name, small_blocks):
             assert relative(a, b) < 1e-8 or b.norm() < 1e-8
     got, got_grads = run(quick, [x.float() for x in inputs])
     assert max(relative(a, b) for a, b in zip(got, values, strict=True)) < 1e-5
-    if name not in ("UNet", "UniversalModel"):
+    if name not in WHOLE_NETWORKS:
         assert all(relative(a, b) < 1e-5 or b.norm() < 1e-3
                    for a, b in zip(got_grads, grads, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name in WHOLE_NETWORKS else [])
+    for name in CASES])
 def test_bf16_errs_no_more_than_the_plain_form_does(name):
     """Under autocast, as train.py and infer.py compute."""
     make, sizes = CASES[name]

@@ -99,7 +99,7 @@ def layouts(state):
 
 @needs_shared
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", pytest.param("fast", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["unet", "swinunetr"])
 def test_model_equals_the_released_one(name, form, threads, tmp_path):
     """Every layout gives the same tensors, and those the released outputs, plain and fast."""
@@ -437,7 +437,7 @@ def test_the_plain_model_compiles(kind):
     assert torch.allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+@pytest.mark.parametrize("kind", ["unet", pytest.param("swin_unetr", marks=pytest.mark.slow)])
 def test_recomputing_in_backward_changes_no_gradient(kind):
     x, w = torch.rand(1, 1, 64, 64, 64), torch.randn(2, 7)
     grads = []

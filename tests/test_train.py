@@ -465,10 +465,10 @@ def test_which_classes_count():
 # ---- plain and fast, older checkpoints -----------------------------------------------------------
 def test_plain_training_ends_where_fast_training_does(tiny, tmp_path):
     """And a run of one form does not resume as the other."""
-    train.train(config(tiny, tmp_path / "fast", amp=False))
-    train.train(config(tiny, tmp_path / "plain", amp=False, plain=True))
+    train.train(config(tiny, tmp_path / "fast", amp=False, steps=2))
+    train.train(config(tiny, tmp_path / "plain", amp=False, steps=2, plain=True))
     assert close(weights(tmp_path / "fast/last.pt"), weights(tmp_path / "plain/last.pt"))
-    cfg = config(tiny, tmp_path / "plain", resume=True)
+    cfg = config(tiny, tmp_path / "plain", steps=2, resume=True)
     with pytest.raises(ValueError, match="--plain True, now False"):
         train.train(cfg)
 
