@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, affine_of, body, needs_shared, write_nifti
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import labels
@@ -112,11 +114,24 @@ def test_one_voxel_axes_stay_and_labels_take_the_nearest():
     assert np.array_equal(data.resample(x, (1, 2, 3)), x)
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses, as a GPU does, an operation whose tensors lie on two devices, unless it copies."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        assert copies or len(devices) <= 1, (func, devices)
+        return func(*args, **(kwargs or {}))
+
+
 def test_interpolation_makes_its_indices_on_the_device_of_its_data():
-    """On the device `meta` an index on the CPU is refused, as on a GPU."""
+    """On the device `meta`, which stands for a GPU."""
     on_device = torch.zeros(3, 4, 5, device="meta")
-    out = data.interpolate(on_device, np.array([0.0, 0.5, 2.0]), 1)
+    with OneDevice():
+        out = data.interpolate(on_device, np.array([0.0, 0.5, 2.0]), 1)
     assert out.device.type == "meta" and out.shape == (3, 3, 5)
+    with pytest.raises(AssertionError), OneDevice():
+        on_device.index_select(1, torch.zeros(2, dtype=torch.long))
 
 
 # ---- preprocessing -----------------------------------------------------------------------------
