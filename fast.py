@@ -609,6 +609,6 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         module.__class__ = FAST.get(type(module), type(module))
-    if next(model.parameters()).device.type in FastUNet.devices:
+    if all(p.device.type in FastUNet.devices for p in model.parameters()):
         model.to(memory_format=CHANNELS_LAST)
     return model

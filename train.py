@@ -506,10 +506,9 @@ def start_process(cfg: Config) -> Config:
     return cfg
 
 
-def start_run(cfg: Config, task: Task, scans, covered: Tensor) -> Run:
+def start_run(cfg: Config, task: Task, scans, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
-    trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality)
     out = Path(cfg.out)
@@ -560,12 +559,12 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
         cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
     scans, val = load_data(cfg, cases)
     covered = covered_classes(task, scans)
+    trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     if first:
-        describe(scans, val, task.classes,
-                 [c.name for c, a in zip(task.classes, covered, strict=True) if a])
+        describe(scans, val, task.classes, trained)
     if cfg.dry_run:
         return {}
-    run = start_run(cfg, task, scans, covered)
+    run = start_run(cfg, task, scans, trained)
     net = run.network
     if process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
