@@ -20,6 +20,7 @@ import colorsys
 import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from model import load_checkpoint
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
 THRESHOLD = 0.5         # on the probability (release)
+BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
 
 
 # ---- windows -----------------------------------------------------------------------------------
@@ -102,14 +104,18 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
           batch: int = 1, amp: bool = False, bar=None):
     """Blend the logits of overlapping windows; yield finished slabs along the last axis.
 
-    image   (D, H, W)  every side at least `patch`; on the device of model and w
-    w       (K, E)     text embeddings
+    image   (D, H, W)  float32, every side at least `patch`; on the CPU, where looking for windows
+                       of air does not wait for the device
+    w       (K, E)     text embeddings, on the device of the model
     batch              windows per call of the model
     bar                a tqdm bar that advances by one per window
     yields  (start, logits (K, D, H, n))  the slab start ... start + n - 1 along the last axis. The
                        logits are a view of the blending buffer, which the next step overwrites.
+
+    No value is fetched from the device.
     """
-    device = image.device
+    device = w.device
+    image_there = image.to(device)
     starts = [window_starts(n, patch, overlap) for n in image.shape]
     weights = [torch.from_numpy(window_weights(s, patch)).to(device) for s in starts]
     columns = list(itertools.product(range(len(starts[0])), range(len(starts[1]))))
@@ -119,19 +125,20 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
     for slab, z in enumerate(starts[2]):
         for first in range(0, len(columns), batch):
             part = columns[first:first + batch]
-            windows = torch.stack([_window(image, starts[0][i], starts[1][j], z, patch)
-                                   for i, j in part])[:, None]         # (n, 1, p, p, p)
-            is_air = not windows.any()
+            corners = [(starts[0][i], starts[1][j], z) for i, j in part]
+            is_air = not any(_window(image, *corner, patch).any() for corner in corners)
             if is_air and air is not None:
                 logits = air.expand(len(part), -1, -1, -1, -1)
             else:
+                windows = torch.stack([_window(image_there, *corner, patch) for corner in corners])
+                windows = windows[:, None]                             # (n, 1, p, p, p)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     logits = model(windows, w)                         # (n, K, p, p, p)
             if is_air:
                 air = logits[:1]                      # computed once per scan
-            for (i, j), scores in zip(part, logits, strict=True):
+            for (i, j), (x, y, _), scores in zip(part, corners, logits, strict=True):
                 weight = (weights[0][i][:, None, None] * weights[1][j][:, None]) * weights[2][slab]
-                _blend(_window(buffer, starts[0][i], starts[1][j], 0, patch), scores, weight)
+                _blend(_window(buffer, x, y, 0, patch), scores, weight)
             if bar is not None:
                 bar.update(len(part))
 
@@ -160,11 +167,11 @@ def _blend(out: Tensor, logits: Tensor, weight: Tensor) -> None:
 
 def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
                    batch: int = 1, amp: bool = False) -> Tensor:
-    """Logits (K, D, H, W) of a preprocessed volume (D, H, W) of any size, blended from windows."""
+    """Logits (K, D, H, W) of a preprocessed volume (D, H, W) of any size, blended from windows, on
+    the device of w (K, E)."""
     image, front = pad_to(np.asarray(volume, np.float32), patch)
-    image = torch.from_numpy(image).to(w.device)
-    parts = [logits.clone() for _, logits in slabs(image, model, w, patch=patch, overlap=overlap,
-                                                   batch=batch, amp=amp)]
+    parts = [logits.clone() for _, logits in slabs(torch.from_numpy(image), model, w, patch=patch,
+                                                   overlap=overlap, batch=batch, amp=amp)]
     unpadded = [slice(f, f + n) for f, n in zip(front, volume.shape, strict=True)]
     return torch.cat(parts, 3)[(slice(None), *unpadded)]
 
@@ -224,19 +231,36 @@ class Segmentation:
 
         logits  (K, d, h, n)  a slab of the working grid
         where                 the native voxels of these planes in the slab
+
+        All of this happens on the device of the logits, from which a slab is fetched in one piece.
         """
-        best = np.full((*self.winner.shape[:2], len(where.at[2])), THRESHOLD, np.float32)
+        K, shape = len(logits), (*self.winner.shape[:2], len(where.at[2]))
+        shapes = [(len(self.masks.words), *shape), shape, *((K, n) for n in shape)]
+        fetched = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int32, device=logits.device)
+        words, winner, *planes_hit = _views(fetched, shapes)
+        best = torch.full(shape, THRESHOLD, device=logits.device)
         for k, scores in enumerate(logits):
             box = _reach(scores, where.at)
             if box is None:
                 continue
             prob = _native_probability(scores, where.at, box)
-            planes = slice(box[2].start + where.first_plane, box[2].stop + where.first_plane)
-            native_box = (box[0], box[1], planes)
-            self.masks.set(k, prob > THRESHOLD, native_box)
-            won = prob > best[box]
-            best[box][won] = prob[won]
-            self.winner[native_box][won] = k
+            words[k // 32][box].add_(prob > THRESHOLD, alpha=BITS[k % 32])
+            winner[box].masked_fill_(prob > best[box], k)
+            torch.maximum(best[box], prob, out=best[box])
+            for axis, hit in enumerate(planes_hit):
+                highest = prob.amax([a for a in range(3) if a != axis])
+                hit[k, box[axis]] = highest > THRESHOLD
+
+        words, winner, *planes_hit = (view.numpy() for view in _views(fetched.cpu(), shapes))
+        planes = slice(where.first_plane, where.first_plane + shape[2])
+        self.winner[:, :, planes] = winner
+        boxes = {}
+        for k in range(K):
+            box = [data.bounding_box(hit[k] > 0) for hit in planes_hit]
+            if None not in box:
+                x, y, z = (axis for axis, in box)
+                boxes[k] = (x, y, slice(z.start + planes.start, z.stop + planes.start))
+        self.masks.set_planes(planes, words.view(np.uint32), boxes)
 
     def merge(self, classes) -> np.ndarray:
         """One label map (D, H, W) of class numbers (index + 1), 0 for background.
@@ -261,13 +285,23 @@ class Segmentation:
         return label
 
 
+def _views(flat: Tensor, shapes) -> list[Tensor]:
+    """Views of a one-dimensional tensor that lie in it one after the other."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _reach(scores: Tensor, at: list[np.ndarray]) -> tuple[slice, ...] | None:
     """The box of native voxels that one class can reach in a slab; None if there are none.
 
     A linear interpolation never exceeds its corners. So a probability above one half needs a corner
-    with a logit above 0, which is less than one voxel away along every axis.
+    with a logit above 0, which is less than one voxel away along every axis. Logits that lie on
+    another device than the CPU are not looked at, because that would wait for the device; there,
+    all native voxels of the slab are taken.
     """
-    positive = data.bounding_box((scores > 0).cpu().numpy())
+    positive = tuple(slice(0, n) for n in scores.shape)
+    if scores.device.type == "cpu":
+        positive = data.bounding_box((scores > 0).numpy())
     if positive is None:
         return None
     box = []
@@ -281,12 +315,12 @@ def _reach(scores: Tensor, at: list[np.ndarray]) -> tuple[slice, ...] | None:
     return tuple(box)
 
 
-def _native_probability(scores: Tensor, at: list[np.ndarray], box) -> np.ndarray:
+def _native_probability(scores: Tensor, at: list[np.ndarray], box) -> Tensor:
     """Probability of one class at the native voxels of a box: sigmoid, then interpolation."""
     prob = scores.sigmoid()
     for axis in (2, 1, 0):
         prob = data.interpolate(prob, at[axis][box[axis]], axis)
-    return prob.cpu().numpy()
+    return prob
 
 
 def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
@@ -303,10 +337,10 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
 
     planes = image.shape[2]
     carry = None            # last plane of the slab before: native planes may lie between two slabs
-    image = torch.from_numpy(image).to(w.device)
     with tqdm(total=count_windows(image.shape, patch), desc="windows", unit="window",
               leave=False, disable=not progress) as bar:
-        for start, logits in slabs(image, model, w, patch=patch, batch=batch, amp=amp, bar=bar):
+        for start, logits in slabs(torch.from_numpy(image), model, w, patch=patch, batch=batch,
+                                   amp=amp, bar=bar):
             stop = start + logits.shape[3]
             if carry is not None:
                 logits, start = torch.cat([carry, logits], 3), start - 1

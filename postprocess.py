@@ -73,6 +73,18 @@ class PackedMasks:
         word |= np.where(mask, bit, np.uint32(0))
         self.boxes[k] = _enclose([box, self.boxes.get(k, box)])
 
+    def set_planes(self, planes: slice, words: np.ndarray, boxes: dict) -> None:
+        """Replace all masks in some planes of the last axis.
+
+        planes  which planes
+        words   (ceil(K / 32), D, H, planes) uint32  their bits
+        boxes   {k: box} encloses the mask of class k in these planes; a class without a box is
+                empty there
+        """
+        self.words[..., planes] = words
+        for k, box in boxes.items():
+            self.boxes[k] = _enclose([box, self.boxes.get(k, box)])
+
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
     """The smallest box that holds every true voxel; None for an empty mask."""
