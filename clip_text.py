@@ -13,6 +13,7 @@ N prompts   T tokens of a prompt (77)   E width of a text embedding (512)   K cl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import html
@@ -30,6 +31,11 @@ from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:                # Windows: several processes may then do the same work
+    fcntl = None
 
 import ftfy
 import regex
@@ -477,6 +483,20 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+@contextlib.contextmanager
+def _one_process_at_a_time(path: Path):
+    """Let the other processes wait that come here for the same path, those of torchrun for example.
+
+    The operating system releases the lock of a process that ends in any way.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        with contextlib.suppress(OSError):               # a file system without locks
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _download(url: str, part: Path, name: str) -> None:
     """Download to the file `part`, continuing after the bytes that it already holds.
 
@@ -522,17 +542,19 @@ def fetch(url: str, digest: str, folder: Path | None = None, alternative: str = 
     try:
         if path.is_file() and sha256(path) == digest:
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, path.name)
+        with _one_process_at_a_time(path):
+            if path.is_file() and sha256(path) == digest:        # another process was faster
+                return path
+            _download(url, part, path.name)
+            found = sha256(part)
+            if found == digest:
+                os.replace(part, path)
+                return path
+            part.unlink()
     except (OSError, http.client.HTTPException) as e:
         raise OSError(f"{path}: cannot download it ({e}); {advice}") from None
-    found = sha256(part)
-    if found != digest:
-        part.unlink()
-        raise ValueError(f"{path}: the download has SHA-256 {found[:12]}..., expected "
-                         f"{digest[:12]}...; it was thrown away: try again, or {advice}")
-    os.replace(part, path)
-    return path
+    raise ValueError(f"{path}: the download has SHA-256 {found[:12]}..., expected "
+                     f"{digest[:12]}...; it was thrown away: try again, or {advice}")
 
 
 # ---- text embeddings -----------------------------------------------------------------------------
@@ -560,6 +582,18 @@ def _read_prompts(path: Path) -> dict[str, Tensor]:
                          ) from None
 
 
+def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path | None) -> Tensor:
+    """The text embeddings (N, E) of prompts that are not in the cache."""
+    weights = weights or fetch(
+        *WEIGHTS, alternative="pass --clip-weights FILE (ViT-B-32.pt or Hugging Face's "
+        "model.safetensors), or --text onehot or a file")
+    tokenizer = Tokenizer(merges or fetch(*MERGES))
+    encoder = load_text_encoder(weights)
+    tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))
+    with torch.no_grad():
+        return encoder(tokens)
+
+
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
                    merges: str | Path | None = None) -> Tensor:
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
@@ -580,20 +614,15 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     digest = WEIGHTS[1] if weights is None else sha256(weights)
     cache = cache_folder() / f"prompts-{digest[:16]}.pt"
     embeddings = _read_prompts(cache)
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeddings]
-    if new:
-        weights = weights or fetch(
-            *WEIGHTS, alternative="pass --clip-weights FILE (ViT-B-32.pt or Hugging Face's "
-            "model.safetensors), or --text onehot or a file")
-        tokenizer = Tokenizer(merges or fetch(*MERGES))
-        encoder = load_text_encoder(weights)
-        tokens = tokenizer.tokenize(new, context_length=len(encoder.position_embedding))
-        with torch.no_grad():
-            w = encoder(tokens)
-        for prompt, embedding in zip(new, w, strict=True):
-            embeddings[prompt] = embedding.clone()       # a view would save all of w each time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        _save(embeddings, cache)
+    if not embeddings.keys() >= set(prompts):
+        with _one_process_at_a_time(cache):
+            embeddings = _read_prompts(cache)            # another process may have been faster
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeddings]
+            if new:
+                w = _encode(new, weights, merges)
+                for prompt, embedding in zip(new, w, strict=True):
+                    embeddings[prompt] = embedding.clone()       # a view would save all of w
+                _save(embeddings, cache)
     return torch.stack([embeddings[prompt] for prompt in prompts])
 
 

@@ -13,6 +13,7 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 """
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -21,10 +22,14 @@ import math
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                # Windows: several processes may then do the same work
+    fcntl = None
 
 import nibabel as nib
 import numpy as np
@@ -49,6 +54,13 @@ BACKGROUND_TRIES = 100          # random voxels tried when looking for a backgro
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
 ENDINGS = (".nii.gz", ".nii")
 CACHE_VERSION = 2
+PREPROCESS_MEMORY = 11          # bytes per voxel of the original scan that preprocessing takes at
+                                # its peak, measured: 5.5 times an int16 scan
+CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"))
+UNKNOWN_MEMORY = 8 << 30        # bytes, assumed where the system does not tell
+POLL_SECONDS = 0.5              # between looks at what other processes have preprocessed
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -181,7 +193,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
         out.to_filename(part)
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: str | Path):
     """Write a file completely or not at all: `with atomic_write(path) as part:` writes to `part`,
     which is renamed to `path` if the block succeeds and deleted if it fails."""
@@ -201,6 +213,47 @@ def atomic_write(path: str | Path):
         if isinstance(error, OSError | RuntimeError):    # torch.save raises RuntimeError
             raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from None
         raise
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, *, wait: bool = True):
+    """Hold a lock while the block runs, so that only one process at a time is in it.
+
+    path    a file that exists only while the lock is held
+    wait    False: go on without the lock if another process has it
+    yields  whether the lock is held
+
+    The operating system releases the lock of a process that ends in any way, so what a killed
+    process leaves behind blocks nobody. Where the file system has no locks, every process gets it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "w")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            yield False
+            return
+        except OSError:                                  # no locks here
+            break
+        if _is_same_file(file, path):
+            break
+        file.close()                 # its last holder has deleted it since; lock a new file
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _is_same_file(file, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_json(path: Path) -> dict:
@@ -503,7 +556,8 @@ def _modality(info: dict) -> str:
 
 def median_spacing(cases: list[Case]) -> float:
     """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
-    return float(np.median([load_volume(case.image).spacing_mm for case in cases]))
+    spacings = [np.linalg.norm(_open(case.image).affine[:3, :3], axis=0) for case in cases]
+    return float(np.median(spacings))
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -537,23 +591,45 @@ class Scan:
         return [k for k in np.flatnonzero(self.case.annotated) if str(k) in self.meta["points"]]
 
 
-def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
-    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again."""
+def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
+    """The entry of a case in the cache; None if it is missing or damaged."""
     entry = cache / _key(case, spacing_mm)
     meta = _read_meta(entry)
-    if meta is None:
-        volume, label = load_volume(case.image), load_volume(case.label)
-        volume.modality = case.modality
-        _check_same_grid(case, volume, label)
-        image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
-        scan_id = fingerprint(volume.array)
-        # seeded by the voxels, not by the path: the same scan always gives the same crops
-        voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
-        meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
-                "spacing_mm": volume.spacing_mm.tolist()}
-        _write_entry(entry, image, label_rows, voxels, meta)
-        meta = json.loads((entry / "meta.json").read_text())
-    return Scan(case, entry, meta)
+    return None if meta is None else Scan(case, entry, meta)
+
+
+def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> Scan | None:
+    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again.
+
+    wait     False: do not wait for another process that is preprocessing this case
+    returns  None if another process is
+    """
+    scan = find(case, cache, spacing_mm)
+    if scan is not None:
+        return scan
+    lock = cache / f".{_key(case, spacing_mm)}.lock"
+    with exclusive_lock(lock, wait=wait) as held:
+        if not held:
+            return None
+        scan = find(case, cache, spacing_mm)             # another process may have been faster
+        if scan is None:
+            _make_entry(case, cache / _key(case, spacing_mm), spacing_mm)
+            scan = find(case, cache, spacing_mm)
+    return scan
+
+
+def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
+    """Preprocess one case into the folder `entry`."""
+    volume, label = load_volume(case.image), load_volume(case.label)
+    volume.modality = case.modality
+    _check_same_grid(case, volume, label)
+    image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
+    scan_id = fingerprint(volume.array)
+    # seeded by the voxels, not by the path: the same scan always gives the same crops
+    voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
+    meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
+            "spacing_mm": volume.spacing_mm.tolist()}
+    _write_entry(entry, image, label_rows, voxels, meta)
 
 
 def _key(case: Case, spacing_mm: float) -> str:
@@ -664,30 +740,114 @@ def _write_entry(entry: Path, image, label_rows, voxels, meta: dict) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
-              skip_bad: bool = False, quiet: bool = False) -> list[Scan]:
-    """Preprocess every case once, in threads, with a progress bar.
+@dataclass
+class _Attempts(torch.utils.data.Dataset):
+    """Item i: build case i unless another process is at it -> (i, the error or None)."""
+    cases: list[Case]
+    cache: Path
+    spacing_mm: float
 
+    def __getitem__(self, i: int) -> tuple[int, Exception | None]:
+        try:
+            build(self.cases[i], self.cache, self.spacing_mm, wait=False)
+        except (ValueError, OSError) as error:
+            return i, error
+        return i, None
+
+    def is_built(self, i: int) -> bool:
+        try:
+            return find(self.cases[i], self.cache, self.spacing_mm) is not None
+        except OSError:
+            return False
+
+
+def _as_it_is(item):
+    return item
+
+
+def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
+              workers: int = -1, skip_bad: bool = False, quiet: bool = False) -> list[Scan]:
+    """Preprocess every case once, with a progress bar.
+
+    workers   how many processes do it; 0: this one; -1: as many as cores and memory allow
     skip_bad  report a scan that cannot be used and go on, instead of raising
     quiet     no progress bar
+
+    Several processes may call this at the same time, as under torchrun. Each takes cases that
+    nobody else has, and all of them return when every case is in the cache.
     """
-    scans = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
-            tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
-        jobs = [pool.submit(build, case, cache, spacing_mm) for case in cases]
-        try:
-            for job in jobs:
-                try:
-                    scans.append(job.result())
-                except (ValueError, OSError) as error:
-                    if not skip_bad:
-                        raise
+    attempts = _Attempts(cases, cache, spacing_mm)
+    missing = [i for i in range(len(cases)) if not attempts.is_built(i)]
+    if workers < 0:
+        workers = workers_that_fit([cases[i].image for i in missing])
+    scans = {}
+    waiting = list(range(len(cases)))
+    with tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
+        while waiting:
+            loader = torch.utils.data.DataLoader(
+                attempts, batch_size=None, sampler=waiting, collate_fn=_as_it_is, in_order=False,
+                num_workers=min(workers, len(missing)),
+                generator=torch.Generator())             # leaves the global random state alone
+            waiting = []
+            for i, error in loader:
+                if error is None:
+                    scan = find(cases[i], cache, spacing_mm)
+                    if scan is None:
+                        waiting.append(i)                # another process is preprocessing it
+                        continue
+                    scans[i] = scan
+                elif skip_bad:
                     bar.write(f"skipped: {error}")
+                else:
+                    raise error
                 bar.update()
-        except BaseException:        # Ctrl-C included: do not begin the remaining scans
-            pool.shutdown(cancel_futures=True)
-            raise
-    return scans
+            missing = []                                 # from here on others do the work
+            if waiting:
+                time.sleep(POLL_SECONDS)
+    return [scans[i] for i in sorted(scans)]
+
+
+def workers_that_fit(images: list[Path]) -> int:
+    """How many processes can preprocess these scans at once, by cores and memory.
+
+    They are shared with the other processes that torchrun started on this machine. 0 if one
+    process is enough, which is then the calling one.
+    """
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    largest = 1
+    for path in images:
+        try:
+            largest = max(largest, math.prod(_open(path).shape))
+        except (ValueError, OSError):                    # reported when it is preprocessed
+            continue
+    by_memory = available_memory() // (largest * PREPROCESS_MEMORY * neighbours)
+    workers = min(core_count() // neighbours, by_memory, len(images))
+    return int(workers) if workers > 1 else 0
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """How many bytes can still be used, in the machine or, if that is less, in its container."""
+    available = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        available.append(int(kilobytes) * 1024)
+    for folder, limit, used in CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):   # "max" stands for no limit
+            statistics = dict(line.split() for line in (folder / "memory.stat").open())
+            reclaimable = int(statistics.get("inactive_file", 0))
+            in_use = int((folder / used).read_text()) - reclaimable
+            available.append(int((folder / limit).read_text()) - in_use)
+    if not available and hasattr(os, "sysconf"):         # macOS: half of what the machine has
+        available.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(0, min(available, default=UNKNOWN_MEMORY))
 
 
 def split_scans(scans: list[Scan], val_fraction: float, seed: int,

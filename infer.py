@@ -2,6 +2,7 @@
 
     python infer.py --checkpoint run/best.pt --input scan.nii.gz --output out --preview
     python infer.py --checkpoint run/best.pt --input imagesTs --output out --classes liver spleen
+    torchrun --nproc-per-node 8 infer.py --checkpoint run/best.pt --input imagesTs --output out
 
 Memory stays small however large the scan is. Windows are visited slab by slab along the last axis
 and blended in a buffer that is one window thick. A finished slab is interpolated to the scan's own
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import colorsys
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -32,6 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from tqdm import tqdm
 
 import data
@@ -44,6 +47,132 @@ OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
 THRESHOLD = 0.5         # on the probability (release)
 BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
+
+
+# ---- devices -----------------------------------------------------------------------------------
+def best_device() -> str:
+    """The default of --device: the first of cuda, mps and cpu that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def open_device(name: str) -> torch.device:
+    """The device on which this process computes; of several processes, each gets its own GPU.
+
+    raises ValueError  if PyTorch cannot compute there
+    """
+    try:
+        device = torch.device(name)
+        if process_count() > 1 and device.type == "cuda":
+            if device.index is not None:
+                raise ValueError(f"--device {name}: is one GPU for {process_count()} processes; "
+                                 "--device cuda gives each its own")
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise ValueError(f"--device {name}: PyTorch cannot compute there ({reason}); this machine "
+                         f"has {_devices_here()}") from None
+    return device
+
+
+def _devices_here() -> str:
+    """The devices of this machine, for an error message."""
+    gpus = torch.cuda.device_count()
+    found = [f"{gpus} GPU(s) (cuda)"] if gpus else []
+    return " and ".join([*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"])
+
+
+def use_amp(device: str | torch.device) -> bool:
+    """Whether bf16 is the default on a device: only where the hardware computes in bf16.
+
+    Elsewhere bf16 is emulated and far slower than fp32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(device: str | torch.device, advice: str):
+    """Turn a lack of memory in the block into a ValueError of one line that says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        words = ("out of memory", "allocate memory", "not enough memory", "DataLoader worker")
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and not any(word in reason for word in words):
+            raise
+        raise ValueError(f"out of memory (--device {device}: {reason[:200]}); {advice}") from None
+
+
+# ---- processes ---------------------------------------------------------------------------------
+MEETING_TIME = datetime.timedelta(minutes=10)    # in which all processes of torchrun must appear
+GROUP_TIMEOUT = datetime.timedelta(days=1)       # of one exchange among processes, which may wait
+                                                 # for the slowest scan of a validation
+
+
+def process_count() -> int:
+    """How many processes work together.
+
+    raises ValueError  if WORLD_SIZE was set by something else than torchrun
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if not given.isdecimal() or (int(given) > 1 and missing):
+        raise ValueError(f"WORLD_SIZE={given} is set in the environment, but {', '.join(missing)} "
+                         "not: start several processes with torchrun, or `unset WORLD_SIZE`")
+    return int(given)
+
+
+def process_rank() -> int:
+    return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes of torchrun, to exchange tensors on this kind of device.
+
+    Work that takes each process a different time, such as downloads and preprocessing, belongs
+    before this call.
+
+    raises ValueError  if the others do not appear
+    """
+    if process_count() == 1:
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: several processes need --device cuda or cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count,
+                                timeout=GROUP_TIMEOUT)
+    except (dist.DistError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"process {process_rank()} of {process_count()} did not meet the others "
+                         f"({reason}); start them with torchrun, or `unset WORLD_SIZE`") from None
+
+
+def exchange(own) -> list:
+    """One object of each process, in the order of the processes."""
+    if process_count() == 1:
+        return [own]
+    everyone = [None] * process_count()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def leave_processes() -> None:
+    """The end of what join_processes began."""
+    if process_count() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # ---- windows -----------------------------------------------------------------------------------
@@ -84,19 +213,6 @@ def pad_to(image: np.ndarray, patch: int) -> tuple[np.ndarray, list[int]]:
     if any(missing):
         image = np.pad(image, [(f, m - f) for f, m in zip(front, missing, strict=True)])
     return image, front
-
-
-def use_amp(device: str | torch.device) -> bool:
-    """Whether bf16 is the default on a device: only where the hardware computes in bf16.
-
-    Elsewhere bf16 is emulated and far slower than fp32.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
 
 
 @torch.inference_mode()
@@ -539,8 +655,9 @@ def parse(argv=None) -> argparse.Namespace:
                          "in fast.py")
     ap.add_argument("--batch", type=int, default=1, metavar="N",
                     help="number of windows per call of the model (default: 1)")
-    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                    help="the device to compute on, as PyTorch names it (default: %(default)s)")
+    ap.add_argument("--device", default=best_device(),
+                    help="the device to compute on: cuda, cuda:N, mps or cpu (default: the best "
+                         "that this machine has, %(default)s)")
     return ap.parse_args(argv)
 
 
@@ -621,8 +738,9 @@ def segment_scan(scan: Path, job: Job, args: argparse.Namespace, made_with: dict
     """Segment one scan and write its results."""
     volume = data.load_volume(scan)
     volume.modality = job.modality
-    seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
-                  batch=args.batch, amp=job.amp, progress=True)
+    with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
+        seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
+                      batch=args.batch, amp=job.amp, progress=process_rank() == 0)
     if args.postprocess:
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
@@ -633,11 +751,12 @@ def segment_scan(scan: Path, job: Job, args: argparse.Namespace, made_with: dict
 def segment_all(scans: list[Path], job: Job, args: argparse.Namespace) -> Summary:
     """Segment the scans whose result is not there already with the same settings.
 
-    An error in one of several scans is recorded and the others are segmented; an error in a single
-    scan is raised.
+    Several processes deal the scans out among themselves. An error in one of several scans is
+    recorded and the others are segmented; an error in a single scan is raised.
     """
-    summary = Summary()
-    with tqdm(scans, "segment", unit="scan") as bar:
+    summary, count, rank = Summary(), process_count(), process_rank()
+    title = "segment" if count == 1 else f"segment (1 of {count} processes)"
+    with tqdm(scans[rank::count], title, unit="scan", disable=rank > 0) as bar:
         for scan in bar:
             bar.set_postfix_str(scan.name)
             name = data.case_name(scan)
@@ -657,21 +776,41 @@ def segment_all(scans: list[Path], job: Job, args: argparse.Namespace) -> Summar
     return summary
 
 
-def main(argv=None) -> int:
-    args = parse(argv)
-    scans = find_scans(args.input)
-    refuse_overwriting_inputs([*scans, Path(args.checkpoint)], output_files(scans, args.output))
-    job = load_job(args)
-    summary = segment_all(scans, job, args)
+def join_summaries(summaries: list[Summary]) -> Summary:
+    """What all processes did, as if one had done it."""
+    whole = Summary()
+    for part in summaries:
+        whole.done += part.done
+        whole.kept += part.kept
+        whole.failed += part.failed
+        whole.results = part.results or whole.results
+    return whole
 
+
+def report(summary: Summary, output: Path) -> None:
+    """Print what became of the scans."""
     kept = f", {len(summary.kept)} there already (--overwrite redoes)" if summary.kept else ""
-    print(f"{len(summary.done)} scan(s) -> {args.output}{kept}")
+    print(f"{len(summary.done)} scan(s) -> {output}{kept}")
     if summary.results:
         found = [r for r in summary.results if r["volume_ml"] > 0]
         volumes = ", ".join(f"{r['name']} {r['volume_ml']:.1f} ml" for r in found)
         print(f"in {summary.done[-1]}: {volumes}")
     for line in summary.failed:
         print(f"failed: {line}", file=sys.stderr)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    args.device = open_device(args.device)
+    scans = find_scans(args.input)
+    refuse_overwriting_inputs([*scans, Path(args.checkpoint)], output_files(scans, args.output))
+    job = load_job(args)
+    join_processes(torch.device("cpu"))                  # which only exchange their summaries
+    summary = join_summaries(exchange(segment_all(scans, job, args)))
+    leave_processes()
+    if process_rank() > 0:
+        return 0
+    report(summary, args.output)
     return 1 if summary.failed else 0
 
 

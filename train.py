@@ -53,6 +53,7 @@ import labels
 import losses
 import metrics
 from data import PATCH, SPACING_MM
+from infer import process_count, process_rank
 from model import (
     BACKBONES,
     FORMAT,
@@ -66,6 +67,7 @@ from model import (
     read_checkpoint,
 )
 
+CROP_WORKERS = 4       # processes that cut crops for one GPU by default
 ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
 
 
@@ -115,13 +117,16 @@ class Config:
     val_every: int = setting(1000, "steps between validations")
     val_scans: int = setting(20, "largest number of scans in a validation")
     save_every: int = setting(500, "steps between checkpoints")
-    workers: int = setting(0, "processes that cut crops (0: the training process itself)")
+    workers: int = setting(-1, "processes that preprocess scans and cut crops; 0: the training "
+                           "process itself; -1: preprocess with as many as cores and memory allow, "
+                           "and cut crops with 4 for a GPU, else with none")
     skip_bad: bool = setting(False, "leave out scans that cannot be read instead of stopping")
     dry_run: bool = setting(False, "report what the data covers and stop")
     cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
     seed: int = setting(0, "seed of all random numbers")
     amp: bool | None = setting(None, "compute in bf16 (default: where the hardware does)")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
+    device: str = setting(infer.best_device(), "the device to compute on: cuda, cuda:N, mps or "
+                          "cpu")
 
 
 # Settings that a resumed run must share with the run it continues
@@ -135,15 +140,6 @@ def lr_at(step: int, cfg: Config) -> float:
     if step < warm:
         return cfg.lr * (step + 1) / warm
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
-
-
-def process_count() -> int:
-    """How many processes train together (torchrun says so)."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def process_rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 # ---- classes and their text embeddings -----------------------------------------------------------
@@ -193,19 +189,23 @@ def load_task(cfg: Config) -> Task:
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_data(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Scan], list[data.Scan]]:
-    """Preprocess every scan once -> (training scans, validation scans)."""
+def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
+    """Preprocess every scan once; the processes of torchrun share the work."""
     cache = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
-    several, first = process_count() > 1, process_rank() == 0
-    if several and not first:
-        dist.barrier()                             # rank 0 fills the cache, the others find it
-    built = data.build_all(cases, cache, cfg.spacing_mm, skip_bad=cfg.skip_bad, quiet=not first)
-    if several and first:
-        dist.barrier()
-    scans, val = data.split_scans(built, cfg.val_fraction, cfg.seed, cfg.fold)
-    if not scans:
+    return data.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers, skip_bad=cfg.skip_bad,
+                          quiet=process_rank() > 0)
+
+
+def split(cfg: Config, scans: list[data.Scan]) -> tuple[list[data.Scan], list[data.Scan]]:
+    """-> (training scans, validation scans), the same in every process."""
+    entries = [{scan.entry.name for scan in scans}]
+    if dist.is_initialized():                      # --skip-bad may have skipped one here or there
+        entries = infer.exchange(entries[0])
+    scans = [scan for scan in scans if all(scan.entry.name in own for own in entries)]
+    training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed, cfg.fold)
+    if not training:
         raise ValueError("no scan left to train on; lower --val-fraction")
-    return scans, val
+    return training, validation
 
 
 def covered_classes(task: Task, scans) -> Tensor:
@@ -258,9 +258,13 @@ def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoad
     crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
     numbers = np.arange(len(crops)).reshape(cfg.steps, n, cfg.batch)
     order = numbers[first_step:, process_rank()].ravel().tolist()
+    on_gpu = cfg.device.startswith("cuda")
+    workers = cfg.workers
+    if workers < 0:
+        workers = CROP_WORKERS if on_gpu else 0
     return torch.utils.data.DataLoader(
-        crops, cfg.batch, sampler=order, collate_fn=data.collate, num_workers=cfg.workers,
-        pin_memory=cfg.device.startswith("cuda"))
+        crops, cfg.batch, sampler=order, collate_fn=data.collate, num_workers=workers,
+        pin_memory=on_gpu)
 
 
 # ---- network and optimiser -----------------------------------------------------------------------
@@ -420,30 +424,55 @@ class Stop:
 
 
 # ---- validation ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Score:
+    """The Dice of one class in one scan."""
+    dataset: str
+    class_name: str
+    dice: float
+
+
 @torch.no_grad()
+def score_scan(scan: data.Scan, network, w: Tensor, classes, cfg: Config, amp: bool) -> list[Score]:
+    """The Dice of every annotated class that the scan or its segmentation contains."""
+    annotated = np.flatnonzero(scan.case.annotated)
+    logits = infer.sliding_window(scan.image(), network, w[annotated], patch=cfg.patch, amp=amp)
+    masks = (logits > 0).cpu().numpy()
+    label_rows = scan.label_rows()
+    scores = []
+    for mask, k in zip(masks, annotated, strict=True):
+        dice = metrics.dice(mask, scan.case.label_map.regions[:, k][label_rows])
+        if not math.isnan(dice):
+            scores.append(Score(scan.case.dataset, classes[k].name, dice))
+    return scores
+
+
 def validate(network, w: Tensor, scans, classes, cfg: Config,
              amp: bool) -> dict[str, dict[str, float]]:
-    """Mean Dice per dataset and class of at most val_scans whole scans, every dataset in turn."""
+    """Mean Dice per dataset and class of at most val_scans whole scans, every dataset in turn.
+
+    The processes deal the scans out among themselves; each returns the scores of all.
+    """
     by_dataset: dict[str, list] = {}
     for scan in scans:
         by_dataset.setdefault(scan.case.dataset, []).append(scan)
     turns = itertools.chain(*itertools.zip_longest(*by_dataset.values()))
     chosen = [scan for scan in turns if scan is not None][:cfg.val_scans]
-    dice: dict[str, dict[str, list[float]]] = {}
+    rank, n = process_rank(), process_count()
     network.eval()
-    for scan in chosen:
-        annotated = np.flatnonzero(scan.case.annotated)
-        logits = infer.sliding_window(scan.image(), network, w[annotated], patch=cfg.patch, amp=amp)
-        label_rows = scan.label_rows()
-        for scores, k in zip(logits, annotated, strict=True):
-            truth = scan.case.label_map.regions[:, k][label_rows]
-            value = metrics.dice(scores.cpu().numpy() > 0, truth)
-            if not math.isnan(value):
-                own = dice.setdefault(scan.case.dataset, {})
-                own.setdefault(classes[k].name, []).append(value)
+    own = {i: score_scan(chosen[i], network, w, classes, cfg, amp)
+           for i in range(rank, len(chosen), n)}
     network.train()
-    return {dataset: {name: sum(v) / len(v) for name, v in own.items()}
-            for dataset, own in dice.items()}
+    of_scan: dict[int, list[Score]] = {}
+    for part in infer.exchange(own):
+        of_scan.update(part)
+    dice: dict[str, dict[str, list[float]]] = {}
+    for i in range(len(chosen)):           # in this order, so that rounding is that of one process
+        for score in of_scan[i]:
+            of_dataset = dice.setdefault(score.dataset, {})
+            of_dataset.setdefault(score.class_name, []).append(score.dice)
+    return {dataset: {name: sum(v) / len(v) for name, v in of_dataset.items()}
+            for dataset, of_dataset in dice.items()}
 
 
 def validate_and_keep_best(run: Run, val, cfg: Config, amp: bool, file, bar) -> dict:
@@ -451,12 +480,14 @@ def validate_and_keep_best(run: Run, val, cfg: Config, amp: bool, file, bar) -> 
     scores = validate(run.network, run.w, val, run.classes, cfg, amp)
     means = {dataset: sum(own.values()) / len(own) for dataset, own in scores.items()}
     mean = sum(means.values()) / max(1, len(means))
-    write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
-    each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
-    bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
-    if mean > run.best:
-        run.best = mean
-        save(Path(cfg.out) / "best.pt", run, cfg)
+    is_best = mean > run.best
+    run.best = max(mean, run.best)
+    if process_rank() == 0:
+        write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
+        each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
+        bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
+        if is_best:
+            save(Path(cfg.out) / "best.pt", run, cfg)
     return scores
 
 
@@ -496,16 +527,6 @@ def draw_curve(log: Path, png: Path) -> None:
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def start_process(cfg: Config) -> Config:
-    """Join the other processes of torchrun, each on a device of its own."""
-    if process_count() > 1:
-        if cfg.device == "cuda":
-            cfg = dataclasses.replace(cfg, device=f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(cfg.device)
-        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
-    return cfg
-
-
 def start_run(cfg: Config, task: Task, scans, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
@@ -551,13 +572,17 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     if last.exists() and not cfg.resume:
         raise ValueError(f"{last} exists; pass --resume to continue, or another --out")
-    cfg = start_process(cfg)
+    device = infer.open_device(cfg.device)
+    cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
     task = load_task(cfg)
     cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, task.classes)]
     if not cfg.spacing_mm:
         cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
-    scans, val = load_data(cfg, cases)
+    scans = preprocess(cfg, cases)
+    if not cfg.dry_run:
+        infer.join_processes(device)
+    scans, val = split(cfg, scans)
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     if first:
@@ -585,21 +610,23 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
             bar.set_postfix(bce=f"{numbers['bce']:.3f}", dice=f"{numbers['dice']:.3f}",
                             refresh=False)
             done = run.step == cfg.steps
-            if first and val and (run.step % cfg.val_every == 0 or done):
+            if val and (run.step % cfg.val_every == 0 or done):
                 scores = validate_and_keep_best(run, val, cfg, amp, file, bar)
             if first and (run.step % cfg.save_every == 0 or done or leave):
                 file.flush()
                 save(last, run, cfg)
             if leave:
                 raise KeyboardInterrupt
-    if process_count() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    infer.leave_processes()
     if first:
         draw_curve(log, out / "curve.png")
         best = f", best validation Dice {run.best:.3f}" if val else ""
         print(f"done: {run.step} steps, {last}{best}")
     return scores
+
+
+OUT_OF_MEMORY = ("try --recompute, a smaller --batch, --patch or --width, fewer --workers, or "
+                 "--device cpu")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -624,7 +651,9 @@ def parse(argv=None) -> Config:
 
 
 def main(argv=None) -> None:
-    train(argv if isinstance(argv, Config) else parse(argv))
+    cfg = argv if isinstance(argv, Config) else parse(argv)
+    with infer.explain_out_of_memory(cfg.device, OUT_OF_MEMORY):
+        train(cfg)
 
 
 if __name__ == "__main__":
