@@ -302,18 +302,23 @@ CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
+def visible(folder):
+    """{name: content} of the files in a folder, without its lock."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".lock")}
+
+
 def test_a_broken_download_continues_where_it_stopped(server, tmp_path):
     handler, url = server
     handler.content, handler.stop_after = CONTENT, 100_000
     with pytest.raises(OSError, match="broken off after 100000 of 300000 bytes"):
         clip_text.fetch(url, DIGEST, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["file.bin.part"]
+    assert visible(tmp_path) == {"file.bin.part": CONTENT[:100_000]}
     handler.stop_after = None
     path = clip_text.fetch(url, DIGEST, tmp_path)
     assert path.read_bytes() == CONTENT and handler.asked == [None, "bytes=100000-"]
     assert clip_text.fetch(url, DIGEST, tmp_path) == path
     assert len(handler.asked) == 2                                     # no third request
-    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+    assert visible(tmp_path) == {"file.bin": CONTENT}
 
 
 def test_a_server_without_ranges_makes_the_download_start_over(server, tmp_path):
@@ -336,8 +341,7 @@ def test_a_download_with_a_wrong_checksum_leaves_the_old_file_untouched(server, 
     (tmp_path / "file.bin").write_bytes(b"the good old file")
     with pytest.raises(ValueError, match=r"file.bin: the download has SHA-256 .* expected"):
         clip_text.fetch(url, DIGEST, tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == \
-        {"file.bin": b"the good old file"}
+    assert visible(tmp_path) == {"file.bin": b"the good old file"}
 
 
 def test_an_error_without_network_names_url_path_and_alternatives(tmp_path):
