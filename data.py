@@ -54,8 +54,8 @@ BACKGROUND_TRIES = 100          # random voxels tried when looking for a backgro
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
 ENDINGS = (".nii.gz", ".nii")
 CACHE_VERSION = 2
-PREPROCESS_MEMORY = 11          # bytes per voxel of the original scan that preprocessing takes at
-                                # its peak, measured: 5.5 times an int16 scan
+PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
+                                # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
 CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"))

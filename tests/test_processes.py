@@ -180,10 +180,10 @@ def test_worker_processes_make_the_same_cache_and_report_bad_scans(tiny, tmp_pat
 
 
 def test_the_number_of_workers_follows_cores_and_memory(tmp_path, monkeypatch):
-    """A scan of 40 x 50 x 60 voxels takes 11 bytes a voxel, 1.32 MB: memory for 3.5 of them."""
+    """A scan of 40 x 50 x 60 voxels takes 12 bytes a voxel, 1.44 MB: memory for 3.5 of them."""
     scan = tmp_path / "scan.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((40, 50, 60), np.int16), np.eye(4)), scan)
-    monkeypatch.setattr(data, "available_memory", lambda: int(3.5 * 1.32e6))
+    monkeypatch.setattr(data, "available_memory", lambda: int(3.5 * 1.44e6))
     monkeypatch.setattr(data, "core_count", lambda: 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert data.workers_that_fit([scan] * 10) == 3
