@@ -153,7 +153,7 @@ def join_processes(device: torch.device) -> None:
         store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIME))
         dist.init_process_group(backend, store=store, rank=rank, world_size=count,
                                 timeout=GROUP_TIMEOUT)
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"process {process_rank()} of {process_count()} did not meet the others "
                          f"({reason}); start them with torchrun, or `unset WORLD_SIZE`") from None
