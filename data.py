@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that prep
 CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"))
+CAN_FORK = sys.platform == "linux"
 UNKNOWN_MEMORY = 8 << 30        # bytes, assumed where the system does not tell
 POLL_SECONDS = 0.5              # between looks at what other processes have preprocessed
 
@@ -787,6 +789,7 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
             loader = torch.utils.data.DataLoader(
                 attempts, batch_size=None, sampler=waiting, collate_fn=_as_it_is, in_order=False,
                 num_workers=min(workers, len(missing)),
+                multiprocessing_context="fork" if CAN_FORK and workers and missing else None,
                 generator=torch.Generator())             # leaves the global random state alone
             waiting = []
             for i, error in loader:
@@ -811,8 +814,11 @@ def workers_that_fit(images: list[Path]) -> int:
     """How many processes can preprocess these scans at once, by cores and memory.
 
     They are shared with the other processes that torchrun started on this machine. 0 if one
-    process is enough, which is then the calling one.
+    process is enough, which is then the calling one; also where a new process cannot be a copy of
+    this one (macOS, Windows), since it would begin by running the user's script again.
     """
+    if not CAN_FORK:
+        return 0
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     largest = 1
     for path in images:
