@@ -530,12 +530,10 @@ class UniversalModel(nn.Module):
         f = self.image_feature(deep)                                   # (B, 256)
         if self.extension is None:
             return self.controller(w, f)
+        # Both are computed for all classes: to pick some would wait for values of the device
         index = self.extension.find(w)                                 # (K,)
-        is_old, is_new = index < 0, index >= 0
-        theta = f.new_empty(len(f), len(w), THETA_DIM)
-        theta[:, is_old] = self.controller(w[is_old], f)
-        theta[:, is_new] = self.extension(index[is_new], f)
-        return theta
+        old, new = self.controller(w, f), self.extension(index.clamp_min(0), f)
+        return torch.where((index >= 0)[:, None], new, old)
 
     def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
         """`apply_heads`, as a method that a subclass can replace."""
