@@ -293,6 +293,8 @@ def test_report_and_dry_run(tiny, tmp_path, capsys):
     assert train.train(config(tiny, tmp_path / "run", dry_run=True)) == {}
     out = capsys.readouterr().out
     assert "Dataset901_Liver: 2 scans, ct, spacing 4 x 4.5 x 5 mm; annotated: Liver" in out
+    assert "\n  1 liver -> Liver\n  2 liver, liver tumor -> Liver + Liver Tumor\n" in out
+    assert "\n  1 kidney -> Right Kidney or Left Kidney\n" in out
     assert "annotated by no dataset: Spleen" in out and not (tmp_path / "run").exists()
 
 
