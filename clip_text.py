@@ -490,7 +490,7 @@ def _one_process_at_a_time(path: Path):
     The operating system releases the lock of a process that ends in any way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    with open(path.with_name(f".{path.name}.lock"), "wb") as file:
         with contextlib.suppress(OSError):               # a file system without locks
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
