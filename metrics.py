@@ -379,8 +379,9 @@ def _harmonic_mean(a: float, b: float) -> float:
 # ---- the command: score a folder ---------------------------------------------------------------
 # Everything below belongs to the command alone and imports what it needs inside its functions.
 
-SCORE_MEMORY = 35           # bytes per voxel that scoring one case takes at its peak (measured: 34 for
-                            # a body that is labelled everywhere, stored as float64)
+# Bytes per voxel that scoring one case takes at its peak (measured: 34 for a body that is labelled
+# everywhere, stored as float64)
+SCORE_MEMORY = 35
 
 # NSD tolerance in mm per class; "" stands for every class that a protocol does not name
 _FLARE22 = {2: ("Aorta", "Postcava", "Right Adrenal Gland", "Left Adrenal Gland", "Gall Bladder",
