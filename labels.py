@@ -176,8 +176,8 @@ def load_classes(path: str | Path | None = None) -> tuple[Class, ...]:
     if path is None:
         return CLASSES
     try:
-        entries = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        entries = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
@@ -915,7 +915,7 @@ def _prepare(name: str, folder: Path | None) -> None:
         return
     import data
     with data.atomic_write(folder / "dataset.json") as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
     print(f"written: {folder / 'dataset.json'}")
 
 
