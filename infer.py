@@ -45,6 +45,7 @@ from model import load_checkpoint
 
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
+MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
 THRESHOLD = 0.5         # on the probability (release)
 BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
 
@@ -187,18 +188,15 @@ def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
     return np.rint(np.linspace(0, n - patch, count)).astype(int).tolist()
 
 
-def window_weights(starts: list[int], patch: int) -> np.ndarray:
-    """(windows, patch) Gaussian weights along one axis that add up to 1 at every voxel.
+def window_weight(patch: int) -> Tensor:
+    """(p, p, p) the weight of a window's logits: a Gaussian, but nowhere below MIN_WEIGHT.
 
-    The windows of a scan form a full grid, so the product of the weights of three axes adds up to 1
-    as well, and blending needs no buffer for the sum of the weights.
+    Near the border of a scan, where only the outermost voxels of windows lie, the lower bound makes
+    all windows there count equally. Blended logits are divided by the sum of their weights.
     """
-    x = (np.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
-    gauss = np.exp(-0.5 * x * x)
-    total = np.zeros(starts[-1] + patch)
-    for s in starts:
-        total[s:s + patch] += gauss
-    return np.stack([gauss / total[s:s + patch] for s in starts]).astype(np.float32)
+    x = (torch.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
+    gauss = torch.exp(-0.5 * x * x)
+    return (gauss[:, None, None] * gauss[:, None] * gauss).clamp(min=MIN_WEIGHT)
 
 
 def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
@@ -233,15 +231,16 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
     device = w.device
     image_there = image.to(device)
     starts = [window_starts(n, patch, overlap) for n in image.shape]
-    weights = [torch.from_numpy(window_weights(s, patch)).to(device) for s in starts]
-    columns = list(itertools.product(range(len(starts[0])), range(len(starts[1]))))
-    buffer = torch.zeros(len(w), *image.shape[:2], patch, dtype=torch.float32, device=device)
+    weight = window_weight(patch).to(device)
+    columns = list(itertools.product(starts[0], starts[1]))
+    buffer = torch.zeros(len(w) + 1, *image.shape[:2], patch, device=device)
+    logit_sum, weight_sum = buffer[:-1], buffer[-1]   # of the windows so far, both weighted
     air = None                                        # logits of a window of air, (1, K, p, p, p)
 
-    for slab, z in enumerate(starts[2]):
+    for z, next_z in zip(starts[2], [*starts[2][1:], None], strict=True):
         for first in range(0, len(columns), batch):
             part = columns[first:first + batch]
-            corners = [(starts[0][i], starts[1][j], z) for i, j in part]
+            corners = [(x, y, z) for x, y in part]
             is_air = not any(_window(image, *corner, patch).any() for corner in corners)
             if is_air and air is not None:
                 logits = air.expand(len(part), -1, -1, -1, -1)
@@ -252,17 +251,16 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
                     logits = model(windows, w)                         # (n, K, p, p, p)
             if is_air:
                 air = logits[:1]                      # computed once per scan
-            for (i, j), (x, y, _), scores in zip(part, corners, logits, strict=True):
-                weight = (weights[0][i][:, None, None] * weights[1][j][:, None]) * weights[2][slab]
-                _blend(_window(buffer, x, y, 0, patch), scores, weight)
+            for (x, y), scores in zip(part, logits, strict=True):
+                _blend(_window(logit_sum, x, y, 0, patch), scores, weight)
+                _window(weight_sum, x, y, 0, patch).add_(weight)
             if bar is not None:
                 bar.update(len(part))
 
-        if slab + 1 == len(starts[2]):
-            yield z, buffer
+        finished = patch if next_z is None else next_z - z    # planes that no later window reaches
+        yield z, logit_sum[..., :finished].div_(weight_sum[..., :finished])
+        if next_z is None:
             return
-        finished = starts[2][slab + 1] - z            # planes that no later window reaches
-        yield z, buffer[..., :finished]
         buffer[..., :-finished] = buffer[..., finished:].clone()
         buffer[..., -finished:] = 0
 

@@ -28,14 +28,53 @@ def test_identity_network_survives_the_sliding_window(shape, overlap):
     assert np.abs(out[1].numpy() - 2 * x).max() < 1e-5
 
 
-def test_window_weights_add_up_to_one_everywhere():
-    starts = infer.window_starts(150, 64)
-    assert starts == [0, 29, 57, 86]
-    total = np.zeros(150)
-    for s, w in zip(starts, infer.window_weights(starts, 64), strict=True):
-        total[s:s + 64] += w
-        assert w.argmax() in (31, 32) or s in (0, 86)      # largest in the middle, but at the ends
-    assert np.abs(total - 1).max() < 1e-6
+def test_window_starts_are_spread_evenly_and_cover_the_scan():
+    assert infer.window_starts(150, 64) == [0, 29, 57, 86]
+    assert infer.window_starts(64, 64, 0.9) == [0]
+    assert infer.window_starts(150, 64, 0.25) == [0, 43, 86]
+
+
+def test_window_weight_is_a_gaussian_with_a_lower_bound():
+    """Beside the centre of 8 voxels, x = 0.5 on each axis and sigma = 1; in the corner, x = 3.5
+    would give exp(-18.4), so that the bound holds. One voxel off along one axis, x = 1.5."""
+    weight = infer.window_weight(8)
+    assert weight.shape == (8, 8, 8) and weight.dtype == torch.float32
+    assert weight[3, 4, 3].item() == weight.max().item() == pytest.approx(np.exp(-0.375))
+    assert weight[5, 4, 3].item() == pytest.approx(np.exp(-(1.5 ** 2 + 0.25 + 0.25) / 2))
+    assert weight[0, 0, 0].item() == weight.min().item() == pytest.approx(1e-3)
+    assert torch.equal(weight, weight.flip(0)) and torch.allclose(weight, weight.transpose(0, 2))
+
+
+def test_windows_at_the_border_are_averaged_plainly():
+    """Two windows of 8 voxels at 0 and 4 say 1 and 2. Far from both centres on the other two axes
+    every weight is at its bound, so their common voxels get 1.5; in the middle the nearer wins."""
+    calls = []
+
+    def model(x, w):
+        calls.append(1)
+        return torch.full_like(x, len(calls))
+    x = np.ones((8, 8, 12), np.float32)
+    out = infer.sliding_window(x, model, torch.zeros(1, 1), patch=8)[0]
+    assert out[0, 0].tolist() == pytest.approx([1] * 4 + [1.5] * 4 + [2] * 4)
+    assert out[3, 3, 4] < 1.2 and out[3, 3, 7] > 1.8
+
+
+@pytest.mark.parametrize("shape", [(48, 48, 64), (64, 32, 80), (48, 96, 32)])
+def test_blended_logits_equal_those_of_monai(shape):
+    """Against the function of the release, where both place their windows alike: sides are the
+    window's plus multiples of half of it. What the network says depends on the place in the
+    window, so that the weights show."""
+    inferers = pytest.importorskip("monai.inferers")
+    place = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 32, 32, 32), np.float32))
+
+    def model(x, w=None):
+        return torch.cat([x + place[0], x * place[1]], 1)
+    x = np.random.default_rng(0).random(shape, np.float32)
+    expected = inferers.sliding_window_inference(
+        torch.from_numpy(x)[None, None], (32,) * 3, 1, model, overlap=0.5, mode="gaussian",
+        sigma_scale=0.125, padding_mode="constant")[0]
+    out = infer.sliding_window(x, model, torch.zeros(2, 1), patch=32, overlap=0.5)
+    assert (out - expected).abs().max() < 1e-5
 
 
 def test_windows_of_air_are_computed_once():
