@@ -261,8 +261,9 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
         yield z, logit_sum[..., :finished].div_(weight_sum[..., :finished])
         if next_z is None:
             return
-        buffer[..., :-finished] = buffer[..., finished:].clone()
-        buffer[..., -finished:] = 0
+        for values in buffer:              # class by class, because each needs a copy of its own
+            values[..., :-finished] = values[..., finished:].clone()
+            values[..., -finished:] = 0
 
 
 def _window(volume: Tensor, x: int, y: int, z: int, patch: int) -> Tensor:
