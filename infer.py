@@ -594,7 +594,7 @@ def begin_result(out_dir: Path, name: str, content: dict) -> None:
     files = new | earlier.files if earlier else new
     _write_json(out_dir / _unfinished_file(name), {**content, "files": sorted(files)})
     if earlier:
-        for file in sorted({f"{name}.json", *earlier.files} - (new - {f"{name}.json"})):
+        for file in [f"{name}.json", *sorted(earlier.files - new)]:
             (out_dir / file).unlink(missing_ok=True)
 
 
@@ -796,13 +796,15 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """raises ValueError  if a number is out of range, or --output is a file"""
+    """raises ValueError  if a number is out of range, --output a file, or a package missing"""
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if not 0 <= args.overlap < 1:
         raise ValueError(f"--overlap {args.overlap}: must be at least 0 and below 1")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output}: is a file; name a folder for the results")
+    if args.preview:
+        data.new_figure(1, 1)                # needs matplotlib
 
 
 LABEL_WORD = re.compile(r"(?<![a-z])(labels?|labelst[rs]|masks?|seg|segmentations?)(?![a-z])", re.I)
@@ -816,8 +818,8 @@ def find_scans(path: Path) -> list[Path]:
         study/patient1/ct.nii.gz, study/patient1/segmentations/liver.nii.gz, study/patient2/ct.nii
         find_scans(study) -> [study/patient1/ct.nii.gz, study/patient2/ct.nii]
 
-    Hidden files and results of infer.py are not scans. Beside scans, files and folders that are
-    called label, mask or segmentation are passed over, which is printed.
+    Hidden files and results of infer.py are not scans. Files and folders called label, mask or
+    segmentation are passed over, which is printed, unless the folder itself holds such files only.
 
     raises ValueError  if the file is a result, or the folder holds no scan
     """
@@ -825,17 +827,18 @@ def find_scans(path: Path) -> list[Path]:
         if is_result(path):
             raise ValueError(f"{path}: is a result of infer.py, not a scan")
         return [path]
+    own = _scan_files(path)
+    if own and all(_is_called_label(p) for p in own):
+        return own
     passed: list[Path] = []
     scans = _scans_below(path, passed, set())
     if not scans:
-        files = _scan_files(path)                  # all called label, mask or segmentation
-        scans, passed = files, [p for p in passed if p not in files]
-    if not scans:
+        named = f"; {passed[0]} was passed over because of its name" if passed else ""
         raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or below it; results "
-                         "of infer.py are not scans")
+                         f"of infer.py are not scans{named}")
     if passed and process_rank() == 0:
-        print(f"note: {len(passed)} files or folders passed over because of their names, which are "
-              f"those of label maps, the first {passed[0]}; to segment it, name it with --input")
+        print(f"note: {len(passed)} files or folders passed over because their names are those of "
+              f"label maps, the first {passed[0]}; to segment it, name it with --input")
     return scans
 
 
