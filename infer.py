@@ -51,6 +51,8 @@ SIGMA = 0.125           # of the Gaussian window weight, in window sides (releas
 MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
 THRESHOLD = 0.5         # on the probability (release)
 LEVELS = 255            # a stored probability is a whole number of steps of 1 / LEVELS
+STEP = float(np.nextafter(np.float32(1 / LEVELS), np.float32(0)))     # that, so that 1 is not
+                                                                      # exceeded by rounding
 BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
 
 
@@ -568,9 +570,9 @@ def read_record(out_dir: Path, name: str) -> Record | None:
 def is_result(path: Path) -> bool:
     """Whether an earlier run of infer.py wrote this file: a label map, mask or probabilities."""
     for file in (Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))):
-        folder, scan_name = file.parent, file.name.removesuffix(".nii.gz")
-        beside = read_record(folder, scan_name)                 # OUT/NAME.json, OUT/NAME.nii.gz
-        above = read_record(folder.parent, folder.name)         # OUT/NAME.json, OUT/NAME/FILE
+        folder = file.parent
+        beside = read_record(folder, file.name.removesuffix(".nii.gz"))   # of OUT/NAME.nii.gz
+        above = read_record(folder.parent, folder.name)                   # of OUT/NAME/FILE
         if beside and file.name in beside.files:
             return True
         if above and f"{folder.name}/{file.name}" in above.files:
@@ -633,7 +635,7 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
             data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan)
         if seg.levels is not None:
             data.save_like(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
-                           slope=1 / LEVELS)
+                           slope=STEP)
     if preview:
         draw(out_dir / f"{name}.png", volume, label, classes, title=name)
     data.save_like(out_dir / f"{name}.nii.gz", label, scan)

@@ -324,19 +324,31 @@ def test_results_beside_scans_are_not_scans(tmp_path, checkpoint, capsys, no_mod
 def test_a_result_that_a_killed_run_left_is_not_a_scan_and_is_finished(tmp_path, checkpoint,
                                                                        capsys, no_model,
                                                                        monkeypatch):
-    """The run ends after the masks and the label map, before the JSON."""
+    """The run ends after the masks and the label map, before the JSON, or just after it. Masks that
+    were not asked for again do not stay."""
     scan, out = tiny_scan(tmp_path / "in/x.nii"), tmp_path / "out"
 
     def killed(*_):
         raise KeyboardInterrupt
-    for earlier in (False, True):
+
+    def finish(step):
         with monkeypatch.context() as patch:
-            patch.setattr(infer, "finish_result", killed)
+            patch.setattr(infer, *step)
             assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
-        assert (out / "x.nii.gz").exists() and not (out / "x.json").exists(), earlier
+    real = infer._write_json
+
+    def killed_after_json(path, content):
+        real(path, content)
+        if path.name == "x.json":
+            raise KeyboardInterrupt
+    for step in (("finish_result", killed), ("_write_json", killed_after_json)):
+        finish(step)
+        assert (out / "x.nii.gz").exists() and (out / "x.json").exists() == (step[0][0] == "_")
         assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
+        assert command(checkpoint, scan, out, "--masks") == 0
+        assert "1 scan(s)" in capsys.readouterr().out and len(content_of(out)) == 5
+        finish(step)
         assert command(checkpoint, scan, out) == 0
-        assert "1 scan(s)" in capsys.readouterr().out
         assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.json", "x.nii.gz"]
 
 
@@ -397,7 +409,7 @@ def test_a_study_with_one_folder_per_patient(tmp_path, checkpoint, capsys, no_mo
     for file in ("patient1/._ct.nii.gz", "._x.nii.gz", ".hidden/ct.nii.gz"):
         (study / file).parent.mkdir(exist_ok=True)
         (study / file).write_bytes(b"not a scan")
-    (study / "patient1/loop").symlink_to(study)
+    (study / "deep/loop").symlink_to(study)
     (study / "patient1/notes.txt").touch()
     names = ["deep_2020", "deep_2021", "patient1", "patient2_ct", "patient2_pet"]
     for out in (tmp_path / "out", study):
@@ -451,6 +463,7 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         prob = data.resample(prob, v.array.shape)
         assert np.abs(seg.levels[k] / 255 - prob)[inside].max() < 0.5 / 255 + 1e-4
         assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
+    seg.levels[1, 0, 0, 0] = 255
     infer.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
                         [0, 1, 2], masks=False, preview=False, volume=v)
     assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [
@@ -458,7 +471,7 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
     img = nib.load(tmp_path / "out/scan/b_probability.nii.gz")
     stored = data.load_volume(tmp_path / "out/scan/b_probability.nii.gz").array
     assert img.get_data_dtype() == np.uint8 and np.array_equal(img.affine, nib.load(path).affine)
-    assert stored.max() <= 1 and np.abs(stored - seg.levels[1] / 255).max() < 1e-6
+    assert 0.999999 < stored.max() <= 1 and np.abs(stored - seg.levels[1] / 255).max() < 1e-6
 
 
 def test_probability_one_half_is_rounded_down_and_one_is_255():
