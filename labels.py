@@ -277,6 +277,12 @@ def match(name: str, classes: tuple[Class, ...] = CLASSES) -> tuple[int, ...]:
     return ()
 
 
+def match_structure(name: str, classes: tuple[Class, ...] = CLASSES) -> tuple[int, ...]:
+    """Stub of helper D, replaced by A's: the classes to which a voxel of a structure belongs."""
+    indices = match(name, classes)
+    return indices if len(indices) == 1 else ()
+
+
 def select(names: list[str], classes: tuple[Class, ...]) -> list[int]:
     """Indices of the classes that a user named, in table order; without a side, both sides.
 
@@ -346,7 +352,8 @@ def _as_integers(raw: np.ndarray, where: str) -> np.ndarray:
     return rounded.astype(np.int64)
 
 
-def label_map(labels: dict, classes: tuple[Class, ...], where: str = "dataset.json") -> LabelMap:
+def label_map(labels: dict, classes: tuple[Class, ...], where: str = "dataset.json", *,
+              context: str = "") -> LabelMap:
     """The meaning of `labels`, the table of names and values in a dataset.json.
 
     where   the file, for error messages
