@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its p
 BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
 ENDINGS = (".nii.gz", ".nii")
+COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 CACHE_VERSION = 2
 PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
                                 # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
@@ -466,9 +468,10 @@ class Case:
 def find_datasets(roots) -> list[Path]:
     """The dataset folders among and inside `roots`.
 
-    A root is a dataset itself (it has a dataset.json) or a folder that holds several.
+    A root is a dataset itself (it has a dataset.json) or a folder that holds several. Hidden
+    folders are passed over. A folder that is found twice, as through a symbolic link, is used once.
     """
-    found = []
+    found: dict[Path, Path] = {}                         # where a folder really lies -> its path
     for root in map(Path, roots):
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; `python -m experiments.phantom "
@@ -477,28 +480,76 @@ def find_datasets(roots) -> list[Path]:
             inside = [root]
         else:
             inside = sorted(path.parent for path in root.glob("*/dataset.json")
-                            if _has_training_images(path))
+                            if not is_hidden(path.parent) and _has_training_images(path))
         if not inside:
             raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
                              "labelsTr (nnU-Net raw), or a folder of such folders")
-        found += inside
-    return found
+        for folder in inside:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def _has_training_images(dataset_json: Path) -> bool:
     return (dataset_json.parent / "imagesTr").is_dir() or "training" in read_json(dataset_json)
 
 
-def image_label_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is hidden, such as "._ct.nii.gz" in an archive made on a Mac."""
+    return path.name.startswith(".")
+
+
+def dataset_names(folders: list[Path]) -> list[str]:
+    """The name of each dataset: that of its folder, with as many of the folders above it as tell
+    it from the other datasets."""
+    return _distinct_names([Path(os.path.abspath(folder)) for folder in folders])
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    """The last part of each path, and before it as many parts as tell it from the other paths.
+
+    a/Dataset001_X, b/Dataset001_X, b/Dataset002_Y -> a/Dataset001_X, b/Dataset001_X, Dataset002_Y
+    """
+    names: dict[Path, str] = {}
+    for n in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        ends = {path: "/".join(path.parts[-n:]) for path in paths if path not in names}
+        counts = Counter(ends.values())
+        for path, end in ends.items():
+            if counts[end] == 1 or n == len(path.parts):
+                names[path] = end
+    return [names[path] for path in paths]
+
+
+def image_label_pairs(folder: Path, info: dict, *,
+                      skip_bad: bool = False) -> list[tuple[Path, Path]]:
     """The (image, label) files of a dataset.
 
-    info  the content of dataset.json: MSD lists the files under "training"; without such a list
-          the files are those of nnU-Net's folders imagesTr and labelsTr
+    info      the content of dataset.json: MSD lists the files under "training"; without such a
+              list the files are those of nnU-Net's folders imagesTr and labelsTr
+    skip_bad  report a pair whose image or label is missing and go on, instead of raising
     """
+    pairs = []
+    for image, label in _listed_pairs(folder, info):
+        problem = ""
+        if not image.is_file():
+            problem = f"{image}: no such image, but dataset.json lists it"
+        elif not label.is_file():
+            problem = f"{label}: no label for {image.name}"
+        if not problem:
+            pairs.append((image, label))
+        elif skip_bad:
+            _note(f"skipped: {problem}")
+        else:
+            raise FileNotFoundError(f"{problem}; --skip-bad leaves such scans out")
+    return pairs
+
+
+def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
+    """The (image, label) files of a dataset, whether they exist or not; without hidden files."""
     listed = info.get("training")
     if isinstance(listed, list) and listed and all(isinstance(item, dict) for item in listed):
         try:
-            found = [(folder / item["image"], folder / item["label"]) for item in listed]
+            found = [(_listed_image(folder / item["image"]), folder / item["label"])
+                     for item in listed]
         except (KeyError, TypeError):
             raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
                              '{"image": FILE, "label": FILE}') from None
@@ -506,47 +557,122 @@ def image_label_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
         found = []
         for ending in ENDINGS:
             for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}")):
-                if not image.name.startswith("."):
-                    found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
-    for image, label in found:
-        if not image.is_file():
-            raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it")
-        if not label.is_file():
-            raise FileNotFoundError(f"{label}: no label for {image.name}")
-    return found
+                found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
+    return [pair for pair in found if not is_hidden(pair[0])]
 
 
-def read_dataset(folder: Path, classes) -> list[Case]:
+def _listed_image(image: Path) -> Path:
+    """The image that dataset.json lists. Version 1 of nnU-Net leaves "_0000" out of the list."""
+    if not image.is_file():
+        for ending in ENDINGS:
+            with_channel = image.parent / f"{case_name(image)}_0000{ending}"
+            if with_channel.is_file():
+                return with_channel
+    return image
+
+
+def _passed_over(folder: Path, info: dict) -> list[str]:
+    """Names of the images in imagesTr that are not used, because they have no nnU-Net name."""
+    if isinstance(info.get("training"), list) and info["training"]:
+        return []                                        # the list says what is used
+    return sorted(path.name for path in (folder / "imagesTr").glob("*.nii*")
+                  if not is_hidden(path) and not re.search(r"_\d{4}\.nii(\.gz)?$", path.name))
+
+
+def _case_names(images: list[Path], where: str) -> list[str]:
+    """The name of each case, different from the names of all others.
+
+    An image with a name such as "ct" is called after its folder. Images of the same name in
+    several folders are told apart by these: siteA/x.nii.gz, siteB/x.nii.gz -> siteA/x, siteB/x.
+
+    raises ValueError  if two cases have the same name, such as those of x.nii and x.nii.gz
+    """
+    paths = []
+    for image in images:
+        name = case_name(image)
+        paths.append(image.parent if name in COMMON_NAMES else image.parent / (name or image.name))
+    first: dict[Path, Path] = {}
+    for image, path in zip(images, paths, strict=True):
+        other = first.setdefault(path, image)
+        if other is not image:
+            raise ValueError(f"{where}: two cases are called {path.name}: {other} and {image}; "
+                             "rename or remove one")
+    return _distinct_names(paths)
+
+
+def _note(text: str) -> None:
+    """Print one line; of several processes under torchrun, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def read_datasets(roots, classes, *, skip_bad: bool = False) -> list[Case]:
+    """All training cases of all datasets among and inside `roots`; see read_dataset."""
+    folders = find_datasets(roots)
+    cases = []
+    for folder, name in zip(folders, dataset_names(folders), strict=True):
+        cases += read_dataset(folder, classes, name=name, skip_bad=skip_bad)
+    return cases
+
+
+def read_dataset(folder: Path, classes, *, name: str = "", skip_bad: bool = False) -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
-    classes  the class table to which the names in dataset.json are matched
+    classes   the class table to which the names in dataset.json are matched
+    name      of the dataset, in messages and reports; "": that of its folder
+    skip_bad  report a case whose image or label is missing and go on, instead of raising
 
     raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
                        missing
     """
     where = folder / "dataset.json"
     info = read_json(where)
-    label_map = labels.label_map(info.get("labels"), classes, str(where))
-    own_classes = info.get("annotated", {})              # {case name: class names}
-    if not isinstance(own_classes, dict):
-        raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
+    name = name or dataset_names([folder])[0]
+    context = info.get("name") or dataset_names([folder])[0]
+    label_map = labels.label_map(info.get("labels"), classes, str(where), context=str(context))
+    listed = _listed_pairs(folder, info)
+    names = _case_names([image for image, _ in listed], str(where))
+    name_of_pair = dict(zip(listed, names, strict=True))
+    own_annotated = _own_annotated(info, names, classes, where)
+    unused = _passed_over(folder, info)
+    if unused:
+        _note(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
+              f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     cases = []
-    for image, label in image_label_pairs(folder, info):
-        name = case_name(image)
-        if name in ("imaging", "image", "ct", "img"):    # each case has a folder of its own
-            name = image.parent.name
-        annotated = label_map.annotated
-        if name in own_classes:
-            annotated = np.zeros_like(label_map.annotated)
-            annotated[labels.select(own_classes[name], classes)] = True
-        cases.append(Case(name=f"{folder.name}/{name}", dataset=folder.name, image=image,
-                          label=label, label_map=label_map, annotated=annotated,
+    for pair in image_label_pairs(folder, info, skip_bad=skip_bad):
+        case = name_of_pair[pair]
+        cases.append(Case(name=f"{name}/{case}", dataset=name, image=pair[0], label=pair[1],
+                          label_map=label_map,
+                          annotated=own_annotated.get(case, label_map.annotated),
                           modality=_modality(info), msd="tensorImageSize" in info,
                           lesions=lesions))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
+
+
+def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[str, np.ndarray]:
+    """{case: (K,) bool} of the cases that "annotated" in dataset.json lists with their classes.
+
+    A name that only the built-in class table knows is passed over, so that a dataset.json can be
+    used with a smaller table.
+    """
+    table = info.get("annotated", {})                    # {case name: class names}
+    if not isinstance(table, dict):
+        raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
+    masks = {}
+    for case, names in table.items():
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            names = [name for name in names
+                     if labels.match(name, classes) or not labels.match(name)]
+        masks[case] = np.zeros(len(classes), bool)
+        masks[case][labels.select(names, classes)] = True
+    unknown = sorted(set(table) - set(cases))
+    if unknown:
+        _note(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
+              f"{', '.join(unknown[:5])}")
+    return masks
 
 
 def _modality(info: dict) -> str:
@@ -556,9 +682,20 @@ def _modality(info: dict) -> str:
     return "mri" if re.search(r"mr|t1|t2|flair|dess", str(first).lower()) else "ct"
 
 
-def median_spacing(cases: list[Case]) -> float:
-    """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
-    spacings = [np.linalg.norm(_open(case.image).affine[:3, :3], axis=0) for case in cases]
+def median_spacing(cases: list[Case], *, skip_bad: bool = False) -> float:
+    """The median voxel spacing over all scans and axes, in mm: a target for a new collection.
+
+    skip_bad  pass over scans that cannot be read, instead of raising
+    """
+    spacings = []
+    for case in cases:
+        try:
+            spacings.append(np.linalg.norm(_open(case.image).affine[:3, :3], axis=0))
+        except (ValueError, OSError):
+            if not skip_bad:
+                raise
+    if not spacings:
+        raise ValueError("none of the scans can be read; their spacing is not known")
     return float(np.median(spacings))
 
 

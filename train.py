@@ -576,9 +576,10 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
     task = load_task(cfg)
-    cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, task.classes)]
+    cases = data.read_datasets(cfg.data, task.classes, skip_bad=cfg.skip_bad)
     if not cfg.spacing_mm:
-        cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
+        spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
+        cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
         infer.join_processes(device)
