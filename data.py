@@ -176,10 +176,12 @@ def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
     return raw
 
 
-def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
+def save_like(path: str | Path, array: np.ndarray, like: str | Path, *,
+              description: str | None = None) -> None:
     """Write an array in the axes, affine and header codes of the file `like`.
 
-    array  (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+    array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+    description  text for the header, at most 79 characters; None: that of `like`
 
     The file appears complete or not at all.
     """
@@ -191,6 +193,8 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path) -> None:
     header.set_slope_inter(1, 0)
     header["cal_min"] = 0
     header["cal_max"] = 0
+    if description is not None:
+        header["descrip"] = description
     voxels = nib.apply_orientation(array, back).reshape(img.shape)
     out = type(img)(voxels, None, header)
     with atomic_write(path) as part:
