@@ -784,6 +784,8 @@ def _key(case: Case, spacing_mm: float) -> str:
     regions = case.label_map.regions.astype(int).tolist()
     content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.label_map.values,
                regions, sorted(case.label_map.named)]
+    if not case.label_map.known.all():
+        content.append(case.label_map.known.astype(int).tolist())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -1059,6 +1061,7 @@ class Crops(torch.utils.data.Dataset):
         return {"image": torch.from_numpy(np.ascontiguousarray(image))[None],    # (1, p, p, p)
                 "label_rows": torch.from_numpy(label_rows),                      # (p, p, p)
                 "regions": torch.from_numpy(scan.case.label_map.regions),        # (V, K)
+                "known": torch.from_numpy(scan.case.label_map.known),            # (V, K)
                 "annotated": torch.from_numpy(scan.case.annotated),              # (K,)
                 "name": scan.case.name}
 
@@ -1151,16 +1154,21 @@ def rotate_and_shift(image: np.ndarray, label_rows: np.ndarray, rng: np.random.G
 
 # ---- batches -----------------------------------------------------------------------------------
 def collate(items: list[dict]) -> dict:
-    """Crops -> batch. All-false rows are added to `regions`, so that every scan has V of them.
+    """Crops -> batch. Rows without a class are added, so that every scan has V of them.
 
-    returns  image (B, 1, p, p, p)   label_rows (B, p, p, p) int32   regions (B, V, K) bool
+    returns  image (B, 1, p, p, p)   label_rows (B, p, p, p) int32   regions, known (B, V, K) bool
              annotated (B, K) bool   name: a list of B strings
     """
     V = max(len(item["regions"]) for item in items)
-    regions = [F.pad(item["regions"], (0, 0, 0, V - len(item["regions"]))) for item in items]
+    regions, known = [], []
+    for item in items:
+        missing_rows = (0, 0, 0, V - len(item["regions"]))
+        regions.append(F.pad(item["regions"], missing_rows, value=False))
+        known.append(F.pad(item["known"], missing_rows, value=True))
     return {"image": torch.stack([item["image"] for item in items]),
             "label_rows": torch.stack([item["label_rows"] for item in items]),
             "regions": torch.stack(regions),
+            "known": torch.stack(known),
             "annotated": torch.stack([item["annotated"] for item in items]),
             "name": [item["name"] for item in items]}
 

@@ -45,6 +45,24 @@ _SAME_WORD = {
 }
 _IGNORED_WORDS = {"of", "the", "and", "gland", "glands"}
 
+# What further words mean in the name of a lesion
+_LESION_SAME_WORD = {
+    "lesion": "tumor", "lesions": "tumor", "cancers": "tumor", "carcinoma": "tumor",
+    "carcinomas": "tumor", "adenocarcinoma": "tumor", "mass": "tumor", "masses": "tumor",
+    "metastasis": "tumor", "metastases": "tumor", "neoplasm": "tumor", "neoplasms": "tumor",
+    "malignancy": "tumor",
+    "hepatic": "liver", "renal": "kidney", "pancreatic": "pancreas", "pulmonary": "lung",
+    "colonic": "colon", "splenic": "spleen", "gastric": "stomach", "duodenal": "duodenum",
+    "esophageal": "esophagus", "rectal": "rectum", "prostatic": "prostate",
+}
+_LESION_ABBREVIATIONS = {
+    "pdac": ("pancreas", "tumor"), "hcc": ("liver", "tumor"), "rcc": ("kidney", "tumor"),
+    "nsclc": ("lung", "tumor"),
+}
+_LESION_FILLERS = {"primary", "primaries", "malignant"}
+_LESION_KINDS = {"tumor", "cyst"}           # classes exist of these two kinds
+_OTHER_LESIONS = {"nodule", "nodules", "abscess", "hemorrhage", "haematoma", "hematoma", "polyp"}
+
 
 def name_key(name: str) -> tuple[str, ...]:
     """The normalised words of a name: names that differ only in case, punctuation, word order or
@@ -56,6 +74,19 @@ def name_key(name: str) -> tuple[str, ...]:
     words = re.sub(r"[\W_]+", " ", name.lower()).split()
     return tuple(sorted(_SAME_WORD.get(word, word) for word in words
                         if word not in _IGNORED_WORDS))
+
+
+def _lesion_words(name: str) -> frozenset[str]:
+    """The words of a lesion's name in one form, whatever the usage of its dataset.
+
+    >>> sorted(_lesion_words("hepatic_lesions")), sorted(_lesion_words("PDAC lesion"))
+    (['liver', 'tumor'], ['pancreas', 'tumor'])
+    """
+    words: set[str] = set()
+    for word in name_key(name):
+        if word not in _LESION_FILLERS:
+            words.update(_LESION_ABBREVIATIONS.get(word, (_LESION_SAME_WORD.get(word, word),)))
+    return frozenset(words)
 
 
 # ---- the class table ---------------------------------------------------------------------------
@@ -278,10 +309,46 @@ def match(name: str, classes: tuple[Class, ...] = CLASSES) -> tuple[int, ...]:
     return ()
 
 
+def match_lesion(name: str, classes: tuple[Class, ...] = CLASSES,
+                 organ: frozenset[str] = frozenset()) -> tuple[int, ...]:
+    """The class of a lesion by one of its usual names, and its host if the name tells the side.
+
+    organ    words of the host of a lesion whose name does not tell it, such as "cancer"
+    returns  (), (lesion,) or (lesion, host)
+
+    >>> match_lesion("renal mass"), match_lesion("kidney_cyst_left"), match_lesion("cancer")
+    ((25,), (31, 2), ())
+    >>> match_lesion("cancer", organ=frozenset({"liver"}))      # Liver Tumor
+    (26,)
+    """
+    words = _lesion_words(name)
+    side = words & {"left", "right"}
+    words -= side
+    if not words & _LESION_KINDS:
+        return ()
+    if words <= _LESION_KINDS:
+        words |= organ
+    found = [k for k, c in enumerate(classes) if c.lesion
+             and words in [_lesion_words(spelling) for spelling in (c.name, *c.synonyms)]]
+    if len(found) != 1:
+        return ()
+    hosts = [k for k, c in enumerate(classes)
+             if c.name in classes[found[0]].parents and c.side in side]
+    return (found[0], *hosts)
+
+
 def match_structure(name: str, classes: tuple[Class, ...] = CLASSES) -> tuple[int, ...]:
-    """Stub of helper D, replaced by A's: the classes to which a voxel of a structure belongs."""
+    """The indices of all classes to which a voxel of a structure of this name surely belongs.
+
+    Their parents are not among them, unless the name tells them.
+
+    >>> match_structure("liver"), match_structure("kidney_cyst_left"), match_structure("kidney")
+    ((5,), (31, 2), ())
+    """
     indices = match(name, classes)
-    return indices if len(indices) == 1 else ()
+    if len(indices) == 1:
+        return indices
+    return () if indices else match_lesion(name, classes)
 
 
 def select(names: list[str], classes: tuple[Class, ...]) -> list[int]:
@@ -291,7 +358,7 @@ def select(names: list[str], classes: tuple[Class, ...]) -> list[int]:
     """
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
         raise ValueError(f"expected a list of class names, got {names!r}")
-    matches = {name: match(name, classes) for name in names}
+    matches = {name: match(name, classes) or match_lesion(name, classes)[:1] for name in names}
     missing = [name for name, indices in matches.items() if not indices]
     if missing:
         raise ValueError(f"no class is called {missing}; known: {[c.name for c in classes]}")
@@ -310,10 +377,13 @@ class LabelMap:
     values: list[int]              # the V values that belong to a class, after 0 for background
     named: set[int]                # every value that dataset.json names, with a class or without
     regions: np.ndarray            # (2V, K) bool: voxels with this label row belong to class k
+    known: np.ndarray              # (2V, K) bool: False where a row says nothing about class k;
+                                   # such voxels are left out of the loss of the class
     annotated: np.ndarray          # (K,) bool: the dataset labels class k
     unsplit: dict[tuple[int, int], list[int]]    # (right, left) classes: the label rows that are
                                                  # one of the two, to be told apart by position
-    unmatched: list[str] = field(default_factory=list)     # names that are no class of the table
+    unmatched: list[str] = field(default_factory=list)     # names that are background here
+    table: list[str] = field(default_factory=list)         # what each value means, in words
 
     def to_label_rows(self, raw: np.ndarray, where: str) -> np.ndarray:
         """(D, H, W) values of a label file -> label rows, uint8 or uint16.
@@ -357,14 +427,19 @@ def label_map(labels: dict, classes: tuple[Class, ...], where: str = "dataset.js
               context: str = "") -> LabelMap:
     """The meaning of `labels`, the table of names and values in a dataset.json.
 
-    where   the file, for error messages
-    raises  ValueError  if the table is malformed or no name matches a class
+    where    the file, for error messages
+    context  the dataset's name, which may tell the organ of a "tumor" or a "vessel"
+    raises   ValueError  if the table is malformed or no name matches a class
     """
     named_values = parse_labels(labels, where)
-    meaning, annotated, unmatched = match_labels(named_values, classes, where)
+    context = re.sub(r"^(Task|Dataset)\d+_", "", context)
+    context = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", context)              # HepaticVessel: two words
+    meaning, annotated, unmatched = match_labels(named_values, classes, where, context)
     values, regions, unsplit = build_regions(meaning, classes)
+    known = build_known(values, meaning, regions)
     named = {0, *(v for _, values_of_name in named_values for v in values_of_name)}
-    return LabelMap(values, named, regions, annotated, unsplit, unmatched)
+    table = describe_values(named_values, meaning, classes)
+    return LabelMap(values, named, regions, known, annotated, unsplit, unmatched, table)
 
 
 def parse_labels(labels: dict, where: str) -> list[tuple[str, list[int]]]:
@@ -393,46 +468,131 @@ def parse_labels(labels: dict, where: str) -> list[tuple[str, list[int]]]:
     return named_values
 
 
-def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class, ...],
-                 where: str) -> tuple[dict[int, tuple[set, set]], np.ndarray, list[str]]:
-    """Step 2 of label_map: the classes that each value belongs to by the names given to it.
+@dataclass
+class Meaning:
+    """What the names of one value say about a voxel that has it."""
+    sure: set[int] = field(default_factory=set)          # classes that it belongs to
+    either: set[tuple[int, int]] = field(default_factory=set)      # (right, left): it belongs to
+                                                         # one of the two
+    unknown: set[int] = field(default_factory=set)       # classes of which nothing is said
 
-    returns  meaning    {value: (sure, either)} of the values that belong to a class.
-                        sure: set of classes it belongs to;
-                        either: set of (right, left), where it belongs to one of the two classes
+
+def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class, ...], where: str,
+                 context: str = "") -> tuple[dict[int, Meaning], np.ndarray, list[str]]:
+    """Step 2 of label_map: what each value says about the classes, by the names given to it.
+
+    returns  meaning    {value: Meaning} of the values that are not simply background
              annotated  (K,) bool
-             unmatched  the names that match no class
+             unmatched  the names that are background here
 
-    >>> named_values = [("kidney", [1, 2]), ("kidney tumor", [2]), ("sacrum", [3])]
+    >>> named_values = [("kidney", [1, 2]), ("cancer", [2]), ("sacrum", [3]), ("ignore", [4])]
     >>> meaning, annotated, unmatched = match_labels(named_values, CLASSES, "dataset.json")
-    >>> meaning                 # 1 and 2: Right and Left Kidney, 25: Kidney Tumor
-    {1: (set(), {(1, 2)}), 2: ({25}, {(1, 2)})}
-    >>> np.flatnonzero(annotated).tolist(), unmatched
-    ([1, 2, 25], ['sacrum'])
+    >>> meaning[1].either, meaning[2].sure        # 1 and 2: Right and Left Kidney, 25: Kidney Tumor
+    ({(1, 2)}, {25})
+    >>> len(meaning[4].unknown), np.flatnonzero(annotated).tolist(), unmatched
+    (32, [1, 2, 25], ['sacrum'])
     """
-    meaning: dict[int, tuple[set, set]] = {}
+    organ = _only_organ([name for name, _ in named_values], classes, context)
+    meaning: dict[int, Meaning] = {}
     annotated = np.zeros(len(classes), bool)
     unmatched = []
     for name, values in named_values:
         if name.lower() == "background":
             continue
-        indices = match(name, classes)
-        if not indices:
+        around = [other for other, its_values in named_values
+                  if other != name and set(values) <= set(its_values)]     # region-based
+        own_organ = _only_organ(around, classes, "") or organ
+        of_name = meaning_of_name(name, classes, own_organ, context)
+        if of_name == Meaning():
             unmatched.append(name)
             continue
-        annotated[list(indices)] = True
+        classes_of_name = {*of_name.sure, *(k for pair in of_name.either for k in pair)}
+        annotated[list(classes_of_name)] = True
         for value in values:
             if value == 0:
                 raise ValueError(f"{where}: {name!r} has value 0, which is background")
-            sure, either = meaning.setdefault(value, (set(), set()))
-            if len(indices) == 1:
-                sure.add(indices[0])
-            else:
-                either.add(indices)
+            of_value = meaning.setdefault(value, Meaning())
+            of_value.sure |= of_name.sure
+            of_value.either |= of_name.either
+            of_value.unknown |= of_name.unknown
     if not annotated.any():
         raise ValueError(f"{where}: none of {[n for n, _ in named_values][:8]} is a class here; "
                          "see `python labels.py`, or pass a class table with --classes")
     return meaning, annotated, unmatched
+
+
+def meaning_of_name(name: str, classes: tuple[Class, ...], organ: frozenset[str] = frozenset(),
+                    context: str = "") -> Meaning:
+    """What a name in dataset.json says.
+
+    a class                        the class, or one of the two sides
+    a lesion with a clear host     the class of the lesion; see match_lesion
+    "ignore" (nnU-Net)             nothing about any class
+    a lesion without a clear host  nothing about any class
+    a name with an organ in it     nothing about that organ, and if it is a lesion, about the
+                                   lesions of that organ: "liver segment 4", "liver abscess"
+    any other                      background: Meaning()
+
+    organ, context  tell the host of a lesion whose name does not, and the organ of a "vessel"
+    """
+    everything = set(range(len(classes)))
+    words = name_key(name)
+    if words == ("ignore",):
+        return Meaning(unknown=everything)
+    indices = match(name, classes) or match_lesion(name, classes, organ)
+    if not indices and words and set(words) < set(name_key(context)):
+        indices = match(context, classes)
+    if len(indices) == 2 and other_side(indices[0], classes) == indices[1]:
+        return Meaning(either={indices})
+    if indices:
+        return Meaning(sure=set(indices))
+    lesion_words = _lesion_words(name)
+    is_lesion = bool(lesion_words & (_LESION_KINDS | _OTHER_LESIONS))
+    inside = _organs_in(lesion_words if is_lesion else frozenset(words), classes)
+    if is_lesion:
+        inside |= {k for k, c in enumerate(classes)
+                   if c.lesion and any(classes[i].name in c.parents for i in inside)}
+        return Meaning(unknown=inside or everything)
+    return Meaning(unknown=inside)
+
+
+def _organs_in(words: frozenset[str], classes) -> set[int]:
+    """The organs whose name is part of a longer name; with a side, only those of that side."""
+    sides = words & {"left", "right"}
+    found = set()
+    for k, c in enumerate(classes):
+        spellings = [set(name_key(spelling)) - {c.side} for spelling in (c.name, *c.synonyms)]
+        is_other_side = c.side and sides and c.side not in sides
+        if not c.lesion and not is_other_side and any(part < words for part in spellings):
+            found.add(k)
+    return found
+
+
+def _only_organ(names: list[str], classes, context: str) -> frozenset[str]:
+    """The words of the only organ that a dataset labels, without its side; else no words.
+
+    The host of a labelled lesion counts; organs inside of others do not count beside them. Where
+    no organ is labelled, the dataset's name, the context, may tell it.
+
+    >>> _only_organ(["background", "pancreas", "cancer"], CLASSES, "")
+    frozenset({'pancreas'})
+    >>> _only_organ(["liver", "spleen", "tumor"], CLASSES, "")
+    frozenset()
+    """
+    found: set[int] = set()
+    for name in names:
+        found.update(match(name, classes) or match_lesion(name, classes))
+        if set(name_key(name)) < set(name_key(context)):
+            found.update(match(context, classes))
+    hosts = {parent for k in found if classes[k].lesion for parent in classes[k].parents}
+    found = {k for k in range(len(classes)) if classes[k].name in hosts
+             or k in found and not classes[k].lesion}
+    if not found:
+        found = set(match(context, classes))
+    outermost = {k for k in found if not ancestors(k, classes) & found}
+    organs = {_lesion_words(classes[k].name) - {classes[k].side, *_LESION_KINDS}
+              for k in outermost}
+    return organs.pop() if len(organs) == 1 else frozenset()
 
 
 def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[set, set]:
@@ -460,13 +620,13 @@ def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[
     return sure, either
 
 
-def build_regions(meaning: dict[int, tuple[set, set]], classes) -> tuple[list, np.ndarray, dict]:
+def build_regions(meaning: dict[int, Meaning], classes) -> tuple[list, np.ndarray, dict]:
     """Step 3 of label_map: add the parents and build `regions`.
 
     returns  values (V), regions (2V, K), unsplit, as in LabelMap. Row v + V is the value of row v
              on the patient's left; the two rows differ where the value belongs to either side.
 
-    >>> meaning = {1: (set(), {(1, 2)}), 2: ({25}, {(1, 2)})}      # kidney, its tumour
+    >>> meaning = {1: Meaning(either={(1, 2)}), 2: Meaning({25}, {(1, 2)})}   # kidney, its tumour
     >>> values, regions, unsplit = build_regions(meaning, CLASSES)
     >>> values, unsplit
     ([0, 1, 2], {(1, 2): [1, 2]})
@@ -478,7 +638,7 @@ def build_regions(meaning: dict[int, tuple[set, set]], classes) -> tuple[list, n
     regions = np.zeros((2 * V, len(classes)), bool)
     unsplit: dict[tuple[int, int], list[int]] = {}
     for row, value in enumerate(values[1:], 1):
-        sure, either = add_parents(*meaning[value], classes)
+        sure, either = add_parents(meaning[value].sure, meaning[value].either, classes)
         regions[row, list(sure)] = True
         regions[row + V, list(sure)] = True
         for right, left in either:
@@ -486,6 +646,52 @@ def build_regions(meaning: dict[int, tuple[set, set]], classes) -> tuple[list, n
             regions[row + V, left] = True
             unsplit.setdefault((right, left), []).append(row)
     return values, regions, unsplit
+
+
+def build_known(values: list[int], meaning: dict[int, Meaning], regions: np.ndarray) -> np.ndarray:
+    """Step 4 of label_map: `known` (2V, K), as in LabelMap.
+
+    What another name of the same value says for sure is known: a voxel of the kidney that is also
+    an unclear lesion is kidney.
+    """
+    known = np.ones_like(regions)
+    V = len(values)
+    for row, value in enumerate(values[1:], 1):
+        unknown = list(meaning[value].unknown)
+        known[row, unknown] = False
+        known[row + V, unknown] = False
+    return known | regions
+
+
+def describe_values(named_values, meaning: dict[int, Meaning], classes) -> list[str]:
+    """The meaning of every value in words, one line each; background values share one line.
+
+    "2 liver, cancer -> Liver, Liver Tumor"
+    """
+    names_of_value: dict[int, list[str]] = {}
+    for name, values_of_name in named_values:
+        for value in values_of_name:
+            names_of_value.setdefault(value, []).append(name)
+    lines, background = [], []
+    for value, names in sorted(names_of_value.items()):
+        if value not in meaning:
+            background += [name for name in names if name.lower() != "background"]
+            continue
+        sure, either = add_parents(meaning[value].sure, meaning[value].either, classes)
+        parts = [f"{classes[right].name} or {classes[left].name}" for right, left in sorted(either)]
+        if sure:
+            parts.append(" + ".join(classes[k].name for k in sorted(sure)))
+        unknown = meaning[value].unknown - sure
+        if len(unknown | sure) == len(classes):
+            parts.append(f"left out of the loss of every {'other ' if sure else ''}class")
+        elif unknown:
+            left_out = ", ".join(classes[k].name for k in sorted(unknown))
+            parts.append(f"left out of the loss of {left_out}")
+        lines.append(f"{value} {', '.join(names)} -> {'; '.join(parts)}")
+    if background:
+        more = f" and {len(background) - 12} more" if len(background) > 12 else ""
+        lines.append(f"background: {', '.join(background[:12])}{more}")
+    return lines
 
 
 def split_sides(label_rows: np.ndarray, label_map: LabelMap, midline: float) -> np.ndarray:

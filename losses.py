@@ -15,6 +15,9 @@ and not the mean over all annotated pairs, (4 + 1 + 3) / 3. A scan without annot
 with a loss of 0. Then the mean over processes with equally many crops each, which is what
 DistributedDataParallel computes, is the mean over all crops.
 
+Some voxels say nothing about an annotated class: what nnU-Net calls "ignore", or a lesion whose
+organ is not clear. With `known`, they are left out of the mean and of the sums of that class.
+
 B batch: one crop of a scan each   K classes   D, H, W voxels   N = D H W   P annotated pairs of a
 crop and a class
 """
@@ -25,21 +28,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _annotated_pairs(logits: Tensor, y: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
-    """-> the logits and the targets of the annotated pairs, (P, N) each.
+def _annotated_pairs(logits: Tensor, y: Tensor, annotated: Tensor,
+                     known: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> the logits, the targets and what is known of the annotated pairs, (P, N) each.
 
-    They are float32 whatever the network computes in: sums over a million voxels follow, which
-    bf16 cannot hold.
+    Logits and targets are float32 whatever the network computes in: sums over a million voxels
+    follow, which bf16 cannot hold.
     """
     if logits.shape != y.shape:
         raise ValueError(f"y must be like logits {tuple(logits.shape)}, got {tuple(y.shape)}")
     if annotated.shape != logits.shape[:2] or annotated.dtype != torch.bool:
         raise ValueError(f"annotated must be bool (B, K) = {tuple(logits.shape[:2])}, "
                          f"got {annotated.dtype} {tuple(annotated.shape)}")
-    logits, y = logits.flatten(2), y.flatten(2)               # (B, K, N)
-    if annotated.all():                                       # selecting everything would copy it
-        return logits.flatten(0, 1).float(), y.flatten(0, 1).float()
-    return logits[annotated].float(), y[annotated].float()
+    if known is not None and (known.shape != logits.shape or known.dtype != torch.bool):
+        raise ValueError(f"known must be bool like logits {tuple(logits.shape)}, got {known.dtype} "
+                         f"{tuple(known.shape)}")
+
+    def select(x: Tensor) -> Tensor:
+        x = x.flatten(2)                                      # (B, K, N)
+        return x.flatten(0, 1) if annotated.all() else x[annotated]     # all of it without a copy
+    logits, y = select(logits).float(), select(y).float()
+    if known is None:
+        return logits, y, None
+    known = select(known)
+    return logits.where(known, 0), y.where(known, 0), known
 
 
 def _mean_over_crops(loss: Tensor, annotated: Tensor) -> Tensor:
@@ -50,25 +62,32 @@ def _mean_over_crops(loss: Tensor, annotated: Tensor) -> Tensor:
     return (loss * weight.to(loss)).sum()
 
 
-def masked_bce(logits: Tensor, y: Tensor, annotated: Tensor) -> Tensor:
+def masked_bce(logits: Tensor, y: Tensor, annotated: Tensor,
+               known: Tensor | None = None) -> Tensor:
     """Binary cross-entropy over annotated classes only.
 
     logits     (B, K, D, H, W)  raw scores
     y          (B, K, D, H, W)  0 or 1; ignored where the class is not annotated
     annotated  (B, K) bool      True where the scan's dataset labels class k; on the CPU or on the
                                 device of the logits
+    known      (B, K, D, H, W)  bool, False for a voxel that says nothing about a class; None: all
+                                voxels are known
     returns    scalar           mean over the annotated classes of a crop, then over the crops;
                                 0 with a zero gradient if nothing is annotated
     raises     ValueError       if the shapes disagree
 
     Two voxels of a class, y = (1, 1) and p = (0.9, 0.1): (-ln 0.9 - ln 0.1) / 2 = 1.204.
     """
-    logits, y = _annotated_pairs(logits, y, annotated)        # (P, N)
+    logits, y, known = _annotated_pairs(logits, y, annotated, known)       # (P, N)
     loss = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
-    return _mean_over_crops(loss.mean(1), annotated)
+    if known is None:
+        return _mean_over_crops(loss.mean(1), annotated)
+    loss = loss.where(known, 0).sum(1) / known.sum(1).clamp_min(1)
+    return _mean_over_crops(loss, annotated)
 
 
-def masked_dice(logits: Tensor, y: Tensor, annotated: Tensor) -> Tensor:
+def masked_dice(logits: Tensor, y: Tensor, annotated: Tensor,
+                known: Tensor | None = None) -> Tensor:
     """Soft Dice loss over annotated classes only; arguments, mean and errors as in `masked_bce`.
 
     The loss of a crop and a class is 1 - 2 sum(p y) / (sum p + sum y + 1), summed over all voxels
@@ -77,8 +96,10 @@ def masked_dice(logits: Tensor, y: Tensor, annotated: Tensor) -> Tensor:
     is 1 - 2 / (1 + 1 + 1) = 1/3. A class that is annotated but absent from the crop has the loss 1
     and no gradient; it learns from masked_bce alone.
     """
-    logits, y = _annotated_pairs(logits, y, annotated)        # (P, N)
+    logits, y, known = _annotated_pairs(logits, y, annotated, known)       # (P, N)
     p = logits.sigmoid()
+    if known is not None:
+        p = p.where(known, 0)
     overlap = (p * y).sum(1)                                  # (P,)
     loss = 1 - 2 * overlap / (p.sum(1) + y.sum(1) + 1)
     return _mean_over_crops(loss, annotated)

@@ -230,8 +230,6 @@ def describe_dataset(name: str, training, validation, classes) -> str:
     if min(spacings) != max(spacings):
         line += f" to {high}"
     line += f" mm; annotated: {', '.join(covered)}"
-    if case.label_map.unmatched:
-        line += f"; {len(case.label_map.unmatched)} names are no class here, left out"
     return line
 
 
@@ -242,6 +240,8 @@ def describe(scans, val, classes, trained: list[str]) -> None:
         training = [s for s in scans if s.case.dataset == name]
         validation = [s for s in val if s.case.dataset == name]
         print(describe_dataset(name, training, validation, classes))
+        for line in (training + validation)[0].case.label_map.table:
+            print(f"  {line}")
         for scan in training + validation:
             twin = first_of.setdefault(scan.meta["fingerprint"], scan.case.name)
             if twin != scan.case.name:
@@ -386,7 +386,7 @@ def step_loss(net, batch: dict, w: Tensor, *, amp: bool = False) -> tuple[Tensor
     """The masked step of the paper (Sec. 3.3) -> (loss, its cross-entropy, its Dice loss).
 
     net    (x, w) -> logits
-    batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions (B, V, K) bool and
+    batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and
            annotated (B, K) bool: the classes that count; on the CPU
     w      (K, E) text embeddings, on the device of net
 
@@ -401,9 +401,11 @@ def step_loss(net, batch: dict, w: Tensor, *, amp: bool = False) -> tuple[Tensor
                               for name in ("image", "label_rows", "regions"))
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
         logits = net(x, w[asked])                                      # (B, k, D, H, W)
-    y = data.targets(label_rows, regions, asked)                       # (B, k, D, H, W) bool
-    bce = losses.masked_bce(logits, y, annotated[:, asked])
-    dice = losses.masked_dice(logits, y, annotated[:, asked])
+    y, known = data.targets(label_rows, regions, asked), None          # (B, k, D, H, W) bool
+    if not batch["known"][:, :, asked].all():                          # rare, and asked on the CPU
+        known = data.targets(label_rows, batch["known"].to(w.device, non_blocking=True), asked)
+    bce = losses.masked_bce(logits, y, annotated[:, asked], known)
+    dice = losses.masked_dice(logits, y, annotated[:, asked], known)
     return bce + dice, bce, dice
 
 
@@ -438,10 +440,13 @@ def score_scan(scan: data.Scan, network, w: Tensor, classes, cfg: Config, amp: b
     annotated = np.flatnonzero(scan.case.annotated)
     logits = infer.sliding_window(scan.image(), network, w[annotated], patch=cfg.patch, amp=amp)
     masks = (logits > 0).cpu().numpy()
-    label_rows = scan.label_rows()
+    label_rows, label_map = scan.label_rows(), scan.case.label_map
     scores = []
     for mask, k in zip(masks, annotated, strict=True):
-        dice = metrics.dice(mask, scan.case.label_map.regions[:, k][label_rows])
+        truth = label_map.regions[:, k][label_rows]
+        if not label_map.known[:, k].all():
+            mask = mask & label_map.known[:, k][label_rows]
+        dice = metrics.dice(mask, truth)
         if not math.isnan(dice):
             scores.append(Score(scan.case.dataset, classes[k].name, dice))
     return scores

@@ -491,6 +491,7 @@ def test_a_batch_has_these_keys_types_and_shapes(tiny_scans):
         "image": (torch.float32, (6, 1, 64, 64, 64)),
         "label_rows": (torch.int32, (6, 64, 64, 64)),
         "regions": (torch.bool, (6, 6, 32)),
+        "known": (torch.bool, (6, 6, 32)),
         "annotated": (torch.bool, (6, 32))}
     assert batch["name"] == [item["name"] for item in items]
     kidney = next(i for i in range(6) if batch["name"][i].startswith("Dataset902"))

@@ -386,7 +386,7 @@ def check_msd(root, task):
 
 
 @pytest.mark.parametrize("task", MSD)
-def test_an_msd_task_as_distributed(task, tmp_path):     # passes after A's change of label_map
+def test_an_msd_task_as_distributed(task, tmp_path):
     msd_replica(tmp_path, task)
     before = tree(tmp_path)
     check_msd(tmp_path, task)

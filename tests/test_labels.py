@@ -116,17 +116,89 @@ def test_step_1_parses_msds_values_and_names():
 def test_step_2_matches_names_to_sure_classes_and_to_pairs():
     """Value 1 is one of the kidneys (1, 2); value 2, too, and surely Kidney Tumor (25)."""
     meaning, annotated, unmatched = labels.match_labels(KIDNEYS, labels.CLASSES, "x")
-    assert meaning == {1: (set(), {(1, 2)}), 2: ({25}, {(1, 2)})}
+    assert meaning == {1: labels.Meaning(either={(1, 2)}), 2: labels.Meaning({25}, {(1, 2)})}
     assert np.flatnonzero(annotated).tolist() == [1, 2, 25] and unmatched == ["sacrum"]
 
 
 def test_step_3_adds_parents_and_builds_a_row_per_value_and_side():
     """Value 7 is Kidney Tumor (25), value 9 Liver Tumor (26): V = 3, rows 3 to 5 are the left."""
-    values, regions, unsplit = labels.build_regions({9: ({26}, set()), 7: ({25}, set())},
-                                                    labels.CLASSES)
+    meaning = {9: labels.Meaning({26}), 7: labels.Meaning({25})}
+    values, regions, unsplit = labels.build_regions(meaning, labels.CLASSES)
     assert values == [0, 7, 9] and unsplit == {(1, 2): [1]}
     assert [np.flatnonzero(row).tolist() for row in regions] == \
         [[], [1, 25], [5, 26], [], [2, 25], [5, 26]]
+
+
+# ---- what a name says, and what it leaves open ---------------------------------------------------
+def meaning_of(table, context="") -> list[str]:
+    return labels.label_map(table, labels.CLASSES, context=context).table
+
+
+@pytest.mark.parametrize("lesion", [
+    "liver_lesion", "Liver Lesions", "hepatic tumour", "HCC", "liver cancer", "liver metastases",
+    "hepatic mass", "liver carcinoma", "malignant liver neoplasm", "cancer", "Tumor", "lesion"])
+def test_the_usual_names_of_a_lesion_are_its_class_inside_its_host(lesion):
+    assert meaning_of({"liver": 1, lesion: 2}) == \
+        ["1 liver -> Liver", f"2 {lesion} -> Liver + Liver Tumor"]
+
+
+def test_the_side_of_a_lesion_tells_its_host():
+    assert meaning_of({"kidney_cyst_left": 1, "right renal mass": 2, "PDAC lesion": 3}) == [
+        "1 kidney_cyst_left -> Left Kidney + Kidney Cyst",
+        "2 right renal mass -> Right Kidney + Kidney Tumor",
+        "3 PDAC lesion -> Pancreas + Pancreas Tumor"]
+
+
+@pytest.mark.parametrize("context, table, want", [
+    ("Liver", {"0": "background", "1": "liver", "2": "cancer"}, ["Liver", "Liver + Liver Tumor"]),
+    ("Task06_Lung", {"0": "background", "1": "cancer"}, ["Right Lung or Left Lung; Lung Tumor"]),
+    ("Pancreas", {"1": "pancreas", "2": "cancer"}, ["Pancreas", "Pancreas + Pancreas Tumor"]),
+    ("HepaticVessel", {"1": "Vessel", "2": "Tumour"},
+     ["Liver + Hepatic Vessel", "Liver + Hepatic Vessel Tumor"]),
+    ("Spleen", {"1": "spleen"}, ["Spleen"]),
+    ("Colon", {"1": "colon cancer primaries"}, ["Colon + Colon Tumor"])])
+def test_the_name_of_an_msd_task_tells_the_organ(context, table, want):
+    assert [line.split(" -> ")[1] for line in meaning_of(table, context)] == want
+
+
+def test_what_says_nothing_about_a_class_is_left_out_of_its_loss():
+    """With two organs, "lesion" has no clear host; "sacrum" says that a voxel is no organ."""
+    table = {"liver": 1, "spleen": 2, "ignore": 3, "lesion": 4, "liver abscess": 5,
+             "liver segment 4": 6, "left kidney stone": 7, "sacrum": 8, "vertebrae L1": 9}
+    label_map = labels.label_map(table, labels.CLASSES)
+    assert label_map.table == [
+        "1 liver -> Liver", "2 spleen -> Spleen", "3 ignore -> left out of the loss of every class",
+        "4 lesion -> left out of the loss of every class",
+        "5 liver abscess -> left out of the loss of Liver, Liver Tumor, Hepatic Vessel Tumor",
+        "6 liver segment 4 -> left out of the loss of Liver",
+        "7 left kidney stone -> left out of the loss of Left Kidney",
+        "background: sacrum, vertebrae L1"]
+    assert label_map.values == [0, 1, 2, 3, 4, 5, 6, 7] and not label_map.regions[3:8].any()
+    unknown = [np.flatnonzero(~row).tolist() for row in label_map.known]
+    assert unknown == [[], [], [], [*range(32)], [*range(32)], [5, 26, 28], [5], [2]] * 2
+    assert label_map.unmatched == ["sacrum", "vertebrae L1"]
+
+
+def test_what_another_name_of_a_value_says_is_known():
+    """Region-based: value 3 is spleen, and an abscess; the region around a tumor is its host."""
+    label_map = labels.label_map({"liver": [1, 4], "spleen": [2, 3], "abscess": 3, "tumor": 4},
+                                 labels.CLASSES)
+    assert label_map.known[3].tolist() == [k == 0 for k in range(32)]
+    assert np.flatnonzero(label_map.regions[4]).tolist() == [5, 26]
+
+
+@pytest.mark.parametrize("word", sorted({*labels._LESION_KINDS, *labels._OTHER_LESIONS,
+                                         *labels._LESION_ABBREVIATIONS} |
+                                        {word for word, kind in labels._LESION_SAME_WORD.items()
+                                         if kind == "tumor"}))
+@pytest.mark.parametrize("organ", ["spleen", "kidney", "left kidney", "liver", "adrenal gland"])
+def test_no_lesion_in_an_organ_is_taught_as_background(organ, word):
+    """Whatever its name: it belongs to the organ, or is left out of the organ's loss."""
+    label_map = labels.label_map({organ: 1, f"{organ} {word}": 2, "stomach": 3}, labels.CLASSES)
+    row = label_map.values.index(2)
+    own = np.flatnonzero(label_map.regions[1] | label_map.regions[1 + len(label_map.values)])
+    either = label_map.regions[row] | label_map.regions[row + len(label_map.values)]
+    assert all(either[k] or not label_map.known[row, k] for k in own)
 
 
 def test_three_spellings_of_one_label_table():

@@ -33,6 +33,41 @@ def test_dice_by_hand():
     assert masked_dice(logits, y, torch.tensor([[True]])).item() == pytest.approx(1 - 2 / 4.4)
 
 
+def test_unknown_voxels_count_in_no_mean_and_no_sum():
+    """Two known voxels at 0.9 and 0.1, a third that says nothing: (-ln 0.9 - ln 0.1) / 2, and
+    1 - 2 (0.9) / (0.9 + 0.1 + 1 + 1) for y = (1, 0)."""
+    logits = torch.tensor([logit(0.9), logit(0.1), logit(0.7)]).view(1, 1, 3, 1, 1)
+    known = torch.tensor([True, True, False]).view(1, 1, 3, 1, 1)
+    one = torch.tensor([[True]])
+    loss = masked_bce(logits, torch.ones(1, 1, 3, 1, 1), one, known)
+    assert loss.item() == pytest.approx((-math.log(0.9) - math.log(0.1)) / 2, abs=1e-6)
+    y = torch.tensor([1.0, 0.0, 1.0]).view(1, 1, 3, 1, 1)
+    assert masked_dice(logits, y, one, known).item() == pytest.approx(1 - 1.8 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [masked_bce, masked_dice])
+def test_unknown_voxels_get_exactly_zero_gradient_whatever_stands_there(loss):
+    logits, y, annotated = small()
+    known = torch.ones_like(y, dtype=torch.bool)
+    known[0, 0, 0], known[1, 2] = False, False             # a part of a pair, and a whole pair
+    logits[0, 0, 0], y[0, 0, 0] = float("nan"), float("nan")
+    logits.requires_grad_()
+    value = loss(logits, y, annotated, known)
+    value.backward()
+    assert value.isfinite() and (logits.grad[~known] == 0).all()
+    assert (logits.grad[0, 0, 1] != 0).all() and (logits.grad[0, 2] != 0).all()
+    everything = torch.ones_like(known)
+    assert torch.equal(loss(*small(), everything), loss(*small()))
+
+
+@pytest.mark.parametrize("loss", [masked_bce, masked_dice])
+def test_known_must_be_bool_and_like_the_logits(loss):
+    logits, y, annotated = small()
+    for wrong in (torch.ones(2, 3, 2, 2, 1), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="known must be bool like logits"):
+            loss(logits, y, annotated, wrong)
+
+
 def test_every_scan_weighs_the_same_however_many_classes_it_annotates():
     """Cross-entropies by hand: the first scan annotates one class at 4, the second two at 1 and 3.
     (4 + (1 + 3) / 2) / 2 = 3; over all pairs it would be 8 / 3."""

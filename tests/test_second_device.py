@@ -287,25 +287,38 @@ def flags(cfg) -> list[str]:
     return given
 
 
-def content(out, name="last.pt"):
-    return torch.load(out / name, weights_only=True)
+def content(out) -> dict:
+    return torch.load(out / "last.pt", weights_only=True)
 
 
-def assert_same_run(got, want, form):
-    """Of two checkpoints: weights and the state of the optimiser. In the plain form of the U-Net
-    they are equal; Adam turns rounding into whole steps where a gradient is nearly zero."""
-    assert got["step"] == want["step"] and got["trained"] == want["trained"]
-    assert got["model"].keys() == want["model"].keys()
-    states = [[t for state in c["optimizer"]["state"].values() for t in state.values()]
-              for c in (got, want)]
-    tensors = [[c["w"], *c["model"].values(), *state]
-               for c, state in zip((got, want), states, strict=True)]
+def losses(out) -> list[float]:
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def assert_same_run(got, want, form, amp=False):
+    """Of the folders of two runs: losses, weights and the state of the optimiser.
+
+    They are equal in the plain form. In the other forms they differ by rounding, which Adam turns
+    into steps of the size of the learning rate, 1e-3, where a gradient is nearly zero.
+    """
+    assert losses(got) == pytest.approx(losses(want), rel=1e-2 if amp else 1e-4)
+    a, b = content(got), content(want)
+    assert a["step"] == b["step"] == len(losses(got)) and a["trained"] == b["trained"]
+    assert torch.equal(a["w"], b["w"]) and a["model"].keys() == b["model"].keys()
     if form == "plain":
-        assert got["best"] == want["best"]
-        assert all(map(torch.equal, *tensors))
-    for (name, a), b in zip(got["model"].items(), want["model"].values(), strict=True):
+        assert a["best"] == b["best"] and losses(got) == losses(want)
+        assert all(map(torch.equal, numbers(a), numbers(b)))
+    for name in a["model"]:
         if not name.endswith("conv.bias"):         # a norm follows: its gradient is only rounding
-            assert (a - b).abs().mean() < 1e-4, name
+            difference = (a["model"][name] - b["model"][name]).abs().mean()
+            assert difference < (5e-4 if amp else 1e-4), name
+
+
+def numbers(checkpoint) -> list[torch.Tensor]:
+    """The weights and all that Adam remembers of them."""
+    states = checkpoint["optimizer"]["state"].values()
+    return [*checkpoint["model"].values(), *(t for state in states for t in state.values())]
 
 
 @pytest.mark.parametrize("form, amp", [
@@ -320,29 +333,29 @@ def test_training_ends_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path, mon
                                                              device_for, form, amp):
     """On the device the run stops after one of two steps and is resumed. Its checkpoint also
     resumes on the CPU."""
-    device = device_for(form)
-    train.train(config(tiny, tmp_path / "cpu", form, amp=amp))
+    device, cpu, there = device_for(form), tmp_path / "cpu", tmp_path / "there"
+    how = {"amp": amp, "batch": 1 if amp else 2}                       # bf16 is slow on most CPUs
+    train.train(config(tiny, cpu, form, **how))
 
     def stop(step, cfg, at=train.lr_at):
         if step == 1:
             raise KeyboardInterrupt
         return at(step, cfg)
-    cfg = config(tiny, tmp_path / "there", form, amp=amp, resume=True, save_every=1)
+    cfg = config(tiny, there, form, resume=True, save_every=1, **how)
     with monkeypatch.context() as patch:
         patch.setattr(train, "lr_at", stop)
         with pytest.raises(KeyboardInterrupt):
             train_on_device(cfg, device, monkeypatch)
-    half = content(tmp_path / "there")
+    half = content(there)
     assert half["step"] == 1
     steps = train_on_device(cfg, device_for(form), monkeypatch)
     assert len(steps) == 1 and len(steps[0]) <= 1, steps
-    want = content(tmp_path / "cpu")
-    assert_same_run(content(tmp_path / "there"), want, form)
-    model.load_checkpoint(tmp_path / "there/best.pt")
+    assert_same_run(there, cpu, form, amp)
+    model.load_checkpoint(there / "best.pt")
 
-    torch.save(half, tmp_path / "there/last.pt")
-    train.train(config(tiny, tmp_path / "there", form, amp=amp, resume=True))
-    assert_same_run(content(tmp_path / "there"), want, form)
+    torch.save(half, there / "last.pt")
+    train.train(config(tiny, there, form, resume=True, **how))
+    assert_same_run(there, cpu, form, amp)
 
 
 @slow
@@ -350,12 +363,13 @@ def test_training_ends_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path, mon
                                        ("gpu", True)])
 def test_swin_unetr_trains_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path, monkeypatch,
                                                                  device_for, form, amp):
-    how = {"backbone": "swin_unetr", "width": 12, "patch": 64, "steps": 2, "batch": 1, "amp": amp}
+    how = {"backbone": "swin_unetr", "width": 3 if amp else 12, "patch": 64, "steps": 1,
+           "batch": 1, "val_fraction": 0.0, "amp": amp}
     device = device_for(form)
     train.train(config(tiny, tmp_path / "cpu", form, **how))
     steps = train_on_device(config(tiny, tmp_path / "there", form, **how), device, monkeypatch)
-    assert len(steps) == 2 and all(len(fetched) <= 1 for fetched in steps), steps
-    assert_same_run(content(tmp_path / "there"), content(tmp_path / "cpu"), form)
+    assert len(steps) == 1 and len(steps[0]) <= 1, steps
+    assert_same_run(tmp_path / "there", tmp_path / "cpu", form, amp)
 
 
 @pytest.mark.parametrize("form", ["plain", pytest.param("gpu", marks=slow),
@@ -375,9 +389,8 @@ def test_new_classes_train_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path,
     device = device_for(form)
     train.train(config(tiny, tmp_path / "cpu", form, **how))
     steps = train_on_device(config(tiny, tmp_path / "there", form, **how), device, monkeypatch)
-    got = content(tmp_path / "there")
-    assert got["model"]["extension.b2"].abs().sum() > 0
-    assert_same_run(got, content(tmp_path / "cpu"), form)
+    assert content(tmp_path / "there")["model"]["extension.b2"].abs().sum() > 0
+    assert_same_run(tmp_path / "there", tmp_path / "cpu", form)
     assert len(steps) == 2 and all(len(fetched) <= 1 for fetched in steps), steps
 
 
@@ -402,33 +415,25 @@ def checkpoint(tmp_path_factory, scan):
         network.controller.out.bias[-1] -= logits[:, :, image > 0].median()
     path = tmp_path_factory.mktemp("checkpoint") / "m.pt"
     torch.save({"format": model.FORMAT, "spec": spec, "model": network.state_dict(), "w": w,
-                "classes": [labels_entry(c) for c in labels.CLASSES], "trained": TRAINED,
-                "config": {"spacing_mm": 4.0, "patch": 32}}, path)
+                "classes": [{"name": c.name, "parents": list(c.parents), "side": c.side,
+                             "lesion": c.lesion, "solid": c.solid} for c in labels.CLASSES],
+                "trained": TRAINED, "config": {"spacing_mm": 4.0, "patch": 32}}, path)
     return path
 
 
-def labels_entry(c) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(c).items()}
-
-
-def segment(checkpoint, scan, out, device, form, amp=False):
+def segment(checkpoint, scan, out, device, form):
     arguments = ["--checkpoint", str(checkpoint), "--input", str(scan), "--output", str(out),
-                 "--device", device, "--batch", "3", "--masks", "--preview",
-                 "--amp" if amp else "--no-amp"]
+                 "--device", device, "--batch", "3", "--masks", "--preview", "--no-amp"]
     return infer.main(arguments + ["--plain"] * (form == "plain"))
 
 
-@pytest.mark.parametrize("form, amp", [
-    ("gpu", False),
-    pytest.param("plain", False, marks=slow),
-    pytest.param("fast", False, marks=slow),
-    pytest.param("plain", True, marks=slow),
-])
+@pytest.mark.parametrize("form", ["gpu", pytest.param("plain", marks=slow),
+                                  pytest.param("fast", marks=slow)])
 def test_results_are_those_of_the_cpu_and_windows_are_fetched_together(
-        tmp_path, monkeypatch, device_for, checkpoint, scan, form, amp):
+        tmp_path, monkeypatch, device_for, checkpoint, scan, form):
     """At most one fetch for every call of the model, which takes three windows."""
     device, calls, fetched = device_for(form), [], []
-    assert segment(checkpoint, scan, tmp_path / "cpu", "cpu", form, amp) == 0
+    assert segment(checkpoint, scan, tmp_path / "cpu", "cpu", form) == 0
     with device as fetches, monkeypatch.context() as patch:
         def counted(volume, network, w, call=infer.segment, **how):
             fetches.clear()
@@ -438,7 +443,7 @@ def test_results_are_those_of_the_cpu_and_windows_are_fetched_together(
             fetched.extend(fetches)
             return seg
         patch.setattr(infer, "segment", counted)
-        assert segment(checkpoint, scan, tmp_path / "there", "meta", form, amp) == 0
+        assert segment(checkpoint, scan, tmp_path / "there", "meta", form) == 0
     assert [len(windows) for windows in calls] == [3, 1] * 3
     assert 0 < len(fetched) <= len(calls), fetched
     files = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*") if p.is_file())
@@ -457,6 +462,19 @@ def test_results_are_those_of_the_cpu_and_windows_are_fetched_together(
             assert a.read_bytes() == b.read_bytes()
     label = np.asarray(nib.load(tmp_path / "cpu/c0.nii.gz").dataobj)
     assert len(np.unique(label)) > 2                           # otherwise all of this says little
+
+
+@slow
+def test_windows_are_computed_in_bf16_on_the_device_as_well():
+    torch.manual_seed(0)
+    network = model.build_model(NETWORKS["unet"][0]).eval()
+    volume, w = np.random.default_rng(0).random((32, 32, 32), np.float32), torch.randn(3, 5)
+    want = infer.sliding_window(volume, network, w, patch=32, amp=True)
+    assert not torch.equal(want, infer.sliding_window(volume, network, w, patch=32))
+    with second_device(float64=False) as fetches:
+        there = infer.sliding_window(volume, network.to("meta"), w.to("meta"), patch=32, amp=True)
+        assert there.device.type == "meta" and fetches == []
+        assert torch.equal(there.cpu(), want)
 
 
 @pytest.mark.parametrize("command", ["train", "infer"])

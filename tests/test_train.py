@@ -157,7 +157,7 @@ def test_a_finished_run_is_not_overwritten_and_other_settings_do_not_resume(tiny
 
 
 def test_a_loss_that_is_not_finite_names_scan_and_step(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.losses, "masked_bce", lambda s, y, a: s.sum() * float("nan"))
+    monkeypatch.setattr(train.losses, "masked_bce", lambda s, y, a, k: s.sum() * float("nan"))
     assert labels.run(train.main, config(tiny, tmp_path / "run")) == 2
     assert "at step 0, scans ['Dataset90" in capsys.readouterr().err
 
@@ -282,8 +282,8 @@ def test_unmasked_counts_what_is_not_labelled_as_background(tiny, tmp_path):
         bce = train.losses.masked_bce
         patch = pytest.MonkeyPatch()
         patch.setattr(train.losses, "masked_bce",
-                      lambda s, y, a, bce=bce, u=unmasked: seen.setdefault(u, []).append(
-                          a.sum().item()) or bce(s, y, a))
+                      lambda s, y, a, k, bce=bce, u=unmasked: seen.setdefault(u, []).append(
+                          a.sum().item()) or bce(s, y, a, k))
         train.train(config(tiny, tmp_path / str(unmasked), unmasked=unmasked))
         patch.undo()
     assert seen[False] == [2, 2, 2, 2] and seen[True] == [4, 4, 4, 4]
@@ -293,6 +293,8 @@ def test_report_and_dry_run(tiny, tmp_path, capsys):
     assert train.train(config(tiny, tmp_path / "run", dry_run=True)) == {}
     out = capsys.readouterr().out
     assert "Dataset901_Liver: 2 scans, ct, spacing 4 x 4.5 x 5 mm; annotated: Liver" in out
+    assert "\n  1 liver -> Liver\n  2 liver, liver tumor -> Liver + Liver Tumor\n" in out
+    assert "\n  1 kidney -> Right Kidney or Left Kidney\n" in out
     assert "annotated by no dataset: Spleen" in out and not (tmp_path / "run").exists()
 
 
@@ -397,7 +399,7 @@ def batch_of(annotated, seed=0):
     return {"image": torch.rand(2, 1, 32, 32, 32, generator=g),
             "label_rows": torch.randint(0, 4, (2, 32, 32, 32), generator=g),
             "regions": regions.expand(2, -1, -1), "annotated": torch.tensor(annotated),
-            "name": ["a", "b"]}
+            "known": torch.ones(2, 4, 3, dtype=torch.bool), "name": ["a", "b"]}
 
 
 class Recorder(torch.nn.Module):
@@ -425,6 +427,21 @@ def test_a_step_asks_for_the_union_of_annotated_classes_and_each_scan_counts_its
         return torch.nn.functional.binary_cross_entropy_with_logits(
             0.3 * x[scan] * (position + 1), target)
     want = (of(0, 0, [1, 3]) + (of(1, 0, [1, 3]) + of(1, 1, [3])) / 2) / 2
+    assert bce.item() == pytest.approx(want.item(), abs=1e-6)
+
+
+def test_a_step_leaves_out_what_a_label_row_says_nothing_about():
+    """Row 2 of scan a is unknown for class 0: only the other voxels count there."""
+    batch = batch_of([[True, False, False], [False, True, False]])
+    batch["known"][0, 2, 0] = False
+    _, bce, _ = train.step_loss(Recorder(), batch, torch.eye(3))
+    rows, x = batch["label_rows"], batch["image"][:, 0]
+
+    def of(scan, position, values, counted):
+        target = torch.isin(rows[scan], torch.tensor(values)).float()
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            (0.3 * x[scan] * (position + 1))[counted], target[counted])
+    want = (of(0, 0, [1, 3], rows[0] != 2) + of(1, 1, [2, 3], rows[1] >= 0)) / 2
     assert bce.item() == pytest.approx(want.item(), abs=1e-6)
 
 
