@@ -541,7 +541,7 @@ def image_label_pairs(folder: Path, info: dict, *,
         if not problem:
             pairs.append((image, label))
         elif skip_bad:
-            _note(f"skipped: {problem}")
+            _report(f"skipped: {problem}")
         else:
             raise FileNotFoundError(f"{problem}; --skip-bad leaves such scans out")
     return pairs
@@ -604,7 +604,7 @@ def _case_names(images: list[Path], where: str) -> list[str]:
     return _distinct_names(paths)
 
 
-def _note(text: str) -> None:
+def _report(text: str) -> None:
     """Print one line; of several processes under torchrun, only the first does."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
@@ -640,7 +640,7 @@ def read_dataset(folder: Path, classes, *, name: str = "", skip_bad: bool = Fals
     own_annotated = _own_annotated(info, names, classes, where)
     unused = _passed_over(folder, info)
     if unused:
-        _note(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
+        _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
               f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     cases = []
@@ -674,7 +674,7 @@ def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[s
         masks[case][labels.select(names, classes)] = True
     unknown = sorted(set(table) - set(cases))
     if unknown:
-        _note(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
+        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
               f"{', '.join(unknown[:5])}")
     return masks
 
