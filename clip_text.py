@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 import urllib.error
@@ -211,22 +212,33 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, with which most models of open_clip were trained."""
+    return nn.functional.gelu(x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
 class TextEncoder(nn.Module):
     """CLIP's text encoder: a transformer with causal attention and layer norm before each block.
 
     A text is represented by the feature of its end token, which attends to all tokens of the text,
     projected to the width of the text embeddings. The defaults are those of ViT-B/32.
+
+    activation  "quick_gelu" or "gelu": a weights file does not tell with which it was trained
     """
 
     def __init__(self, *, vocabulary: int = VOCABULARY_SIZE, context_length: int = CONTEXT_LENGTH,
-                 width: int = 512, layers: int = 12, heads: int = 8, embed_dim: int = 512):
+                 width: int = 512, layers: int = 12, heads: int = 8, embed_dim: int = 512,
+                 activation: str = "quick_gelu"):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Parameter(torch.empty(context_length, width).normal_(0, 0.01))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(d_model=width, nhead=heads, dim_feedforward=4 * width,
-                                       dropout=0.0, activation=quick_gelu, batch_first=True,
-                                       norm_first=True)
+                                       dropout=0.0, activation=ACTIVATIONS[activation],
+                                       batch_first=True, norm_first=True)
             for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
@@ -354,8 +366,20 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and not start.startswith(b"PK")
 
 
-def _first_line(e: Exception) -> str:
-    return str(e).strip().split("\n")[0][:150]
+def _why_unreadable(path, error: Exception) -> str:
+    """In a few words, why torch.load(weights_only=True) refused a file."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                    # colours of a terminal
+    with open(path, "rb") as file:
+        start = file.read(4)
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused and start.startswith((b"PK", b"\x80")):
+        return (f"it holds {refused[1]}, which is not loaded, because only tensors, plain numbers "
+                "and strings are safe to load; save the file again without it")
+    if not start:
+        return "the file is empty"
+    if not start.startswith((b"PK", b"\x80")):
+        return "not a file that torch.save has written"
+    return f"cut off or damaged ({' '.join(text.split())[:120]})"
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -368,6 +392,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if _is_safetensors(path):
             return _read_safetensors(path, _is_text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such weights file") from None
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e})") from None
+    except Exception as e:          # json and struct raise all kinds on a damaged file
+        raise ValueError(f"{path}: not a readable weights file, or cut off ({e!r:.150})") from None
+    try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -376,14 +407,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                     root = pickles[0].removesuffix("data.pkl")
                     return _read_torchscript(archive, root, _is_text)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:          # zipfile and pickle raise all kinds on a damaged file
+        raise ValueError(f"{path}: not a readable weights file: {_why_unreadable(path, e)}"
+                         ) from None
+    if isinstance(state, dict):
         state = state.get("state_dict", state)
-        return {name: tensor for name, tensor in state.items()
-                if isinstance(tensor, Tensor) and _is_text(name)}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such weights file") from None
-    except Exception as e:      # json, struct, zipfile and pickle raise all kinds on a damaged file
-        raise ValueError(f"{path}: not a readable weights file, or cut off "
-                         f"({_first_line(e)})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: a weights file is a dict of tensors, this is "
+                         f"{type(state).__name__}")
+    return {name: tensor for name, tensor in state.items()
+            if isinstance(tensor, Tensor) and _is_text(str(name))}
 
 
 # Parts of a public name -> the same part in TextEncoder, replaced one after the other.
@@ -442,10 +475,48 @@ def _join_attention(state: dict[str, Tensor]) -> None:
             state[joined] = torch.cat([state.pop(part) for part in separate])
 
 
-def load_text_encoder(path: str | Path) -> TextEncoder:
+def find_activation(path: str | Path) -> str:
+    """The activation of a CLIP weights file: "quick_gelu" or "gelu".
+
+    The weights are the same for both, so it is read from what lies beside them: config.json, as
+    Hugging Face writes it (hidden_act), or open_clip_config.json (quick_gelu). Without such a file
+    it is QuickGELU, that of OpenAI's models; many models of open_clip (LAION) use GELU.
+
+    raises  ValueError  if another activation is named
+    """
+    folder = Path(path).parent
+    content = _read_json(folder / "config.json")
+    text = content.get("text_config")
+    name = text.get("hidden_act") if isinstance(text, dict) else content.get("hidden_act")
+    if name is not None:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"{folder / 'config.json'}: hidden_act is {name!r}, expected one of "
+                             f"{list(ACTIVATIONS)}")
+        return name
+    settings = _read_json(folder / "open_clip_config.json").get("model_cfg")
+    if isinstance(settings, dict):
+        return "quick_gelu" if settings.get("quick_gelu") else "gelu"
+    if re.search("laion|open_?clip", Path(path).name.lower()):
+        print(f"note: {path}: taken for a model with QuickGELU; if it has GELU, put its "
+              "open_clip_config.json or config.json beside it")
+    return "quick_gelu"
+
+
+def _read_json(path: Path) -> dict:
+    """The JSON object in a file; empty if there is no such file, or something else in it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def load_text_encoder(path: str | Path, activation: str = "") -> TextEncoder:
     """A CLIP weights file of OpenAI or Hugging Face -> TextEncoder, float32, eval mode, frozen.
 
     The sizes are read from the tensors, so ViT-B/32, B/16, L/14 and others like them all load.
+
+    activation  "quick_gelu" or "gelu"; "": see find_activation
     raises  FileNotFoundError, ValueError  in one line with the path, and what is missing
     """
     state = _rename(read_tensors(path), path)
@@ -460,7 +531,8 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
             width=width,
             layers=max(numbers, default=-1) + 1,
             heads=max(1, width // HEAD_WIDTH),
-            embed_dim=width if projection is None else len(projection))
+            embed_dim=width if projection is None else len(projection),
+            activation=activation or find_activation(path))
     expected = encoder.state_dict()
     missing = sorted(set(expected) - set(state))
     if missing:
@@ -490,7 +562,7 @@ def _one_process_at_a_time(path: Path):
     The operating system releases the lock of a process that ends in any way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    with open(path.with_name(f".{path.name}.lock"), "wb") as file:
         with contextlib.suppress(OSError):               # a file system without locks
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -578,17 +650,18 @@ def _read_prompts(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {str(prompt): embedding.float() for prompt, embedding in content.items()}
     except Exception as e:
-        raise ValueError(f"{path}: unreadable cache of prompts ({str(e)[:80]!r}); delete it"
-                         ) from None
+        raise ValueError(f"{path}: unreadable cache of prompts: {_why_unreadable(path, e)}; "
+                         "delete it") from None
 
 
-def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path | None) -> Tensor:
+def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path | None,
+            activation: str) -> Tensor:
     """The text embeddings (N, E) of prompts that are not in the cache."""
     weights = weights or fetch(
         *WEIGHTS, alternative="pass --clip-weights FILE (ViT-B-32.pt or Hugging Face's "
         "model.safetensors), or --text onehot or a file")
     tokenizer = Tokenizer(merges or fetch(*MERGES))
-    encoder = load_text_encoder(weights)
+    encoder = load_text_encoder(weights, activation)
     tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))
     with torch.no_grad():
         return encoder(tokens)
@@ -599,7 +672,8 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
 
     template  a text with {} for the name
-    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
+    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use.
+              Its activation is QuickGELU, unless a file beside it says GELU (see find_activation)
     merges    the tokenizer's merges file; None: likewise
     raises    ValueError, OSError  in one line
 
@@ -612,14 +686,16 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such weights file")
     digest = WEIGHTS[1] if weights is None else sha256(weights)
-    cache = cache_folder() / f"prompts-{digest[:16]}.pt"
+    activation = "quick_gelu" if weights is None else find_activation(weights)
+    suffix = "" if activation == "quick_gelu" else f"-{activation}"
+    cache = cache_folder() / f"prompts-{digest[:16]}{suffix}.pt"
     embeddings = _read_prompts(cache)
     if not embeddings.keys() >= set(prompts):
         with _one_process_at_a_time(cache):
             embeddings = _read_prompts(cache)            # another process may have been faster
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeddings]
             if new:
-                w = _encode(new, weights, merges)
+                w = _encode(new, weights, merges, activation)
                 for prompt, embedding in zip(new, w, strict=True):
                     embeddings[prompt] = embedding.clone()       # a view would save all of w
                 _save(embeddings, cache)
@@ -635,9 +711,11 @@ def read_embeddings(path: str | Path) -> Tensor:
         w = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file of text embeddings") from None
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e})") from None
     except Exception as e:
-        raise ValueError(f"{path}: not a readable file of text embeddings "
-                         f"({_first_line(e)})") from None
+        raise ValueError(f"{path}: not a readable file of text embeddings: "
+                         f"{_why_unreadable(path, e)}") from None
     if not isinstance(w, Tensor) or w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"{path}: expected one tensor of text embeddings (K, E), got a "
                          f"{type(w).__name__} {tuple(getattr(w, 'shape', ()))}")
@@ -716,7 +794,8 @@ def main(argv=None) -> int:
                     "class name (default: V3)")
     ap.add_argument("--clip-weights", metavar="FILE",
                     help="a CLIP weights file (default: OpenAI's ViT-B/32, downloaded on first "
-                    "use)")
+                    "use); taken for a model with QuickGELU, unless a config.json or "
+                    "open_clip_config.json beside it says that it has GELU")
     ap.add_argument("--rows", metavar="FILE",
                     help="read the text embeddings from this file instead of encoding prompts")
     ap.add_argument("--out", metavar="FILE", help="write the text embeddings (K, E) to this file")

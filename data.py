@@ -14,8 +14,10 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -54,6 +56,10 @@ ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degre
 ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
 BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
+SAME_GRID_MM = 0.01             # two volumes that are this near each other lie in one grid, ...
+NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated so, with a note
+QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
+                                # is taken for one that was rounded
 ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 CACHE_VERSION = 2
@@ -89,6 +95,7 @@ def load_volume(path: str | Path) -> Volume:
                                           off, not NIfTI, not 3D, or its affine is not usable
     """
     img = _open(path)
+    _note_orientation(path, img)
     raw = _read_voxels(path, img)
     raw = raw.reshape(raw.shape[:3])
     orientation = nib.io_orientation(img.affine)
@@ -106,13 +113,72 @@ def _open(path: str | Path) -> nib.Nifti1Image:
     try:
         img = nib.load(path)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({error})") from None
+        img = _load_rounded(path)
+        if img is None:
+            raise ValueError(f"{path}: not a readable NIfTI file ({error})") from None
     if not isinstance(img, nib.Nifti1Image):
         raise ValueError(f"{path}: expected a NIfTI file, got {type(img).__name__}")
     _check_voxel_grid(path, img)
     _check_affine(path, img.affine)
     _check_file_size(path, img)
     return img
+
+
+def _load_rounded(path: Path) -> nib.Nifti1Image | None:
+    """A NIfTI file whose quaternion is a little longer than 1, which nibabel refuses to read.
+
+    returns  the image object with the quaternion brought to length 1; None for any other file
+    """
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        try:
+            with nib.openers.ImageOpener(path) as file:
+                header = kind.header_class.from_fileobj(file)
+        except Exception:                                # some other fault
+            continue
+        names = ("quatern_b", "quatern_c", "quatern_d")
+        length = math.sqrt(sum(float(header[name]) ** 2 for name in names))
+        uses_quaternion = header["sform_code"] == 0 and header["qform_code"] > 0
+        if uses_quaternion and 1 < length <= 1 + QUATERNION_EXCESS:
+            voxels = kind.ImageArrayProxy(str(path), header.copy())
+            for name in names:
+                header[name] = float(header[name]) / length
+            return kind(voxels, header.get_qform(), header)
+    return None
+
+
+def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:
+    """Report a header whose statements about the orientation are missing or contradict each other.
+
+    nibabel, and so this code, takes the sform where there is one, then the qform, and without both
+    assumes that the first axis runs to the patient's left, the second to the front, the third to
+    the head.
+    """
+    has_sform, has_qform = img.header["sform_code"] > 0, img.header["qform_code"] > 0
+    if not has_sform and not has_qform:
+        axes = ", ".join(_AXIS_TOWARDS[code] for code in nib.aff2axcodes(img.affine))
+        _note(f"{path}: its header has neither sform nor qform; the orientation is assumed (axes "
+              f"towards {axes})")
+    if not has_sform or not has_qform:
+        return
+    try:
+        qform = img.header.get_qform()
+    except Exception:                                    # not usable, and not used
+        return
+    flipped = np.linalg.det(qform[:3, :3]) * np.linalg.det(img.affine[:3, :3]) < 0
+    off_mm = largest_distance(img.affine, qform, img.shape[:3])
+    if flipped or off_mm > NEAR_GRID_MM:
+        mirrored = ", mirrored" if flipped else ""
+        _note(f"{path}: its sform and qform disagree by up to {off_mm:.3g} mm{mirrored}; the "
+              "sform is used")
+
+
+_AXIS_TOWARDS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet"}
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Print a note; the same note only once in a process."""
+    tqdm.write(f"note: {text}")
 
 
 def _check_voxel_grid(path: Path, img: nib.Nifti1Image) -> None:
@@ -159,14 +225,17 @@ def _check_file_size(path: Path, img: nib.Nifti1Image) -> None:
 
 def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
     """Voxels in the file's own type, or as float32 if the header asks for scaling."""
+    voxels = img.dataobj
     try:
         if str(path).endswith(".gz"):
             # nibabel stops at the last voxel; reading on to the end verifies gzip's checksum
-            length = img.dataobj.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
+            length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
             with gzip.open(path) as file:
-                img = type(img).from_bytes(file.read(length + (1 << 20)))
-        scaled = (img.dataobj.slope, img.dataobj.inter) != (1, 0)
-        raw = np.asarray(img.dataobj, dtype=np.float32 if scaled else None)
+                content = io.BytesIO(file.read(length + (1 << 20)))
+            layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
+            voxels = nib.arrayproxy.ArrayProxy(content, layout)
+        scaled = (voxels.slope, voxels.inter) != (1, 0)
+        raw = np.asarray(voxels, dtype=np.float32 if scaled else None)
     except Exception as error:
         raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({error})"
                          ) from None
@@ -236,7 +305,7 @@ def exclusive_lock(path: Path, *, wait: bool = True):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "w")
+        file = open(path, "wb")
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,8 +339,8 @@ def read_json(path: Path) -> dict:
     raises ValueError  if the file cannot be read or holds anything but an object
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -323,6 +392,13 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
         stop = min(int(hits[-1]) + 1 + margin, mask.shape[axis])
         box.append(slice(start, stop))
     return tuple(box)
+
+
+def largest_distance(affine: np.ndarray, other: np.ndarray, shape) -> float:
+    """The largest distance in mm, along an axis of the world, between the places that two affines
+    give to a voxel of a grid. It is found at one of the grid's corners."""
+    corners = list(itertools.product(*[(0, n - 1) for n in shape]))
+    return float(np.abs(nib.affines.apply_affine(affine - other, corners)).max())
 
 
 def target_shape(shape, spacing_mm, target_mm: float) -> tuple[int, ...]:
@@ -765,7 +841,7 @@ def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     """Preprocess one case into the folder `entry`."""
     volume, label = load_volume(case.image), load_volume(case.label)
     volume.modality = case.modality
-    _check_same_grid(case, volume, label)
+    check_same_grid(case.label, label, case.image, volume)
     image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
@@ -792,7 +868,7 @@ def _key(case: Case, spacing_mm: float) -> str:
 def _read_meta(entry: Path) -> dict | None:
     """meta.json of a cache entry; None if the entry is missing, or its files contradict it."""
     try:
-        meta = json.loads((entry / "meta.json").read_text())
+        meta = json.loads((entry / "meta.json").read_bytes())
         image = np.load(entry / "image.npy", mmap_mode="r")
         label_rows = np.load(entry / "rows.npy", mmap_mode="r")
         voxels = np.load(entry / "points.npy", mmap_mode="r")
@@ -803,21 +879,25 @@ def _read_meta(entry: Path) -> dict | None:
         return None
 
 
-def _check_same_grid(case: Case, image: Volume, label: Volume) -> None:
-    """Raise ValueError unless each voxel of the label covers the same voxel of the image.
+def check_same_grid(path: Path, volume: Volume, other_path: Path, other: Volume,
+                    roles: tuple[str, str] = ("label", "image")) -> None:
+    """Raise ValueError unless each voxel of one volume covers the same voxel of the other.
 
-    Affines that differ by more than 0.01 mm are reported, by more than 1 mm refused.
+    Affines that differ by more than SAME_GRID_MM are reported, by more than NEAR_GRID_MM refused.
+
+    roles  what the two volumes are, for messages
     """
-    if image.array.shape != label.array.shape:
-        raise ValueError(f"{case.label}: label has shape {label.array.shape} in RAS axes, its "
-                         f"image {case.image.name} has {image.array.shape}")
-    corners = list(itertools.product(*[(0, n - 1) for n in label.array.shape]))
-    off_mm = np.abs(nib.affines.apply_affine(image.affine - label.affine, corners)).max()
-    if off_mm > 1.0:
-        raise ValueError(f"{case.label}: label and image {case.image.name} lie {off_mm:.1f} mm "
+    role, other_role = roles
+    if volume.array.shape != other.array.shape:
+        raise ValueError(f"{path}: {role} has shape {volume.array.shape} in RAS axes, its "
+                         f"{other_role} {other_path} has {other.array.shape}; both must lie in "
+                         "one grid")
+    off_mm = largest_distance(volume.affine, other.affine, volume.array.shape)
+    if off_mm > NEAR_GRID_MM:
+        raise ValueError(f"{path}: {role} and {other_role} {other_path} lie {off_mm:.1f} mm "
                          "apart; their affines must agree")
-    if off_mm > 0.01:
-        tqdm.write(f"note: {case.label}: label and image lie {off_mm:.2g} mm apart; treated "
+    if off_mm > SAME_GRID_MM:
+        tqdm.write(f"note: {path}: {role} and {other_role} lie {off_mm:.2g} mm apart; treated "
                    "as one grid")
 
 
@@ -872,7 +952,7 @@ def _write_entry(entry: Path, image, label_rows, voxels, meta: dict) -> None:
         np.save(part / "image.npy", image.astype(np.float16))
         np.save(part / "rows.npy", label_rows)
         np.save(part / "points.npy", voxels)
-        (part / "meta.json").write_text(json.dumps(meta))
+        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{entry.parent}: cannot be written, is the disk full? ({error})") from None
@@ -953,8 +1033,10 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
     return [scans[i] for i in sorted(scans)]
 
 
-def workers_that_fit(images: list[Path]) -> int:
-    """How many processes can preprocess these scans at once, by cores and memory.
+def workers_that_fit(images: list[Path], bytes_per_voxel: float = PREPROCESS_MEMORY) -> int:
+    """How many processes can work on these scans at once, by cores and memory.
+
+    bytes_per_voxel  memory that the work on one scan takes; by default that of preprocessing
 
     They are shared with the other processes that torchrun started on this machine. 0 if one
     process is enough, which is then the calling one; also where a new process cannot be a copy of
@@ -969,7 +1051,7 @@ def workers_that_fit(images: list[Path]) -> int:
             largest = max(largest, math.prod(_open(path).shape))
         except (ValueError, OSError):                    # reported when it is preprocessed
             continue
-    by_memory = available_memory() // (largest * PREPROCESS_MEMORY * neighbours)
+    by_memory = available_memory() // (largest * bytes_per_voxel * neighbours)
     workers = min(core_count() // neighbours, by_memory, len(images))
     return int(workers) if workers > 1 else 0
 
@@ -985,15 +1067,16 @@ def available_memory() -> int:
     """How many bytes can still be used, in the machine or, if that is less, in its container."""
     available = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
         available.append(int(kilobytes) * 1024)
     for folder, limit, used in CONTAINER_MEMORY:
         with contextlib.suppress(OSError, ValueError):   # "max" stands for no limit
-            statistics = dict(line.split() for line in (folder / "memory.stat").open())
+            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            statistics = dict(line.split() for line in lines)
             reclaimable = int(statistics.get("inactive_file", 0))
-            in_use = int((folder / used).read_text()) - reclaimable
-            available.append(int((folder / limit).read_text()) - in_use)
+            in_use = int((folder / used).read_bytes()) - reclaimable
+            available.append(int((folder / limit).read_bytes()) - in_use)
     if not available and hasattr(os, "sysconf"):         # macOS: half of what the machine has
         available.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     return max(0, min(available, default=UNKNOWN_MEMORY))

@@ -177,8 +177,8 @@ def load_classes(path: str | Path | None = None) -> tuple[Class, ...]:
     if path is None:
         return CLASSES
     try:
-        entries = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        entries = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
@@ -507,7 +507,8 @@ def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class
             unmatched.append(name)
             continue
         classes_of_name = {*of_name.sure, *(k for pair in of_name.either for k in pair)}
-        annotated[list(classes_of_name)] = True
+        hosts = {i for k in classes_of_name for i in ancestors(k, classes)}
+        annotated[list(classes_of_name - hosts)] = True        # "left renal cyst": not the kidney
         for value in values:
             if value == 0:
                 raise ValueError(f"{where}: {name!r} has value 0, which is background")
@@ -900,9 +901,10 @@ def merge_structures(name: str, folder: Path,
                      cases: list[str]) -> tuple[dict[str, int], dict[str, list[str] | None]]:
     """Merge segmentations/STRUCTURE.nii.gz of every case into the label map labels.nii.gz.
 
-    Structures that match no class are left out. Organs are painted first and what lies in them
-    after them, so that vessels, cysts and tumours stay. Where two organs overlap, the later one in
-    OVERLAP_ORDER stays; names outside of that list come first, alphabetically.
+    Structures that match no class are left out, but for lesions of which the name does not tell
+    where they lie: label_map leaves their voxels out of the loss. Organs are painted first and what
+    lies in them after them, so that vessels, cysts and tumours stay. Where two organs overlap, the
+    later one in OVERLAP_ORDER stays; names outside of that list come first, alphabetically.
 
     A case whose CT or one of whose masks cannot be used is left out, with one line that says why.
 
@@ -916,7 +918,11 @@ def merge_structures(name: str, folder: Path,
     _, image, label = PUBLIC[name]
     files = {case: _structure_files((folder / label.format(case)).parent) for case in cases}
     found = {structure for files_of_case in files.values() for structure in files_of_case}
-    order = sorted(filter(_classes_of, found), key=_paint_order)
+    found = {structure for structure in found
+             if _classes_of(structure) or _is_unclear_lesion(structure)}
+    if not any(_classes_of(structure) for structure in found):
+        raise ValueError(f"{folder}: no file segmentations/NAME.nii.gz whose name is a class here")
+    order = sorted(found, key=_paint_order)
     values = {structure: i for i, structure in enumerate(sorted(order), 1)}
     for case in cases:
         _refuse_foreign(folder / label.format(case))
@@ -957,6 +963,12 @@ def _classes_of(structure: str) -> tuple[int, ...]:
     return tuple(k for k in indices if not any(k in ancestors(i, CLASSES) for i in indices))
 
 
+def _is_unclear_lesion(structure: str) -> bool:
+    """Whether it is a lesion whose name does not tell its class, such as "tumor"."""
+    is_lesion = _lesion_words(structure) & (_LESION_KINDS | _OTHER_LESIONS)
+    return bool(is_lesion) and not _classes_of(structure)
+
+
 def _paint_order(structure: str) -> tuple:
     """Sort key: parents before children, lesions last, then OVERLAP_ORDER, then the alphabet.
 
@@ -964,11 +976,11 @@ def _paint_order(structure: str) -> tuple:
     ['liver', 'colon', 'bladder', 'hepatic_vessel']
     """
     classes = _classes_of(structure)
-    depth = max(_depth(k) for k in classes)
+    depth = max((_depth(k) for k in classes), default=len(CLASSES))
     lesion = any(CLASSES[k].lesion for k in classes)
     place = -1
     for i, listed in enumerate(OVERLAP_ORDER):
-        if _classes_of(listed) == classes:
+        if classes and _classes_of(listed) == classes:
             place = i
     return depth, lesion, place, structure
 
@@ -1018,8 +1030,7 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
     merged = np.zeros(volume.array.shape, np.uint8)
     for file, value in masks:
         mask = data.load_volume(file)
-        pair = data.Case(ct.parent.name, "", ct, file, None, None)
-        data._check_same_grid(pair, volume, mask)
+        data.check_same_grid(file, mask, ct, volume)
         merged[mask.array > 0.5] = value
     return merged
 
@@ -1081,7 +1092,7 @@ def _prepare(name: str, folder: Path | None) -> None:
         with data.atomic_write(copy) as part:
             part.write_bytes(path.read_bytes())
     with data.atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {len(content['training'])} cases")
     if original:
         print(f"kept: {copy}; taken over from it: {', '.join(facts) or 'nothing'}")

@@ -4,8 +4,9 @@
     python metrics.py --pred out --ref labelsTs --protocol flare22
 
 The functions take boolean masks, need only numpy and scipy, and know nothing of this project: copy
-them. The command comes last. It pairs the files of two folders by name and reads what the values
-mean on each side, so that a reference may come from any nnU-Net dataset.
+them. The command comes last. It pairs the files of two folders by name (.nii or .nii.gz) and reads
+what the values mean on each side, so that a reference may come from any nnU-Net dataset. Where no
+table says so, the values are taken for class numbers, which is reported.
 
 Surfaces are those of DeepMind's surface-distance package and the MSD evaluation: every block of
 2x2x2 voxels that is neither all inside nor all outside a mask is a surface element, and its area is
@@ -378,6 +379,10 @@ def _harmonic_mean(a: float, b: float) -> float:
 # ---- the command: score a folder ---------------------------------------------------------------
 # Everything below belongs to the command alone and imports what it needs inside its functions.
 
+# Bytes per voxel that scoring one case takes at its peak (measured: 34 for a body that is labelled
+# everywhere, stored as float64)
+SCORE_MEMORY = 35
+
 # NSD tolerance in mm per class; "" stands for every class that a protocol does not name
 _FLARE22 = {2: ("Aorta", "Postcava", "Right Adrenal Gland", "Left Adrenal Gland", "Gall Bladder",
                 "Liver Tumor", "Kidney Tumor", "Pancreas Tumor", "Colon Tumor", "Kidney Cyst",
@@ -402,10 +407,10 @@ def score_case(pred_path: Path, ref_path: Path, classes, indices: list[int],
 
     Two sides that the reference does not tell apart are scored as one structure.
     """
-    case = ref_path.name.removesuffix(".gz").removesuffix(".nii")
+    case = _case_name(ref_path)
     pred, ref, spacing_mm = _read_pair(pred_path, ref_path)
-    pred_map = _label_map_of(pred_path.parent, case, classes)
-    ref_map = _label_map_of(ref_path.parent, case, classes)
+    pred_map = _label_map_of(pred_path, pred, case, classes)
+    ref_map = _label_map_of(ref_path, ref, case, classes)
     pred_side = _side(pred, pred_map, pred_path, split=True)
     ref_side = _side(ref, ref_map, ref_path, split=False)
     results = []
@@ -424,30 +429,57 @@ def _read_pair(pred_path: Path, ref_path: Path) -> tuple[np.ndarray, np.ndarray,
     """
     import data
     pred, ref = data.load_volume(pred_path), data.load_volume(ref_path)
-    if pred.array.shape != ref.array.shape or np.abs(pred.affine - ref.affine).max() > 1e-2:
-        raise ValueError(f"{pred_path}: shape {pred.array.shape} or affine differs from {ref_path} "
-                         f"{ref.array.shape}; both must lie in one grid")
+    data.check_same_grid(pred_path, pred, ref_path, ref, roles=("prediction", "reference"))
     return pred.array, ref.array, ref.spacing_mm
 
 
-def _label_map_of(folder: Path, case: str, classes):
-    """What the values in a folder's label files mean: a labels.LabelMap.
+def _table_of(folder: Path, case: str) -> tuple[Path | None, dict]:
+    """The names and values of a folder's label files, and the file that they were read from.
 
-    It is read from the case's own JSON, as infer.py writes it, or from dataset.json here or one
-    folder up. Without either, the values are class numbers, 1 for the first class.
+    It is the case's own JSON, as infer.py writes it, or dataset.json here or one folder up.
+    returns  (None, {}) if there is none
     """
     import data
-    import labels
     for path in (folder / f"{case}.json", folder / "dataset.json", folder.parent / "dataset.json"):
         if path.is_file():
             content = data.read_json(path)
             if "labels" in content:
-                return labels.label_map(content["labels"], classes, str(path))
+                return path, content["labels"]
             if "classes" in content:
-                values = {c["name"]: c["value"] for c in content["classes"]}
-                return labels.label_map(values, classes, str(path))
-    values = {c.name: number for number, c in enumerate(classes, 1)}
-    return labels.label_map(values, classes, str(folder))
+                try:
+                    return path, {c["name"]: c["value"] for c in content["classes"]}
+                except (KeyError, TypeError):
+                    raise ValueError(f'{path}: "classes" must be a list of objects with a name '
+                                     "and a value") from None
+    return None, {}
+
+
+def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
+    """What the values of a label file mean: a labels.LabelMap.
+
+    Without a table beside it the values are taken for class numbers, 1 for the first class.
+    raises  ValueError  if there is no table and a value is no class number
+    """
+    import labels
+    where, table = _table_of(path.parent, case)
+    if where is None:
+        if raw.max() > len(classes):
+            raise ValueError(f"{path}: holds the value {raw.max()}, but there is no table that "
+                             f"says what values mean, and class numbers end at {len(classes)}; "
+                             f"name the values in {path.parent / 'dataset.json'}")
+        table = {c.name: number for number, c in enumerate(classes, 1)}
+    return labels.label_map(table, classes, str(where or path.parent))
+
+
+def _report_assumed_tables(pairs: list[tuple[Path, Path]], classes) -> None:
+    """Say in one line per folder where no table tells what the values of label files mean."""
+    for paths in zip(*pairs, strict=True):                           # predictions, references
+        without = [path for path in paths if _table_of(path.parent, _case_name(path))[0] is None]
+        if without:
+            print(f"note: {without[0].parent}: no table (dataset.json or CASE.json) says what the "
+                  f"values of {without[0].name} mean ({len(without)} of {len(paths)} files); they "
+                  f"are taken for class numbers, 1 {classes[0].name} to {len(classes)} "
+                  f"{classes[-1].name}")
 
 
 class _Side(NamedTuple):
@@ -520,56 +552,80 @@ def _score_structure(pred: np.ndarray, ref: np.ndarray, classes: list, spacing_m
             "ref_ml": float(ref.sum() * voxel_ml)}
 
 
-def _find_references(pred_folder: Path, ref_folder: Path) -> list[Path]:
-    """The label files of the reference folder, each of which must have a prediction.
+def _find_pairs(pred_folder: Path, ref_folder: Path) -> list[tuple[Path, Path]]:
+    """(prediction, reference) of every label file in the reference folder, matched by case.
 
     A prediction without a reference is reported and left out.
     """
     for folder in (pred_folder, ref_folder):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
+    if pred_folder.samefile(ref_folder):
+        raise ValueError(f"{pred_folder}: --pred and --ref are the same folder")
     refs, preds = _label_files(ref_folder), _label_files(pred_folder)
     if not refs:
-        raise ValueError(f"{ref_folder}: no *.nii.gz in it")
-    missing = [ref.name for ref in refs if not (pred_folder / ref.name).is_file()]
+        raise ValueError(f"{ref_folder}: no *.nii.gz or *.nii in it")
+    missing = [ref.name for case, ref in refs.items() if case not in preds]
     if missing:
         raise ValueError(f"{pred_folder}: no prediction for {missing[:3]} ({len(missing)} missing)")
-    extra = sorted({pred.name for pred in preds} - {ref.name for ref in refs})
+    if "metrics" in preds:
+        raise ValueError(f"{preds['metrics']}: the scores are written to metrics.json, which "
+                         "belongs to this file; rename it and its JSON")
+    extra = [preds[case].name for case in preds if case not in refs]
     if extra:
         print(f"not scored, no reference: {', '.join(extra[:5])} ({len(extra)})")
-    return refs
+    return [(preds[case], ref) for case, ref in refs.items()]
 
 
-def _label_files(folder: Path) -> list[Path]:
-    files = [*folder.glob("*.nii.gz"), *folder.glob("*.nii")]
-    return sorted(path for path in files if not path.name.startswith("."))
+def _label_files(folder: Path) -> dict[str, Path]:
+    """{case: file} of the label files in a folder, in the order of their names.
+
+    Hidden files are passed over, among them the `._` twins that a Mac adds to archives.
+    raises ValueError  if a case has two files
+    """
+    files: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.nii.gz"), *folder.glob("*.nii")]):
+        if path.is_file() and not path.name.startswith("."):
+            case = _case_name(path)
+            if case in files:
+                raise ValueError(f"{path}: {files[case].name} beside it is the same case; keep "
+                                 "one of them")
+            files[case] = path
+    return files
 
 
-def _score_all(pred_folder: Path, refs: list[Path], classes, indices, tolerance) -> list[dict]:
-    """`score_case` of every reference, in as many processes as there are CPU cores."""
-    import os
-    from concurrent.futures import ProcessPoolExecutor
+def _case_name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _score_all(pairs: list[tuple[Path, Path]], classes, indices, tolerance) -> list[dict]:
+    """`score_case` of every pair of files, in as many processes as cores and memory allow.
+
+    A worker process is a copy of this one, so that a caller's script is not run again.
+    """
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
     from multiprocessing import get_context
 
     from tqdm import tqdm
-    jobs = [(pred_folder / ref.name, ref, classes, indices, tolerance) for ref in refs]
-    workers = min(len(jobs), os.cpu_count() or 1)
+
+    import data
+    jobs = [(pred, ref, classes, indices, tolerance) for pred, ref in pairs]
+    workers = data.workers_that_fit([ref for _, ref in pairs], SCORE_MEMORY)
     results = []
-    with tqdm(total=len(jobs), desc="score", unit="case") as bar:
-        if workers == 1:                             # starting a process would take longer
-            for job in jobs:
-                results += score_case(*job)
-                bar.update()
-            return results
-        with ProcessPoolExecutor(workers, get_context("spawn"), _leave_with_parent) as pool:
-            futures = [pool.submit(score_case, *job) for job in jobs]
-            try:
-                for future in futures:
-                    results += future.result()
-                    bar.update()
-            except BaseException:                    # Ctrl-C included: do not begin the rest
-                pool.shutdown(cancel_futures=True)
-                raise
+    if workers == 0:                                 # this process is enough
+        for job in tqdm(jobs, desc="score", unit="case"):
+            results += score_case(*job)
+        return results
+    with ProcessPoolExecutor(workers, get_context("fork"), _leave_with_parent) as pool:
+        futures = [pool.submit(score_case, *job) for job in jobs]
+        try:
+            for future in tqdm(futures, desc="score", unit="case"):
+                results += future.result()
+        except BrokenExecutor:
+            raise OSError("a process that scored a case was killed; is the memory full?") from None
+        except BaseException:                        # Ctrl-C included: do not begin the rest
+            pool.shutdown(cancel_futures=True)
+            raise
     return results
 
 
@@ -664,7 +720,7 @@ def _write_results(folder: Path, protocol: str, results: list[dict], summary: di
 
     import data
     with data.atomic_write(folder / "metrics.csv") as part:
-        with open(part, "w", newline="") as file:
+        with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, results[0])
             writer.writeheader()
             writer.writerows(results)
@@ -672,7 +728,7 @@ def _write_results(folder: Path, protocol: str, results: list[dict], summary: di
     # JSON has no nan and no inf: null instead
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with data.atomic_write(folder / "metrics.json") as part:
-        part.write_text(json.dumps(content, indent=1))
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"written: {folder / 'metrics.csv'}, {folder / 'metrics.json'}")
 
 
@@ -683,7 +739,7 @@ def _parse(argv):
                         help="segmentations, as infer.py writes them; the scores go there too")
     parser.add_argument("--ref", required=True, type=Path, metavar="DIR",
                         help="references, e.g. labelsTs; their dataset.json is looked for there "
-                             "and one folder up")
+                             "and one folder up; without it values are taken for class numbers")
     parser.add_argument("--classes", nargs="+", metavar="NAME",
                         help="score only these classes (default: all)")
     parser.add_argument("--class-table", metavar="FILE",
@@ -704,8 +760,9 @@ def main(argv=None) -> int:
         indices = labels.select(args.classes, classes)
     tolerance = {} if args.tolerance is None else {"": args.tolerance}
     tolerance |= PROTOCOLS[args.protocol]
-    refs = _find_references(args.pred, args.ref)
-    results = _score_all(args.pred, refs, classes, indices, tolerance)
+    pairs = _find_pairs(args.pred, args.ref)
+    _report_assumed_tables(pairs, classes)
+    results = _score_all(pairs, classes, indices, tolerance)
     if not results:
         raise ValueError(f"{args.ref}: no class in common with {args.pred}")
     summary = _summarise(results)

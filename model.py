@@ -14,6 +14,7 @@ N voxels of the input, or tokens of an attention window
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import torch
@@ -579,6 +580,22 @@ def build_model(spec: dict) -> UniversalModel:
     return model
 
 
+def _why_unreadable(path, error: Exception) -> str:
+    """In a few words, why torch.load(weights_only=True) refused a file."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                    # colours of a terminal
+    with open(path, "rb") as file:
+        start = file.read(4)
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused and start.startswith((b"PK", b"\x80")):
+        return (f"it holds {refused[1]}, which is not loaded, because only tensors, plain numbers "
+                "and strings are safe to load; save the file again without it")
+    if not start:
+        return "the file is empty"
+    if not start.startswith((b"PK", b"\x80")):
+        return "not a file that torch.save has written"
+    return f"cut off or damaged ({' '.join(text.split())[:120]})"
+
+
 def read_checkpoint(path) -> dict:
     """The content of a checkpoint file: tensors, numbers and strings. No code in it is run.
 
@@ -588,9 +605,11 @@ def read_checkpoint(path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e})") from None
     except Exception as e:
-        reason = str(e).strip().split("\n")[0][:200]
-        raise ValueError(f"{path}: not a readable checkpoint, or cut off ({reason})") from None
+        reason = _why_unreadable(path, e)
+        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a checkpoint is a dict, this is {type(content).__name__}")
     return content

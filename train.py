@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -87,7 +88,8 @@ class Config:
     prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
                                    "with {} for the class name (release: V3)")
     clip_weights: str = setting("", "file with CLIP weights (default: ViT-B/32, downloaded on "
-                                "first use)")
+                                "first use); QuickGELU unless a config.json or open_clip_config"
+                                ".json beside it says GELU")
     classes: str = setting("", "class table of your own (JSON) instead of the built-in one")
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
     extend: str = setting("", "add the classes of --classes to this checkpoint, whose weights are "
@@ -120,7 +122,8 @@ class Config:
     workers: int = setting(-1, "processes that preprocess scans and cut crops; 0: the training "
                            "process itself; -1: preprocess with as many as cores and memory allow, "
                            "and cut crops with 4 for a GPU, else with none")
-    skip_bad: bool = setting(False, "leave out scans that cannot be read instead of stopping")
+    skip_bad: bool = setting(False, "leave out scans that cannot be read or have no label "
+                             "instead of stopping")
     dry_run: bool = setting(False, "report what the data covers and stop")
     cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
     seed: int = setting(0, "seed of all random numbers")
@@ -131,7 +134,7 @@ class Config:
 
 # Settings that a resumed run must share with the run it continues
 FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
-         "unmasked", "plain")
+         "unmasked", "plain", "fold", "val_fraction", "clip_grad")
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -306,6 +309,24 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
+def identify_scans(training, validation) -> dict:
+    """What identifies the data of a run, whichever folder they lie in.
+
+    returns  {"training": number of scans, "validation": number of scans, "hash": of the voxels of
+             the scans, of what is annotated in each, and of which scans form a dataset}
+    """
+    content = []
+    for scans in (training, validation):
+        datasets: dict[str, list] = {}
+        for scan in scans:
+            annotated = np.flatnonzero(scan.case.annotated).tolist()
+            scan_id = [scan.meta["fingerprint"], annotated]
+            datasets.setdefault(scan.case.dataset, []).append(scan_id)
+        content.append(sorted(sorted(scan_ids) for scan_ids in datasets.values()))
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+    return {"training": len(training), "validation": len(validation), "hash": digest}
+
+
 @dataclass
 class Run:
     """A training between two steps: all that a checkpoint holds."""
@@ -318,6 +339,7 @@ class Run:
     modality: str                  # of most training scans: ct or mri
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
+    scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -331,7 +353,7 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
                "w": run.w.cpu(), "classes": classes, "config": config, "trained": run.trained,
                "modality": run.modality, "optimizer": run.optimiser.state_dict(),
-               "step": run.step, "best": run.best}
+               "step": run.step, "best": run.best, "scans": run.scans}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
@@ -354,12 +376,33 @@ def check_same_run(path: Path, content: dict, run: Run, cfg: Config) -> None:
     if not torch.equal(content["w"], run.w.cpu()):
         raise ValueError(f"{path}: was made with other text embeddings (--text "
                          f"{content['config']['text']}); a resumed run must have the same")
+    check_same_scans(path, content.get("scans"), run.scans)
+
+
+def check_same_scans(path: Path, before: dict | None, now: dict) -> None:
+    """raises ValueError  if a run was made with other scans than those of now.
+
+    A checkpoint of an earlier version does not record its scans, which is reported.
+    """
+    if before is None:
+        if process_rank() == 0:
+            print(f"note: {path} was written by an earlier version, which did not record the "
+                  "scans; make sure that --data names the same ones")
+    elif before != now:
+        raise ValueError(
+            f"{path}: was made with other data ({before['training']} training and "
+            f"{before['validation']} validation scans, now {now['training']} and "
+            f"{now['validation']}; other scans, annotations or datasets); a resumed run must have "
+            "the same, start a new --out instead")
 
 
 def resume(path: Path, run: Run, cfg: Config) -> None:
     """Continue from a checkpoint of the same run."""
     content = read_checkpoint(path)
-    check_same_run(path, content, run, cfg)
+    try:
+        check_same_run(path, content, run, cfg)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
     if content["format"] != FORMAT:
         print(f"note: {path} was written by an earlier version ({content['format']}). Weights and "
               "optimiser state fit; from here on every scan weighs the same in the loss (before: "
@@ -501,12 +544,38 @@ def write_record(file, record: dict) -> None:
     file.write(json.dumps(record) + "\n")
 
 
+def read_log(path: Path) -> tuple[list[dict], list[int]]:
+    """-> (the records of a log, the numbers of its lines that are blank or damaged, from 1 on).
+
+    A crash of the machine or a full disk may leave such lines. A last line without an end is what
+    a kill leaves: it is passed over without being counted.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            readable = isinstance(record["step"], int)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            readable = False
+        if readable:
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
 def start_log(path: Path, step: int) -> None:
-    """Cut the log back to the steps before `step`; a line that a kill left unfinished goes too."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    """Cut the log back to the steps before `step`; unfinished and damaged lines go, too."""
+    records, damaged = read_log(path)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        print(f"note: {path}: {len(damaged)} blank or damaged lines were dropped (lines {numbers})")
     with data.atomic_write(path) as part:
-        part.write_text("".join(kept))
+        with open(part, "w", encoding="utf-8") as file:
+            for record in records:
+                if record["step"] < step:
+                    write_record(file, record)
 
 
 def draw_curve(log: Path, png: Path) -> None:
@@ -515,7 +584,7 @@ def draw_curve(log: Path, png: Path) -> None:
         fig = data.new_figure(8, 4, layout="constrained")
     except ValueError:
         return
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records, _ = read_log(log)
     steps = [r for r in records if "loss" in r]
     validations = [r for r in records if "val" in r]
     ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
@@ -532,11 +601,12 @@ def draw_curve(log: Path, png: Path) -> None:
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def start_run(cfg: Config, task: Task, scans, trained: list[str]) -> Run:
+def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
-    run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality)
+    run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
+              scans=identify_scans(scans, val))
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
@@ -544,7 +614,8 @@ def start_run(cfg: Config, task: Task, scans, trained: list[str]) -> Run:
     if process_rank() == 0:
         start_log(out / "log.jsonl", run.step)
         with data.atomic_write(out / "config.json") as part:
-            part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
+            part.write_text(text, encoding="utf-8")
     return run
 
 
@@ -595,12 +666,13 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
         describe(scans, val, task.classes, trained)
     if cfg.dry_run:
         return {}
-    run = start_run(cfg, task, scans, trained)
+    run = start_run(cfg, task, scans, val, trained)
     net = run.network
     if process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
     scores: dict[str, dict[str, float]] = {}
-    with open(log if first else os.devnull, "a") as file, Stop() as stop, tqdm(
+    file_name = log if first else os.devnull
+    with open(file_name, "a", encoding="utf-8") as file, Stop() as stop, tqdm(
             total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first) as bar:
         for batch in load_crops(cfg, scans, run.step):
             start, rate = time.perf_counter(), lr_at(run.step, cfg)

@@ -191,6 +191,35 @@ def test_children_stay_inside_their_parents(tmp_path):
     assert class_names(regions[2]) == {"Pancreas", "Pancreas Tumor"}
 
 
+def test_a_lesion_with_a_side_tells_its_host(tmp_path):
+    """Without kidney files that touch it, only the name kidney_cyst_left tells the side."""
+    structures(tmp_path / "s1", {"kidney_cyst_left": [5], "kidney_cyst_right": [4],
+                                 "liver": [0, 1], "liver_lesion": [1], "pancreatic_lesion": [2]})
+    merged_names(tmp_path)
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
+    found = [class_names(case.label_map.regions[r]) for r in row]
+    assert found == [{"Liver"}, {"Liver", "Liver Tumor"}, {"Pancreas", "Pancreas Tumor"}, set(),
+                     {"Right Kidney", "Kidney Cyst"}, {"Left Kidney", "Kidney Cyst"}]
+
+
+def test_a_cyst_of_one_side_is_only_a_part_of_the_class(tmp_path):
+    everything = {"kidney_cyst_left": [5], "kidney_cyst_right": [4], "kidney_left": [5]}
+    structures(tmp_path / "s1", everything)
+    structures(tmp_path / "s2", {k: v for k, v in everything.items() if k != "kidney_cyst_right"})
+    merged_names(tmp_path)
+    found = [class_names(case.annotated) for case in data.read_dataset(tmp_path, labels.CLASSES)]
+    assert found == [{"Kidney Cyst", "Left Kidney"}, {"Left Kidney"}]
+
+
+def test_a_lesion_without_a_clear_host_is_merged_and_left_out_of_the_loss(tmp_path):
+    structures(tmp_path / "s1", {"liver": [0, 1], "spleen": [2, 3], "lesion": [1, 2, 4]})
+    assert merged_names(tmp_path) == ["liver", "lesion", "lesion", "spleen", "lesion", "background"]
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
+    assert case.label_map.known[row].all(1).tolist() == [True, False, False, True, False, True]
+
+
 def test_a_lesion_stays_upon_a_vessel(tmp_path):
     structures(tmp_path / "s1", {"liver_tumor": [1, 2], "liver_vessel": [0, 1], "liver": range(6)})
     assert merged_names(tmp_path)[:3] == ["liver_vessel", "liver_tumor", "liver_tumor"]

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -333,3 +334,166 @@ def test_the_functions_need_only_numpy_and_scipy():
     out = subprocess.run([sys.executable, "-c", code], cwd=Path(metrics.__file__).parent,
                          capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# ---- what other tools write ----------------------------------------------------------------------
+def dice_of(tmp_path):
+    return {name: c["dice"] for name, c in read_scores(tmp_path)["classes"].items()}
+
+
+@pytest.mark.parametrize("pred_ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("ref_ending", [".nii", ".nii.gz"])
+def test_pairs_are_found_whatever_their_endings(tmp_path, pred_ending, ref_ending):
+    """The same Dice as of two .nii.gz; a hidden twin, a folder of masks and a PNG are no label."""
+    args = folders(tmp_path)
+    for side, ending in (("pred", pred_ending), ("ref", ref_ending)):
+        img = nib.load(tmp_path / side / "a.nii.gz")
+        array = np.asarray(img.dataobj)
+        (tmp_path / side / "a.nii.gz").unlink()
+        write_nifti(tmp_path / side / f"a{ending}", array, img.affine)
+        (tmp_path / side / f"._a{ending}").write_bytes(b"\0\5\26\7 Mac OS X")
+    write_nifti(tmp_path / "pred/a/Right Kidney.nii.gz", array, img.affine)
+    (tmp_path / "pred/b.nii.gz").mkdir()
+    (tmp_path / "pred/a.png").write_bytes(b"")
+    assert metrics.main(args) == 0
+    assert dice_of(tmp_path)["Kidney Tumor"] == pytest.approx(8 / 12)
+
+
+def test_trailing_axes_of_one_are_read(tmp_path):
+    args = folders(tmp_path)
+    img = nib.load(tmp_path / "ref/a.nii.gz")
+    write_nifti(tmp_path / "ref/a.nii.gz", np.asarray(img.dataobj)[..., None, None], img.affine)
+    img = nib.load(tmp_path / "pred/a.nii.gz")
+    write_nifti(tmp_path / "pred/a.nii.gz", np.asarray(img.dataobj)[..., None], img.affine)
+    metrics.main(args)
+    assert dice_of(tmp_path)["Kidney Tumor"] == pytest.approx(8 / 12)
+
+
+@pytest.mark.parametrize("off_mm, outcome", [(0.005, ""), (0.02, "note"), (0.5, "note"),
+                                             (0.999, "note"), (1.01, "error")])
+def test_a_small_distance_between_the_grids_is_a_note_as_in_training(tmp_path, capsys, off_mm,
+                                                                     outcome):
+    args = folders(tmp_path)
+    img = nib.load(tmp_path / "pred/a.nii.gz")
+    affine = img.affine.copy()
+    affine[2, 3] += off_mm
+    write_nifti(tmp_path / "pred/a.nii.gz", np.asarray(img.dataobj), affine)
+    assert labels.run(metrics.main, args) == (2 if outcome == "error" else 0)
+    printed = capsys.readouterr()
+    if outcome == "error":
+        assert "pred/a.nii.gz" in printed.err and "1.0 mm apart" in printed.err
+    else:
+        assert printed.out.count("mm apart; treated as one grid") == (outcome == "note")
+        assert dice_of(tmp_path)["Kidney Tumor"] == pytest.approx(8 / 12)
+
+
+def test_an_assumed_table_is_said_in_one_line(tmp_path, capsys):
+    """Without a table on either side, 6 is the liver: a shift by one of five planes is 2*4/10."""
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[1:6, 2:6, 2:6] = 6
+    for name in ("a", "b"):
+        write_nifti(tmp_path / f"ref/{name}.nii.gz", label, np.eye(4))
+        write_nifti(tmp_path / f"pred/{name}.nii.gz", np.roll(label, 1, 0), np.eye(4))
+    args = ["--pred", str(tmp_path / "pred"), "--ref", str(tmp_path / "ref")]
+    metrics.main(args)
+    scored = {name: dice for name, dice in dice_of(tmp_path).items() if dice is not None}
+    assert scored == pytest.approx({"Liver": 0.8})
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(notes) == 2 and "pred: no table" in notes[0] and "ref: no table" in notes[1]
+    assert "2 of 2 files" in notes[0] and "1 Spleen to 32 Kidney Cyst" in notes[0]
+    (tmp_path / "pred/a.json").write_text('{"classes": [{"name": "Liver", "value": 6}]}')
+    (tmp_path / "ref/dataset.json").write_text('{"labels": {"liver": 6}}')
+    metrics.main(args)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1 and "b.nii.gz" in notes[0] and "1 of 2 files" in notes[0]
+
+
+def test_a_value_that_is_no_class_number_is_refused_where_there_is_no_table(tmp_path, capsys):
+    """TotalSegmentator's values go to 117."""
+    args = folders(tmp_path)
+    (tmp_path / "ref/dataset.json").unlink()
+    img = nib.load(tmp_path / "ref/a.nii.gz")
+    write_nifti(tmp_path / "ref/a.nii.gz", np.asarray(img.dataobj) * 58, img.affine)
+    assert labels.run(metrics.main, args) == 2
+    error = capsys.readouterr().err.split("error:")[1]
+    assert "ref/a.nii.gz" in error and "116" in error and "ref/dataset.json" in error
+
+
+def test_predictions_of_another_tool_have_their_own_dataset_json(tmp_path):
+    """Values 1 and 2 in the prediction, named there: the scores are those of class numbers."""
+    args = folders(tmp_path)
+    (tmp_path / "pred/a.json").unlink()
+    img = nib.load(tmp_path / "pred/a.nii.gz")
+    array = np.asarray(img.dataobj)
+    other = np.select([array == 2, array == 3, array == 26], [1, 1, 2]).astype(np.int16)
+    write_nifti(tmp_path / "pred/a.nii.gz", other, img.affine)
+    table = {"labels": {"background": 0, "Niere": 9, "kidney": [1, 2], "kidney tumor": 2}}
+    (tmp_path / "pred/dataset.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(table).encode())
+    metrics.main(args)
+    assert dice_of(tmp_path) == pytest.approx(
+        {"Right Kidney + Left Kidney": 192 / 224, "Kidney Tumor": 8 / 12})
+
+
+@pytest.mark.parametrize("what", ["same folder", "called metrics", "two files", "value", "classes"])
+def test_what_cannot_be_scored_is_one_line_and_no_input_changes(tmp_path, capsys, what):
+    args = folders(tmp_path)
+    wanted = {"same folder": "same folder", "called metrics": "metrics.nii.gz", "value": "[7]",
+              "two files": "a.nii.gz: a.nii beside it", "classes": "a.json"}[what]
+    label = np.zeros((20, 8, 8), np.uint8)
+    if what == "same folder":
+        args[1] = args[3] + "/../ref"
+    if what == "called metrics":
+        write_nifti(tmp_path / "pred/metrics.nii.gz", label, affine_of("LPS", (2, 2, 2)))
+        (tmp_path / "pred/metrics.json").write_text('{"made_with": 1}')
+    if what == "two files":
+        write_nifti(tmp_path / "pred/a.nii", label, affine_of("LPS", (2, 2, 2)))
+    if what == "value":
+        label[2, 3, 4] = 7
+        write_nifti(tmp_path / "ref/a.nii.gz", label, affine_of("LPS", (2, 2, 2)))
+    if what == "classes":
+        (tmp_path / "pred/a.json").write_text('{"classes": ["Liver"]}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert labels.run(metrics.main, args) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and wanted in error
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_the_command_runs_from_a_script_without_guard(tmp_path):
+    """A worker process must not run the caller's script again."""
+    args = folders(tmp_path)
+    for file in ("pred/{}.nii.gz", "pred/{}.json", "ref/{}.nii.gz"):
+        shutil.copy(tmp_path / file.format("a"), tmp_path / file.format("b"))
+    (tmp_path / "script.py").write_text(
+        f"import data, metrics\nprint('begins')\ndata.core_count = lambda: 2\n"
+        f"metrics.main({args!r})\n")
+    env = {**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parent)}
+    out = subprocess.run([sys.executable, str(tmp_path / "script.py")], env=env, text=True,
+                         capture_output=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("begins") == 1 and len(read_scores(tmp_path)["cases"]) == 4
+
+
+def test_few_processes_score_where_memory_is_short(tmp_path, monkeypatch):
+    """Two cases of 1280 voxels: with memory for one there are no workers, with memory for two
+    there are two."""
+    import data
+    paths = []
+    for name in "ab":
+        paths.append(tmp_path / f"{name}.nii.gz")
+        write_nifti(paths[-1], np.zeros((20, 8, 8), np.uint8), np.eye(4))
+    monkeypatch.setattr(data, "core_count", lambda: 8)
+    one = 1280 * metrics.SCORE_MEMORY
+    for available, workers in ((one * 1.9, 0), (one * 2.1, 2), (one * 90, 2)):
+        monkeypatch.setattr(data, "available_memory", lambda available=available: int(available))
+        assert data.workers_that_fit(paths, metrics.SCORE_MEMORY) == workers
+    monkeypatch.setattr(data, "CAN_FORK", False)
+    assert data.workers_that_fit(paths, metrics.SCORE_MEMORY) == 0
+
+
+def test_scores_are_utf_8(tmp_path):
+    args = folders(tmp_path)
+    for file in ("pred/{}.nii.gz", "pred/{}.json", "ref/{}.nii.gz"):
+        shutil.move(tmp_path / file.format("a"), tmp_path / file.format("Bauch_ä"))
+    metrics.main(args)
+    assert "\nBauch_ä,Kidney Tumor" in (tmp_path / "pred/metrics.csv").read_text("utf-8")
