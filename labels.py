@@ -4,6 +4,7 @@
     python labels.py --classes my.json      print a class table of your own
     python labels.py kits                   print the dataset.json of a public dataset
     python labels.py kits DIR               write it to DIR, with the list of the scans in DIR
+    python labels.py totalsegmentator DIR   the same, and merge the masks of each case into one map
 
 In the code, a class is an index 0..K-1; in a segmentation file, its value is that index + 1. The
 label of a scan stays one integer map. Two tables give it its meaning (paper, Sec. 3.1, partial
@@ -1019,7 +1020,7 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
     """The masks of one case, painted one over the other, in the RAS+ axes of its CT.
 
     masks    (file, value); the last one that covers a voxel gives its value
-    returns  (D, H, W) uint8
+    returns  (D, H, W) uint8, or uint16 for values above 255
     raises   ValueError, OSError  if there is no mask, or a file cannot be read or lies in another
                                   grid than the CT
     """
@@ -1027,7 +1028,8 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
     if not masks:
         raise ValueError(f"{ct}: no segmentations/NAME.nii.gz with a name that is a class here")
     volume = data.load_volume(ct)
-    merged = np.zeros(volume.array.shape, np.uint8)
+    dtype = np.uint8 if max(value for _, value in masks) <= 255 else np.uint16
+    merged = np.zeros(volume.array.shape, dtype)
     for file, value in masks:
         mask = data.load_volume(file)
         data.check_same_grid(file, mask, ct, volume)
@@ -1094,6 +1096,9 @@ def _prepare(name: str, folder: Path | None) -> None:
     with data.atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {len(content['training'])} cases")
+    if name.lower() in PER_STRUCTURE and "annotated" in content:
+        print(f"{len(content['annotated'])} cases lack some of the structures; \"annotated\" lists "
+              "the classes that they have")
     if original:
         print(f"kept: {copy}; taken over from it: {', '.join(facts) or 'nothing'}")
 

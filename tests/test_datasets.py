@@ -338,6 +338,15 @@ def test_a_label_map_of_somebody_else_is_never_overwritten(tmp_path, capsys):
     assert tree(tmp_path) == after                           # and ours is, with the same content
 
 
+def test_more_than_255_structures_fit(tmp_path):
+    structures(tmp_path, {"liver": [0], "spleen": [1]})
+    masks = [(tmp_path / f"segmentations/{name}.nii.gz", value)
+             for name, value in (("liver", 255), ("spleen", 300))]
+    merged = labels.merge_masks(tmp_path / "ct.nii.gz", masks)
+    assert merged[:, 0, 0].tolist() == [255, 300, 0, 0, 0, 0] and merged.dtype == np.uint16
+    assert labels.merge_masks(tmp_path / "ct.nii.gz", masks[:1]).dtype == np.uint8
+
+
 def test_pants_keeps_images_and_labels_apart(tmp_path):
     structures(tmp_path / "LabelTr/P1", {"liver": [0], "pancreas": [1, 2]}, ct="unused.nii.gz")
     (tmp_path / "ImageTr/P1").mkdir(parents=True)
