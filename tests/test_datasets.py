@@ -521,5 +521,7 @@ def test_the_ct_scans_of_amos_stay_ct_beside_a_list_that_mixes_both(tmp_path):
     nnunet(tmp_path / "a", (), modality={"0": "CT", "1": "MRI"})
     write_nifti(tmp_path / "a/labelsTr/amos_0001.nii.gz", BOX % 2, EYE)
     assert labels.run(labels.main, ["amos", str(tmp_path / "a")]) == 0
+    info = json.loads((tmp_path / "a/dataset.json").read_text())
+    assert info["channel_names"] == {"0": "CT"}
     case, = data.read_dataset(tmp_path / "a", labels.CLASSES)
     assert case.modality == "ct"
