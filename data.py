@@ -113,7 +113,7 @@ def _open(path: str | Path) -> nib.Nifti1Image:
     try:
         img = nib.load(path)
     except Exception as error:
-        img = _load_rounded(path)
+        img = _load_rounded(path) if "w2 should be positive" in str(error) else None
         if img is None:
             raise ValueError(f"{path}: not a readable NIfTI file ({error})") from None
     if not isinstance(img, nib.Nifti1Image):
@@ -125,25 +125,25 @@ def _open(path: str | Path) -> nib.Nifti1Image:
 
 
 def _load_rounded(path: Path) -> nib.Nifti1Image | None:
-    """A NIfTI file whose quaternion is a little longer than 1, which nibabel refuses to read.
+    """A NIfTI file whose quaternion is longer than 1, which nibabel refuses to read.
 
-    returns  the image object with the quaternion brought to length 1; None for any other file
+    returns  the image object with the quaternion brought to length 1; None if it is longer than
+             rounding can make it
     """
-    for kind in (nib.Nifti1Image, nib.Nifti2Image):
-        try:
-            with nib.openers.ImageOpener(path) as file:
-                header = kind.header_class.from_fileobj(file)
-        except Exception:                                # some other fault
-            continue
-        names = ("quatern_b", "quatern_c", "quatern_d")
-        length = math.sqrt(sum(float(header[name]) ** 2 for name in names))
-        uses_quaternion = header["sform_code"] == 0 and header["qform_code"] > 0
-        if uses_quaternion and 1 < length <= 1 + QUATERNION_EXCESS:
-            voxels = kind.ImageArrayProxy(str(path), header.copy())
-            for name in names:
-                header[name] = float(header[name]) / length
-            return kind(voxels, header.get_qform(), header)
-    return None
+    with nib.openers.ImageOpener(path) as file:
+        start = file.read(nib.Nifti2Header.sizeof_hdr)
+        is_nifti2 = nib.Nifti2Header.may_contain_header(start)
+        kind = nib.Nifti2Image if is_nifti2 else nib.Nifti1Image
+        file.seek(0)
+        header = kind.header_class.from_fileobj(file)
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    length = math.sqrt(sum(float(header[name]) ** 2 for name in names))
+    if not length <= 1 + QUATERNION_EXCESS:              # NaN included
+        return None
+    voxels = kind.ImageArrayProxy(str(path), header.copy())
+    for name in names:
+        header[name] = float(header[name]) / length
+    return kind(voxels, header.get_qform(), header)
 
 
 def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:

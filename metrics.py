@@ -486,6 +486,7 @@ class _Side(NamedTuple):
     """One side of the comparison, prediction or reference."""
     label_rows: np.ndarray       # (D, H, W) each voxel's index into regions
     regions: np.ndarray          # (V, K) bool: label row v belongs to class k
+    known: np.ndarray            # (V, K) bool: False where row v says nothing about class k
     boxes: list                  # boxes[v - 1] holds all voxels of label row v; None without any
 
 
@@ -502,7 +503,7 @@ def _side(raw: np.ndarray, label_map, path: Path, split: bool) -> _Side:
         if label_rows.any():
             midline = float(np.mean(np.nonzero(label_rows)[0]))
         label_rows = labels.split_sides(label_rows, label_map, midline)
-    return _Side(label_rows, label_map.regions, ndimage.find_objects(label_rows))
+    return _Side(label_rows, label_map.regions, label_map.known, ndimage.find_objects(label_rows))
 
 
 def _structures(ref_map) -> list[tuple[int, ...]]:
@@ -517,7 +518,10 @@ def _structures(ref_map) -> list[tuple[int, ...]]:
 
 
 def _masks(structure: tuple[int, ...], pred: _Side, ref: _Side) -> list[np.ndarray]:
-    """The boolean masks of one structure on both sides, cut to a box that holds both."""
+    """The boolean masks of one structure on both sides, cut to a box that holds both.
+
+    Where the reference says nothing about the structure ("ignore"), the prediction does not count.
+    """
     boxes = []
     members = []
     for side in (pred, ref):
@@ -531,8 +535,12 @@ def _masks(structure: tuple[int, ...], pred: _Side, ref: _Side) -> list[np.ndarr
                              max(box[axis].stop for box in boxes)) for axis in range(3))
     else:
         around = (slice(0, 1),) * 3                                  # absent: any voxel will do
-    return [member[side.label_rows[around]]
-            for member, side in zip(members, (pred, ref), strict=True)]
+    pred_mask, ref_mask = (member[side.label_rows[around]]
+                           for member, side in zip(members, (pred, ref), strict=True))
+    known = ref.known[:, list(structure)].all(1)                     # (V,)
+    if not known.all():
+        pred_mask &= known[ref.label_rows[around]]
+    return [pred_mask, ref_mask]
 
 
 def _score_structure(pred: np.ndarray, ref: np.ndarray, classes: list, spacing_mm,

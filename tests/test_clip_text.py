@@ -458,3 +458,91 @@ def test_cosine_by_hand():
     """(3, 4) and (4, 3): 24 / 25."""
     assert torch.allclose(clip_text.cosine(torch.tensor([[3., 4.], [4., 3.]])),
                           torch.tensor([[1, 0.96], [0.96, 1]]))
+
+
+# ---- activation ----------------------------------------------------------------------------------
+def test_activations_by_hand():
+    """x = 1: QuickGELU 1 / (1 + exp(-1.702)) = 0.84580, GELU Phi(1) = 0.84134."""
+    one = torch.ones(())
+    assert clip_text.ACTIVATIONS["quick_gelu"](one).item() == pytest.approx(0.84580, abs=1e-5)
+    assert clip_text.ACTIVATIONS["gelu"](one).item() == pytest.approx(0.84134, abs=1e-5)
+
+
+@pytest.mark.parametrize("file, content, activation", [
+    ("config.json", {"text_config": {"hidden_act": "gelu"}}, "gelu"),
+    ("config.json", {"text_config": {"hidden_act": "quick_gelu"}}, "quick_gelu"),
+    ("config.json", {"hidden_act": "gelu"}, "gelu"),
+    ("config.json", {"text_config": {}}, "quick_gelu"),
+    ("config.json", {"spacing_mm": 1.5}, "quick_gelu"),          # that of train.py, for example
+    ("open_clip_config.json", {"model_cfg": {"text_cfg": {}}}, "gelu"),
+    ("open_clip_config.json", {"model_cfg": {"quick_gelu": True}}, "quick_gelu"),
+    ("other.json", {"hidden_act": "gelu"}, "quick_gelu")])
+def test_the_activation_is_read_from_what_lies_beside_the_weights(tmp_path, file, content,
+                                                                  activation):
+    (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    assert clip_text.find_activation(tmp_path / "model.safetensors") == activation
+
+
+def test_an_activation_that_is_neither_is_refused_and_a_guess_is_said(tmp_path, capsys):
+    assert clip_text.find_activation(tmp_path / "ViT-B-32.pt") == "quick_gelu"
+    assert capsys.readouterr().out == ""
+    assert clip_text.find_activation(tmp_path / "vit_b_32-laion2b.pt") == "quick_gelu"
+    assert "note:" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text('{"hidden_act": "relu"}')
+    with pytest.raises(ValueError, match="config.json: hidden_act is 'relu'"):
+        clip_text.find_activation(tmp_path / "a.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_features_of_weights_with_gelu_equal_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = hf_model("short").config
+    config.hidden_act = "gelu"
+    torch.manual_seed(0)
+    model = transformers.CLIPTextModelWithProjection(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3).add_(torch.randn_like(p) * 0.05)
+    path = write(model, "bin", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu"}))
+    tokens = torch.tensor([[598, 5, 6, 7, 599]])
+    with torch.no_grad():
+        want = model(input_ids=tokens).text_embeds
+        assert torch.allclose(clip_text.load_text_encoder(path)(tokens), want, atol=1e-4)
+        (tmp_path / "config.json").unlink()
+        assert not torch.allclose(clip_text.load_text_encoder(path)(tokens), want, atol=1e-3)
+
+
+def test_prompts_encoded_with_the_other_activation_are_not_used(small_clip, tmp_path):
+    copy = tmp_path / "folder" / "weights.pt"
+    copy.parent.mkdir()
+    copy.write_bytes(small_clip.read_bytes())
+    before = clip_text.encode_classes(["Liver"], weights=copy)
+    (copy.parent / "config.json").write_text('{"hidden_act": "gelu"}')
+    after = clip_text.encode_classes(["Liver"], weights=copy)
+    assert not torch.equal(before, after)
+    (copy.parent / "config.json").unlink()
+    assert torch.equal(clip_text.encode_classes(["Liver"], weights=copy), before)
+
+
+# ---- why a file is refused -----------------------------------------------------------------------
+@pytest.mark.parametrize("what, wanted", [
+    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar"), ("cut", "cut off"),
+    ("cut early", "cut off"), ("empty", "empty"), ("text", "not a file that torch.save")])
+@pytest.mark.parametrize("reader", ["embeddings", "weights", "prompts"])
+def test_a_refused_file_is_named_with_the_cause(tmp_path, reader, what, wanted):
+    path = tmp_path / "file.pt"
+    torch.save({"a": torch.ones(300, 300), "b": np.float64(1)}, path)
+    if what == "cut":
+        path.write_bytes(path.read_bytes()[:100_000])
+    if what == "cut early":
+        path.write_bytes(path.read_bytes()[:10])
+    if what in ("empty", "text"):
+        path.write_bytes(b"" if what == "empty" else b"hello world, this is text")
+    read = {"embeddings": clip_text.read_embeddings, "weights": clip_text.read_tensors,
+            "prompts": clip_text._read_prompts}[reader]
+    with pytest.raises(ValueError, match=f"file.pt: .*{wanted}") as e:
+        read(path)
+    assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
+    if what == "numpy scalar":
+        assert "cut off" not in str(e.value)

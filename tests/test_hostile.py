@@ -537,21 +537,22 @@ def test_eleven_kills_of_evaluation(tmp_path):
 
 
 def test_workers_of_metrics_end_with_a_killed_parent(tmp_path):
-    """Without that, an idle worker of the pool would wait forever."""
+    """Without that, the idle workers of the pool would wait forever."""
     (tmp_path / "pool.py").write_text(
-        "import os, time, multiprocessing as m, metrics\n"
+        "import time, multiprocessing as m, metrics\n"
         "from concurrent.futures import ProcessPoolExecutor as Pool\n"
-        "if __name__ == '__main__':\n"
-        "    p = Pool(1, m.get_context('spawn'), initializer=metrics._leave_with_parent)\n"
-        "    print(p.submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(60)\n")
+        "p = Pool(2, m.get_context('fork'), initializer=metrics._leave_with_parent)\n"
+        "p.submit(int).result()\n"
+        "print(*p._processes, flush=True)\n"
+        "time.sleep(60)\n")
     p = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE,
                          env={**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parent)})
-    stat = Path(f"/proc/{int(p.stdout.readline())}/stat")
+    stats = [Path(f"/proc/{int(worker)}/stat") for worker in p.stdout.readline().split()]
 
     def alive():
-        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    assert alive()
+        return [stat for stat in stats
+                if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
+    assert len(alive()) == 2
     p.kill()
     p.wait()
     until = time.monotonic() + 10

@@ -306,6 +306,21 @@ def test_a_predicted_tumour_counts_for_the_kidney_it_touches(tmp_path):
     assert [(r["class"], r["dice"], r["hd95_mm"]) for r in results] == [("Right Kidney", 1, 0)]
 
 
+def test_where_the_reference_says_nothing_the_prediction_does_not_count(tmp_path):
+    """Ten voxels of liver, of which ten are predicted, and five more where the reference says
+    "ignore": Dice 1, not 20 / 25."""
+    pred, ref = np.zeros((5, 5, 5), np.uint8), np.zeros((5, 5, 5), np.uint8)
+    ref[:2, :, 0], ref[2, :, 0] = 1, 2
+    pred[:3, :, 0] = 1
+    for side, array, names in (("pred", pred, {"liver": 1}), ("ref", ref, {"liver": 1,
+                                                                         "ignore": 2})):
+        write_nifti(tmp_path / side / "a.nii.gz", array, np.eye(4))
+        (tmp_path / side / "dataset.json").write_text(json.dumps({"labels": names}),
+                                                      encoding="utf-8")
+    assert metrics.main(["--pred", str(tmp_path / "pred"), "--ref", str(tmp_path / "ref")]) == 0
+    assert read_scores(tmp_path)["classes"]["Liver"]["dice"] == 1
+
+
 @pytest.mark.parametrize("what", ["no pred", "shape", "affine", "no folder", "nothing in common"])
 def test_mistakes_are_one_line(tmp_path, capsys, what):
     args = folders(tmp_path)

@@ -555,3 +555,27 @@ def test_public_names_by_hand():
             ("backbone.enc.0.conv1.weight", "backbone.enc.0.conv1.weight"),
             ("module.out.conv.conv.bias", "out.conv.conv.bias")):
         assert model.our_name(public) == ours
+
+
+@pytest.mark.parametrize("what, wanted", [
+    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar"), ("module", "Linear"),
+    ("cut", "cut off"), ("cut early", "cut off"), ("old cut", "cut off"), ("empty", "empty"),
+    ("text", "not a file that torch.save"), ("list", "a checkpoint is a dict")])
+def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
+    path = tmp_path / "file.pt"
+    content = {"a": torch.ones(300, 300)}
+    if what == "numpy scalar":
+        content["best"] = np.float64(0.5)
+    if what == "module":
+        content["net"] = torch.nn.Linear(2, 2)
+    torch.save([1] if what == "list" else content, path,
+               _use_new_zipfile_serialization=what != "old cut")
+    if "cut" in what:
+        path.write_bytes(path.read_bytes()[:10 if what == "cut early" else 100_000])
+    if what in ("empty", "text"):
+        path.write_bytes(b"" if what == "empty" else b"hello world, this is text")
+    with pytest.raises(ValueError, match=f"file.pt: .*{wanted}") as e:
+        model.read_checkpoint(path)
+    assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
+    if what in ("numpy scalar", "module"):
+        assert "cut off" not in str(e.value)

@@ -78,3 +78,36 @@ def test_torch_load_always_with_weights_only():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True"
                            for k in node.keywords), path.name
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text: open(...), PATH.open(...), read_text or write_text."""
+    name = ast.unparse(call.func)
+    if name.endswith((".read_text", ".write_text")):
+        return True
+    if name != "open" and not name.endswith(".open"):
+        return False
+    arguments = call.args[1:] if name == "open" or name.startswith("gzip") else call.args
+    arguments += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    modes = [node.value for argument in arguments[:1] for node in ast.walk(argument)
+             if isinstance(node, ast.Constant)]
+    if name in ("gzip.open", "archive.open"):                        # binary unless asked
+        return any("t" in mode for mode in modes if name == "gzip.open")
+    return not modes or not all("b" in mode for mode in modes)
+
+
+def test_what_opens_text():
+    calls = {"p.read_text()": True, "open(p)": True, "open(p, 'w')": True, "p.open()": True,
+             "open(p, mode='a')": True, "gzip.open(p, 'rt')": True, "open(p, 'rb')": False,
+             "p.open('wb')": False, "gzip.open(p)": False, "archive.open('data.pkl')": False,
+             "open(p, 'ab' if more else 'wb')": False, "opened(p)": False}
+    for text, is_text in calls.items():
+        assert opens_text(ast.parse(text).body[0].value) == is_text, text
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                assert any(k.arg == "encoding" and k.value.value.startswith("utf-8")
+                           for k in node.keywords), f"{path.name}:{node.lineno}"

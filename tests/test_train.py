@@ -508,3 +508,94 @@ def test_a_run_of_the_format_before_resumes_and_says_what_changed(tiny, tmp_path
     train.train(config(tiny, tmp_path / "run", steps=2, resume=True))
     assert "note:" not in capsys.readouterr().out
     assert same(weights(tmp_path / "old/last.pt"), weights(tmp_path / "run/last.pt"))
+
+
+# ---- the log and the data of a resumed run -------------------------------------------------------
+GOOD = b'{"step": 0, "loss": 1.5, "bce": 1.0, "dice": 0.5}\n'
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\0" * 40 + b"\n", b'{"step": 1, "lo\n', b"\xff\xfe{}\n",
+                                  b"[1]\n", b'{"loss": 1}\n', b'{"step": "1"}\n', b"7\n",
+                                  b"   \r\n", b"[" * 100_000 + b"\n"])
+def test_a_damaged_line_of_the_log_is_dropped_and_counted(tmp_path, capsys, line):
+    log = tmp_path / "log.jsonl"
+    second, third = GOOD.replace(b"0,", b"1,", 1), GOOD.replace(b"0,", b"2,", 1)
+    log.write_bytes(GOOD + line + second + line + third)
+    train.start_log(log, 2)
+    assert log.read_bytes() == GOOD + second
+    out = capsys.readouterr().out
+    assert out.count("note:") == 1 and "2 blank or damaged lines" in out and "lines 2, 4" in out
+
+
+def test_an_unfinished_last_line_is_dropped_without_a_note(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    for rest in (b'{"step": 1, "lo', b"\0\0\0", b""):
+        log.write_bytes(GOOD + rest)
+        train.start_log(log, 5)
+        assert log.read_bytes() == GOOD and capsys.readouterr().out == ""
+    train.start_log(tmp_path / "new.jsonl", 0)
+    assert (tmp_path / "new.jsonl").read_bytes() == b""
+
+
+def scan_of(dataset, fingerprint, annotated=(True, False)):
+    case = data.Case(f"{dataset}/{fingerprint}", dataset, Path("i"), Path("l"), None,
+                     np.array(annotated))
+    return data.Scan(case, Path("entry"), {"fingerprint": fingerprint})
+
+
+def test_what_identifies_the_scans_of_a_run():
+    """The scans, what is annotated, the datasets and the split; not folders, names or order."""
+    a, b, c = scan_of("D1", "a"), scan_of("D1", "b"), scan_of("D2", "c")
+    first = train.identify_scans([a, b], [c])
+    assert (first["training"], first["validation"]) == (2, 1)
+    assert isinstance(first["hash"], str)
+    assert train.identify_scans([scan_of("moved", "b"), scan_of("moved", "a")], [c]) == first
+    others = [([a, c], [b]), ([a], [c]), ([a, b, c], []), ([a, scan_of("D3", "b")], [c]),
+              ([a, scan_of("D1", "x")], [c]), ([a, scan_of("D1", "b", (True, True))], [c])]
+    hashes = {train.identify_scans(*other)["hash"] for other in others}
+    assert len(hashes) == len(others) and first["hash"] not in hashes
+
+
+def test_other_data_and_another_split_do_not_resume_but_moved_data_do(tiny, tmp_path, capsys):
+    raw = shutil.copytree(tiny / "raw", tmp_path / "raw")
+    base = {"steps": 1, "val_fraction": 0.25, "val_scans": 1, "data": (str(raw),)}
+    train.train(config(tiny, tmp_path / "run", **base))
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    # one of three different scans is held out; two of the four files are copies of it
+    assert content["scans"]["training"] == content["scans"]["validation"] == 2
+    before = (tmp_path / "run/last.pt").read_bytes()
+    capsys.readouterr()
+
+    def refused(**change):
+        cfg = config(tiny, tmp_path / "run", resume=True, **{**base, **change})
+        assert labels.run(train.main, cfg) == 2
+        return capsys.readouterr().err
+    assert "--val-fraction 0.25, now 0.5" in refused(val_fraction=0.5)
+    assert "--fold , now 0/2" in refused(fold="0/2")
+    assert "--spacing-mm 4.0, now 5.0" in refused(spacing_mm=5.0)
+    error = refused(data=(str(raw / "Dataset901_Liver"),))
+    assert "other data (2 training and 2 validation scans, now" in error
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    moved = shutil.move(raw, tmp_path / "elsewhere")
+    train.train(config(tiny, tmp_path / "run", resume=True, **{**base, "data": (str(moved),)}))
+    assert "done: 1 steps" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_record_its_scans_resumes_with_a_note(capsys):
+    train.check_same_scans(Path("last.pt"), None, {"training": 1})
+    assert "note: last.pt" in capsys.readouterr().out
+    same = {"training": 1, "validation": 0, "hash": "x"}
+    train.check_same_scans(Path("last.pt"), same, dict(same))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="other data"):
+        train.check_same_scans(Path("last.pt"), same, {**same, "hash": "y"})
+
+
+def test_a_damaged_checkpoint_of_the_run_is_one_line(tiny, tmp_path, capsys):
+    train.train(config(tiny, tmp_path / "run", steps=1))
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    del content["classes"]
+    torch.save(content, tmp_path / "run/last.pt")
+    cfg = config(tiny, tmp_path / "run", steps=1, resume=True)
+    assert labels.run(train.main, cfg) == 2
+    assert "last.pt: not a whole checkpoint" in capsys.readouterr().err
