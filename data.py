@@ -14,6 +14,7 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -53,8 +54,15 @@ ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degre
 ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
 BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
+BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
+BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
+CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
+                                # halves: 0.6 to 0.95
+AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
+NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
 CACHE_VERSION = 2
+SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
 PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
                                 # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
 CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
@@ -428,24 +436,61 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
     return x[box], shape, box
 
 
-def body_midline(image: np.ndarray) -> float:
-    """The position of the body's mid-sagittal plane on axis 0, in voxels.
+def body_midline(image: np.ndarray) -> float | None:
+    """The position of the body's mid-sagittal plane on axis 0, in voxels; None if it is unknown.
 
-    It is the centroid of the largest connected piece that is not air, on a coarse grid; thin things
-    (clothes, cables, the edge of the table) are removed by an opening first.
+    It is the centroid of the body: of the largest connected piece that is not air, and of others
+    of about its size (two legs), on a coarse grid; thin things (clothes, cables, the edge of the
+    table) are removed by an opening first. A whole body is round, so its outermost sagittal planes
+    are small. Where one of them holds CUT_SHARE as much as the fullest plane, the body is cut off
+    there, by the edge of the view or of what was scanned, and nothing tells where its middle is.
 
-    image  (d, h, w)  scaled to 0..1, where 0 is air
+    image  (d, h, w)  intensities from 0 for air
     """
     step = max(1, min(image.shape) // 48)
-    solid = ndimage.binary_opening(image[::step, ::step, ::step] > 0)
+    coarse = image[::step, ::step, ::step]
+    solid = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
     pieces, n = ndimage.label(solid)
     if n == 0:
-        return (image.shape[0] - 1) / 2
-    sizes = np.bincount(pieces.ravel())[1:]              # without the air, which is piece 0
-    body = pieces == 1 + np.argmax(sizes)
+        return None
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0                                         # the air
+    body = (sizes >= BODY_PIECE * sizes.max())[pieces]
     planes = np.flatnonzero(body.any((1, 2)))
     weight = body.sum((1, 2))[planes]
+    if max(weight[0], weight[-1]) >= CUT_SHARE * weight.max():
+        return None
     return float((planes * weight).sum() / weight.sum()) * step
+
+
+# ---- grey values that cannot be right ----------------------------------------------------------
+def check_grey_values(volume: Volume, path: str | Path) -> None:
+    """Print a note if the intensities of a scan do not look like those of its modality.
+
+    raises ValueError  if all voxels have the same value
+    """
+    low, high = float(volume.array.min()), float(volume.array.max())
+    if low == high:
+        raise ValueError(f"{path}: all of its voxels have the value {low:g}; this is not a scan")
+    values = f"note: {path}: its values lie in {low:g}..{high:g}"
+    if volume.modality != "ct":
+        if low < NO_MRI_BELOW:
+            tqdm.write(f"{values}; is this a CT? It is treated as an MRI")
+    elif low >= AIR_HU or high < AIR_HU:
+        tqdm.write(f"{values}; are these Hounsfield units? {_why_no_hounsfield_units(low, high)}")
+
+
+def _why_no_hounsfield_units(low: float, high: float) -> str:
+    """What may have happened to the values of a CT that has no air, or nothing else."""
+    if high < AIR_HU:
+        return "All of it is air"
+    if low < 0 and high > 1:
+        return "A CT without any air is unusual"
+    if low >= -1 and high <= 1:
+        return "They seem to have been scaled"
+    if high <= 255:
+        return "They seem to be 8-bit grey values"
+    return "If 1024 was added to them, subtract it; if this is an MRI, pass --modality mri"
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
@@ -568,8 +613,10 @@ class Scan:
     """A preprocessed case in the cache; its arrays are memory-mapped.
 
     entry  the folder of its files
-    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels, and
-           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k
+    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels,
+           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k, and
+           "undecided": [k, ...], classes that the case annotates, but without saying whether they
+           are right or left, which could not be told apart here; they are not annotated in `case`
     """
     case: Case
     entry: Path
@@ -597,7 +644,11 @@ def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
     """The entry of a case in the cache; None if it is missing or damaged."""
     entry = cache / _key(case, spacing_mm)
     meta = _read_meta(entry)
-    return None if meta is None else Scan(case, entry, meta)
+    if meta is None:
+        return None
+    annotated = case.annotated.copy()
+    annotated[meta.get("undecided", [])] = False
+    return Scan(dataclasses.replace(case, annotated=annotated), entry, meta)
 
 
 def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> Scan | None:
@@ -625,12 +676,13 @@ def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     volume, label = load_volume(case.image), load_volume(case.label)
     volume.modality = case.modality
     _check_same_grid(case, volume, label)
-    image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
+    check_grey_values(volume, case.image)
+    image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
     voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
     meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
-            "spacing_mm": volume.spacing_mm.tolist()}
+            "spacing_mm": volume.spacing_mm.tolist(), "undecided": undecided}
     _write_entry(entry, image, label_rows, voxels, meta)
 
 
@@ -643,6 +695,8 @@ def _key(case: Case, spacing_mm: float) -> str:
     regions = case.label_map.regions.astype(int).tolist()
     content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.label_map.values,
                regions, sorted(case.label_map.named)]
+    if case.label_map.unsplit:
+        content.append(SIDES_VERSION)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -679,11 +733,26 @@ def _check_same_grid(case: Case, image: Volume, label: Volume) -> None:
 
 
 def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: float):
-    """image (d, h, w) float32 and label_rows (d, h, w), on one grid, left and right told apart."""
+    """A scan and its label on one grid, left and right told apart.
+
+    returns  image       (d, h, w) float32
+             label_rows  (d, h, w)
+             undecided   [k, ...]  classes whose side is not known: the dataset does not name it,
+                                   and the body's mid-sagittal plane is not in view
+    """
     label_rows = case.label_map.to_label_rows(label.array, str(case.label))
     image, shape, box = preprocess(volume, spacing_mm)
     label_rows = resample_nearest(label_rows, shape)[box]
-    return image, labels.split_sides(label_rows, case.label_map, body_midline(image))
+    undecided = []
+    midline = None
+    if case.label_map.unsplit:
+        midline = body_midline(image)
+    if midline is None:
+        undecided = labels.undecided_sides(label_rows, case.label_map)
+    if undecided:
+        tqdm.write(f"note: {case.image}: only part of the body is in view, so right and left "
+                   "cannot be told apart; what its label names without a side is left out here")
+    return image, labels.split_sides(label_rows, case.label_map, midline), undecided
 
 
 def fingerprint(array: np.ndarray) -> str:

@@ -162,11 +162,80 @@ def test_an_mri_is_clipped_at_percentiles_and_scaled_to_unit_deviation():
     assert np.allclose(image, (want / want.std())[box], atol=1e-3)
 
 
+def round_body(centre=54.5, width=60, legs=()):
+    """(80, 50, 40): an elliptic cylinder of 0.5 in air, or several, and a cable."""
+    x, y = np.meshgrid(np.arange(80), np.arange(50), indexing="ij")
+    image = np.zeros((80, 50, 40), np.float32)
+    for c in legs or [centre]:
+        image[((x - c) / (width / 2)) ** 2 + ((y - 25) / 15) ** 2 < 1] = 0.5
+    image[2:4, 2:4, :] = 0.9
+    return image
+
+
 def test_midline_follows_an_off_centre_body():
-    image = np.zeros((80, 50, 50), np.float32)
-    image[40:70, 10:40, 5:45] = 0.5           # the body, centred at 54.5
-    image[2:4, 2:4, :] = 0.9                  # a cable
-    assert abs(data.body_midline(image) - 54.5) < 1
+    assert abs(data.body_midline(round_body(width=40)) - 54.5) < 1
+
+
+def test_midline_of_two_legs_lies_between_them():
+    legs = round_body(legs=(24, 60), width=24)
+    legs[60:, :, 30:] = 0                     # one leg is a little shorter
+    assert abs(data.body_midline(legs) - 42) < 2
+
+
+def test_there_is_no_midline_where_the_body_is_cut_off():
+    """At the border of the view on either side, also where air surrounds what was scanned, and in
+    a crop that holds nothing but body; not where a little of a wide body is cut off: at 96 % of
+    the half-width the section of an ellipse is 28 % as high as in the middle."""
+    whole = round_body(centre=39.5, width=78)
+    assert abs(data.body_midline(whole) - 39.5) < 1
+    assert abs(data.body_midline(whole[2:]) - 37.5) < 1
+    padded = whole.copy()
+    padded[40:] = 0
+    for cut in (whole[:40], whole[40:], whole[:60], padded, whole[20:60, 20:30], whole[30:50]):
+        assert data.body_midline(cut) is None
+    assert data.body_midline(np.zeros((30, 30, 30), np.float32)) is None
+
+
+def test_midline_of_an_mri_whose_air_is_not_zero():
+    noise = np.random.default_rng(0).random((80, 50, 40), np.float32) * 0.04
+    assert abs(data.body_midline(round_body(width=40) + noise) - 54.5) < 1
+    assert data.body_midline((round_body(width=40) + noise)[54:]) is None
+
+
+# ---- grey values -------------------------------------------------------------------------------
+def note_on(capsys, low, high, modality="ct"):
+    volume = data.Volume(np.linspace(low, high, 27).reshape(3, 3, 3), np.eye(4), modality)
+    data.check_grey_values(volume, "d/scan.nii.gz")
+    out = capsys.readouterr()
+    assert out.err == "" and out.out.count("\n") == (1 if out.out else 0)
+    return out.out
+
+
+@pytest.mark.parametrize("low, high, hint", [
+    (0, 4095, "subtract"), (24, 3000, "subtract"), (0, 255, "8-bit"), (0, 1, "scaled"),
+    (-1, 1, "scaled"), (-0.5, 0.5, "scaled"), (-150, 300, "without any air"), (0, 30000, "mri"),
+    (-3, 5, "without any air"), (-1024, -900, "All of it is air")])
+def test_a_ct_whose_values_cannot_be_hounsfield_units_gets_a_note(capsys, low, high, hint):
+    note = note_on(capsys, low, high)
+    assert note.startswith(f"note: d/scan.nii.gz: its values lie in {low:g}..{high:g}")
+    assert "Hounsfield" in note and hint in note
+
+
+@pytest.mark.parametrize("low, high, modality", [
+    (-1024, 3071, "ct"), (-1000, 400, "ct"), (-2000, 1500, "ct"), (-3024, 1500, "ct"),
+    (-201, 300, "ct"), (0, 4095, "mri"), (0, 1, "mri"), (-47, 833, "mri")])
+def test_usual_grey_values_get_no_note(capsys, low, high, modality):
+    assert note_on(capsys, low, high, modality) == ""
+
+
+def test_a_ct_that_is_called_an_mri_gets_a_note(capsys):
+    assert "is this a CT?" in note_on(capsys, -1024, 3071, "mri")
+
+
+@pytest.mark.parametrize("modality", ["ct", "mri"])
+def test_a_scan_of_one_value_is_refused(capsys, modality):
+    with pytest.raises(ValueError, match=r"^d/scan.nii.gz: all of its voxels have the value 60"):
+        note_on(capsys, 60, 60, modality)
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -205,15 +274,54 @@ def test_a_cache_that_was_built_before_is_found_again(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(1_000_000_000, 1_000_000_000))
     monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path)
-    label_map = labels.label_map({"kidney": [1, 2], "kidney tumor": 2, "sacrum": 7}, labels.CLASSES)
-    case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
-    assert data._key(case, 1.5) == "adcdbdadb11fbf605e63"
+    for organ, key in (("liver", "8c0cd96722d392382c48"), ("kidney", "980b5cc64b66d5f2de02")):
+        names = {organ: [1, 2], f"{organ} tumor": 2, "sacrum": 7}
+        label_map = labels.label_map(names, labels.CLASSES)
+        case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
+        assert data._key(case, 1.5) == key
 
 
 def test_the_files_of_a_cache_entry(tiny_scans):
     files = {path.name for path in tiny_scans[0].entry.iterdir()}
     assert files == {"image.npy", "rows.npy", "points.npy", "meta.json"}
-    assert set(tiny_scans[0].meta) == {"points", "fingerprint", "shape", "spacing_mm"}
+    assert set(tiny_scans[0].meta) == {"points", "fingerprint", "shape", "spacing_mm", "undecided"}
+
+
+def half_body_case(tiny, folder, names, value_of):
+    """The right half of a body, with the values of conftest.body replaced by value_of's."""
+    hu, label = body(3)
+    new = np.zeros_like(label)
+    for old, value in value_of.items():
+        new[label == old] = value
+    write_nifti(folder / "imagesTr/c_0000.nii.gz", hu[20:], affine_of("RAS", (4, 4.5, 5)))
+    write_nifti(folder / "labelsTr/c.nii.gz", new[20:], affine_of("RAS", (4, 4.5, 5)))
+    info = {"channel_names": {"0": "CT"}, "labels": {"background": 0, **names}}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return data.read_dataset(folder, labels.CLASSES)[0]
+
+
+def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(tiny, tmp_path,
+                                                                               capsys):
+    """A right kidney in the right half of a body lies on both sides of the middle of what is in
+    view. Nothing else about the scan is lost, also when it is found in the cache."""
+    names, values = {"liver": 1, "kidney": 2}, {1: 1, 2: 1, 3: 2}
+    case = half_body_case(tiny, tmp_path / "D1", names, values)
+    assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]
+    scan = data.build(case, tmp_path / "cache", 4.0)
+    assert capsys.readouterr().out.count("right and left cannot be told apart") == 1
+    for found in (scan, data.find(case, tmp_path / "cache", 4.0)):
+        assert np.flatnonzero(found.case.annotated).tolist() == [5]
+        assert found.present_classes() == [5] and found.meta["undecided"] == [1, 2]
+    assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]        # the case is not changed
+
+
+def test_kidneys_with_a_side_stay_annotated_where_half_a_body_is_in_view(tiny, tmp_path, capsys):
+    """Also a tumour without a side that touches one of them."""
+    names, values = {"kidney_right": 1, "kidney_left": 2, "kidney tumor": 3}, {1: 1, 2: 3}
+    case = half_body_case(tiny, tmp_path / "D1", names, values)
+    scan = data.build(case, tmp_path / "cache", 4.0)
+    assert scan.meta["undecided"] == [] and scan.case.annotated.sum() == 3
+    assert scan.present_classes() == [1, 25] and capsys.readouterr().out == ""
 
 
 def test_the_same_scan_in_other_axes_and_type_has_the_same_fingerprint():

@@ -1,8 +1,12 @@
 """Post-processing on difficult cases; every number in mm or ml."""
 import numpy as np
 import pytest
+import torch
+from conftest import body
 from scipy.ndimage import gaussian_filter
 
+import data
+import infer
 import labels
 import postprocess
 from postprocess import PackedMasks
@@ -283,6 +287,22 @@ def test_sides_of_a_table_of_ones_own_are_paired_whatever_the_case_and_order_of_
             out = after(classes, **{labelled: right | left, "left hand": right})
             assert np.array_equal(out[a], left) and np.array_equal(out[b], right)
             assert np.array_equal(out["left hand"], right)       # it has no other side: unchanged
+
+
+@pytest.mark.parametrize("view", [slice(0, 40), slice(20, 40), slice(0, 20)])
+def test_a_scan_of_half_a_body_is_segmented_without_a_midline(view):
+    """A right kidney at the low end of the view stays the right one."""
+    hu, _ = body(0)
+    volume = data.Volume(hu[view], np.diag([4.0, 4.5, 5.0, 1.0]))
+    seg = infer.segment(volume, lambda x, w: x - 2, torch.zeros(2, 1), spacing_mm=4.0, patch=64)
+    whole = view == slice(0, 40)
+    assert (seg.midline is None) is not whole and (not whole or abs(seg.midline - 19.5) < 1)
+    kidneys = [labels.CLASSES[1], labels.CLASSES[2]]
+    kidney = np.zeros(volume.array.shape, bool)
+    kidney[2:8, 10:20, 10:20] = True
+    seg.masks.set(0, kidney)
+    postprocess.postprocess(seg.masks, kidneys, volume.spacing_mm, seg.midline)
+    assert np.array_equal(seg.masks.get(0), kidney) and not seg.masks.get(1).any()
 
 
 # ---- lesions -------------------------------------------------------------------------------------
