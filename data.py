@@ -58,6 +58,11 @@ BODY_LEVEL = 0.1                # share of the highest intensity above which a v
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
 CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
                                 # halves: 0.6 to 0.95
+CT_WORDS = frozenset("ct cta cect ncct cbct ldct ctpa hu computed".split())
+MRI_WORDS = re.compile(         # words in the name of an MRI channel, with single spaces between
+    r"\b(mr|mri|mra|mrt|mrcp|[a-z]{1,2}mri|magnetic|mprage|t[12][a-z]*|flair|pdw?|proton|dwi|adc|"
+    r"b\d+|swi|dce|gre|dess|vibe|haste|trufi|b?ssfp|cine|lge|tof|stir|dixon|water|fat|"
+    r"inphase|in phase|outphase|out of phase|opposed phase)\b")
 AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
@@ -561,10 +566,11 @@ def image_label_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
     return found
 
 
-def read_dataset(folder: Path, classes) -> list[Case]:
+def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
-    classes  the class table to which the names in dataset.json are matched
+    classes   the class table to which the names in dataset.json are matched
+    modality  "ct" or "mri", whatever dataset.json says
 
     raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
                        missing
@@ -576,6 +582,7 @@ def read_dataset(folder: Path, classes) -> list[Case]:
     if not isinstance(own_classes, dict):
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
+    modality = modality or modality_of(info, where)
     cases = []
     for image, label in image_label_pairs(folder, info):
         name = case_name(image)
@@ -587,18 +594,41 @@ def read_dataset(folder: Path, classes) -> list[Case]:
             annotated[labels.select(own_classes[name], classes)] = True
         cases.append(Case(name=f"{folder.name}/{name}", dataset=folder.name, image=image,
                           label=label, label_map=label_map, annotated=annotated,
-                          modality=_modality(info), msd="tensorImageSize" in info,
+                          modality=modality, msd="tensorImageSize" in info,
                           lesions=lesions))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
 
 
-def _modality(info: dict) -> str:
-    """Read off the name of the first channel in dataset.json: "MRI", "T2" or "FLAIR" is "mri"."""
-    channels = info.get("channel_names") or info.get("modality") or {}
-    first = next(iter(channels.values()), "ct") if isinstance(channels, dict) else channels
-    return "mri" if re.search(r"mr|t1|t2|flair|dess", str(first).lower()) else "ct"
+def modality_of(info: dict, where: str | Path) -> str:
+    """"ct" or "mri", read off the name of the first channel, the only one that is used.
+
+    info    the content of dataset.json: "channel_names" (nnU-Net) or "modality" (MSD) names the
+            channels; without either the scans are CTs
+    where   the file, for messages
+
+    raises ValueError  if the name is not known to mean one of the two
+
+    "CT", "CTA", "T1w", "FLAIR", "ADC", "b1000" and "MRI in-phase" are clear; "zscore" is not, since
+    it is nnU-Net's name for a normalisation, and neither are "PET" or "0".
+    """
+    channels = info.get("channel_names") or info.get("modality") or "CT"
+    if isinstance(channels, list):
+        channels = dict(enumerate(channels))
+    if not isinstance(channels, dict):
+        channels = {"0": channels}
+    channels = {str(number): str(name) for number, name in channels.items()}
+    first = channels.get("0", next(iter(channels.values())))
+    words = re.findall("[a-z0-9]+", first.lower())
+    is_ct = not CT_WORDS.isdisjoint(words)
+    is_mri = MRI_WORDS.search(" ".join(words)) is not None
+    if is_ct == is_mri or "pet" in words:
+        raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or '
+                         'MRI; write "CT" or "MRI" as its name there, or pass --modality')
+    if len(channels) > 1 and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+    return "ct" if is_ct else "mri"
 
 
 def median_spacing(cases: list[Case]) -> float:

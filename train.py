@@ -92,6 +92,8 @@ class Config:
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
     extend: str = setting("", "add the classes of --classes to this checkpoint, whose weights are "
                           "frozen")
+    modality: str = setting("", "ct or mri: how grey values are scaled, for all datasets (default: "
+                            "as the first channel of each dataset.json says)")
     spacing_mm: float = setting(SPACING_MM, "isotropic spacing to which scans are resampled, in mm "
                                 "(release: 1.5; 0: median of the data)")
     patch: int = setting(PATCH, "side of a training crop in voxels (release: 96)")
@@ -131,7 +133,7 @@ class Config:
 
 # Settings that a resumed run must share with the run it continues
 FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
-         "unmasked", "plain")
+         "unmasked", "plain", "modality")
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -576,7 +578,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
     task = load_task(cfg)
-    cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, task.classes)]
+    cases = [case for folder in data.find_datasets(cfg.data)
+             for case in data.read_dataset(folder, task.classes, modality=cfg.modality)]
     if not cfg.spacing_mm:
         cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
     scans = preprocess(cfg, cases)
@@ -643,7 +646,7 @@ def parse(argv=None) -> Config:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=about)
         else:
-            choices = sorted(BACKBONES) if f.name == "backbone" else None
+            choices = {"backbone": sorted(BACKBONES), "modality": ["ct", "mri"]}.get(f.name)
             parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices,
                                 help=about)
     cfg = Config(**vars(parser.parse_args(argv)))

@@ -443,10 +443,50 @@ def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
     info = json.loads((folder / "dataset.json").read_text())
     del info["channel_names"]
     for key, value, want in (("channel_names", {"0": "MRI"}, "mri"), ("channel_names", {}, "ct"),
-                             ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct")):
+                             ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct"),
+                             ("channel_names", ["T1"], "mri"), ("modality", "CT", "ct")):
         (folder / "dataset.json").write_text(json.dumps({**info, key: value}))
         cases = data.read_dataset(folder, labels.CLASSES)
         assert {case.modality for case in cases} == {want}
+        cases = data.read_dataset(folder, labels.CLASSES, modality="ct")
+        assert {case.modality for case in cases} == {"ct"}
+
+
+MRI_CHANNELS = ["MRI", "mr", "MR", "T1", "T1w", "T1-weighted", "t1gd", "T1ce", "T2", "T2w",
+                "T2_FLAIR", "FLAIR", "ADC", "PD", "PD-W", "pdw", "Dixon", "Dixon water", "DWI",
+                "b1000", "DWI b=800", "in-phase", "T2*", "mp-MRI", "mpMRI", "DESS", "bSSFP",
+                "cine MR", "LGE", "Magnetic Resonance Imaging", "opposed_phase", "fat", "water"]
+CT_CHANNELS = ["CT", "ct", "CTA", "CBCT", "CT venous phase", "non-contrast CT", "CT_0", "HU",
+               "Computed Tomography", "abdominal ct (portal)"]
+
+
+@pytest.mark.parametrize("name, want", [(name, "mri") for name in MRI_CHANNELS]
+                         + [(name, "ct") for name in CT_CHANNELS])
+def test_a_channel_is_known_by_its_words(name, want):
+    for info in ({"channel_names": {"0": name}}, {"modality": {"0": name}}, {"modality": [name]}):
+        assert data.modality_of(info, "d/dataset.json") == want
+
+
+@pytest.mark.parametrize("name", [
+    "zscore", "noNorm", "rgb_to_0_1", "PET", "PET/CT", "US", "noise", "0", "mrs smith", "act",
+    "sector", "t10", "CT and MRI", "ultrasound", "padding", "None", "arterial phase"])
+def test_a_channel_that_says_neither_is_refused_with_what_to_do(name):
+    """Substrings count for nothing: "act" and "sector" hold "ct"."""
+    with pytest.raises(ValueError, match="--modality") as error:
+        data.modality_of({"channel_names": {"0": name}}, "d/dataset.json")
+    text = str(error.value)
+    assert text.startswith(f"d/dataset.json: channel {name!r} ") and 'write "CT" or "MRI"' in text
+    assert "\n" not in text
+
+
+def test_the_first_of_several_channels_is_used_and_a_line_says_so(capsys, monkeypatch):
+    channels = {"1": "ADC", "0": "CT"}
+    assert data.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
+    assert capsys.readouterr().out == \
+        "note: d/dataset.json: of 2 channels only the first is used, CT\n"
+    monkeypatch.setenv("RANK", "1")                      # under torchrun, one process says it
+    assert data.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
+    assert capsys.readouterr().out == ""
 
 
 def test_median_spacing_is_over_scans_and_axes(tiny):

@@ -294,7 +294,8 @@ def test_a_scan_of_half_a_body_is_segmented_without_a_midline(view):
     """A right kidney at the low end of the view stays the right one."""
     hu, _ = body(0)
     volume = data.Volume(hu[view], np.diag([4.0, 4.5, 5.0, 1.0]))
-    seg = infer.segment(volume, lambda x, w: x - 2, torch.zeros(2, 1), spacing_mm=4.0, patch=64)
+    seg = infer.segment(volume, lambda x, w: x.expand(-1, 2, -1, -1, -1) - 2, torch.zeros(2, 1),
+                        spacing_mm=4.0, patch=64)
     whole = view == slice(0, 40)
     assert (seg.midline is None) is not whole and (not whole or abs(seg.midline - 19.5) < 1)
     kidneys = [labels.CLASSES[1], labels.CLASSES[2]]
