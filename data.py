@@ -490,12 +490,12 @@ def _why_no_hounsfield_units(low: float, high: float) -> str:
     if high < AIR_HU:
         return "All of it is air"
     if low < 0 and high > 1:
-        return "A CT without any air is unusual"
+        return "A CT without any air is a small crop, or not a CT"
     if low >= -1 and high <= 1:
         return "They seem to have been scaled"
     if high <= 255:
         return "They seem to be 8-bit grey values"
-    return "If 1024 was added to them, subtract it; if this is an MRI, pass --modality mri"
+    return "If 1024 was added to them, subtract it; an MRI needs --modality mri"
 
 
 # ---- datasets on disk --------------------------------------------------------------------------

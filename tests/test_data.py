@@ -213,8 +213,8 @@ def note_on(capsys, low, high, modality="ct"):
 
 @pytest.mark.parametrize("low, high, hint", [
     (0, 4095, "subtract"), (24, 3000, "subtract"), (0, 255, "8-bit"), (0, 1, "scaled"),
-    (-1, 1, "scaled"), (-0.5, 0.5, "scaled"), (-150, 300, "without any air"), (0, 30000, "mri"),
-    (-3, 5, "without any air"), (-1024, -900, "All of it is air")])
+    (-1, 1, "scaled"), (-0.5, 0.5, "scaled"), (-150, 300, "small crop"), (0, 30000, "mri"),
+    (-3, 5, "small crop"), (-1024, -900, "All of it is air")])
 def test_a_ct_whose_values_cannot_be_hounsfield_units_gets_a_note(capsys, low, high, hint):
     note = note_on(capsys, low, high)
     assert note.startswith(f"note: d/scan.nii.gz: its values lie in {low:g}..{high:g}")
@@ -230,6 +230,18 @@ def test_usual_grey_values_get_no_note(capsys, low, high, modality):
 
 def test_a_ct_that_is_called_an_mri_gets_a_note(capsys):
     assert "is this a CT?" in note_on(capsys, -1024, 3071, "mri")
+
+
+def test_preprocessing_notes_and_refuses_by_grey_value(tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
+    first, second = data.read_dataset(folder, labels.CLASSES)
+    image = nib.load(first.image)
+    write_nifti(first.image, np.asarray(image.dataobj) + np.int16(1024), image.affine)
+    write_nifti(second.image, np.full(image.shape, 60, np.int16), image.affine)
+    data.build(first, tmp_path / "cache", 4.0)
+    assert f"note: {first.image}: its values lie in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="c1_0000.nii.gz: all of its voxels have the value 60"):
+        data.build(second, tmp_path / "cache", 4.0)
 
 
 @pytest.mark.parametrize("modality", ["ct", "mri"])
