@@ -14,6 +14,7 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -60,9 +61,21 @@ SAME_GRID_MM = 0.01             # two volumes that are this near each other lie 
 NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated so, with a note
 QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
                                 # is taken for one that was rounded
+BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
+BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
+CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
+                                # halves: 0.6 to 0.95
+CT_WORDS = frozenset("ct cta cect ncct cbct ldct ctpa hu computed".split())
+MRI_WORDS = re.compile(         # words in the name of an MRI channel, with single spaces between
+    r"\b(mr|mri|mra|mrt|mrcp|[a-z]{1,2}mri|magnetic|mprage|t[12][a-z]*|flair|pdw?|proton|dwi|adc|"
+    r"b\d+|swi|dce|gre|dess|vibe|haste|trufi|b?ssfp|cine|lge|tof|stir|dixon|water|fat|"
+    r"inphase|in phase|outphase|out of phase|opposed phase)\b")
+AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
+NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 CACHE_VERSION = 2
+SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
 PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
                                 # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
 CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
@@ -510,24 +523,61 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
     return x[box], shape, box
 
 
-def body_midline(image: np.ndarray) -> float:
-    """The position of the body's mid-sagittal plane on axis 0, in voxels.
+def body_midline(image: np.ndarray) -> float | None:
+    """The position of the body's mid-sagittal plane on axis 0, in voxels; None if it is unknown.
 
-    It is the centroid of the largest connected piece that is not air, on a coarse grid; thin things
-    (clothes, cables, the edge of the table) are removed by an opening first.
+    It is the centroid of the body: of the largest connected piece that is not air, and of others
+    of about its size (two legs), on a coarse grid; thin things (clothes, cables, the edge of the
+    table) are removed by an opening first. A whole body is round, so its outermost sagittal planes
+    are small. Where one of them holds CUT_SHARE as much as the fullest plane, the body is cut off
+    there, by the edge of the view or of what was scanned, and nothing tells where its middle is.
 
-    image  (d, h, w)  scaled to 0..1, where 0 is air
+    image  (d, h, w)  intensities from 0 for air
     """
     step = max(1, min(image.shape) // 48)
-    solid = ndimage.binary_opening(image[::step, ::step, ::step] > 0)
+    coarse = image[::step, ::step, ::step]
+    solid = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
     pieces, n = ndimage.label(solid)
     if n == 0:
-        return (image.shape[0] - 1) / 2
-    sizes = np.bincount(pieces.ravel())[1:]              # without the air, which is piece 0
-    body = pieces == 1 + np.argmax(sizes)
+        return None
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0                                         # the air
+    body = (sizes >= BODY_PIECE * sizes.max())[pieces]
     planes = np.flatnonzero(body.any((1, 2)))
     weight = body.sum((1, 2))[planes]
+    if max(weight[0], weight[-1]) >= CUT_SHARE * weight.max():
+        return None
     return float((planes * weight).sum() / weight.sum()) * step
+
+
+# ---- grey values that cannot be right ----------------------------------------------------------
+def check_grey_values(volume: Volume, path: str | Path) -> None:
+    """Print a note if the intensities of a scan do not look like those of its modality.
+
+    raises ValueError  if all voxels have the same value
+    """
+    low, high = float(volume.array.min()), float(volume.array.max())
+    if low == high:
+        raise ValueError(f"{path}: all of its voxels have the value {low:g}; this is not a scan")
+    values = f"note: {path}: its values lie in {low:g}..{high:g}"
+    if volume.modality != "ct":
+        if low < NO_MRI_BELOW:
+            tqdm.write(f"{values}; is this a CT? It is treated as an MRI")
+    elif low >= AIR_HU or high < AIR_HU:
+        tqdm.write(f"{values}; are these Hounsfield units? {_why_no_hounsfield_units(low, high)}")
+
+
+def _why_no_hounsfield_units(low: float, high: float) -> str:
+    """What may have happened to the values of a CT that has no air, or nothing else."""
+    if high < AIR_HU:
+        return "All of it is air"
+    if low < 0 and high > 1:
+        return "A CT without any air is a small crop, or not a CT"
+    if low >= -1 and high <= 1:
+        return "They seem to have been scaled"
+    if high <= 255:
+        return "They seem to be 8-bit grey values"
+    return "If 1024 was added to them, subtract it; an MRI needs --modality mri"
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
@@ -686,20 +736,22 @@ def _report(text: str) -> None:
         tqdm.write(text)
 
 
-def read_datasets(roots, classes, *, skip_bad: bool = False) -> list[Case]:
+def read_datasets(roots, classes, *, modality: str = "", skip_bad: bool = False) -> list[Case]:
     """All training cases of all datasets among and inside `roots`; see read_dataset."""
     folders = find_datasets(roots)
     cases = []
     for folder, name in zip(folders, dataset_names(folders), strict=True):
-        cases += read_dataset(folder, classes, name=name, skip_bad=skip_bad)
+        cases += read_dataset(folder, classes, name=name, modality=modality, skip_bad=skip_bad)
     return cases
 
 
-def read_dataset(folder: Path, classes, *, name: str = "", skip_bad: bool = False) -> list[Case]:
+def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
+                 skip_bad: bool = False) -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
     classes   the class table to which the names in dataset.json are matched
     name      of the dataset, in messages and reports; "": that of its folder
+    modality  "ct" or "mri", whatever dataset.json says
     skip_bad  report a case whose image or label is missing and go on, instead of raising
 
     raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
@@ -717,15 +769,16 @@ def read_dataset(folder: Path, classes, *, name: str = "", skip_bad: bool = Fals
     unused = _passed_over(folder, info)
     if unused:
         _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
-              f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
+                f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
+    modality = modality or modality_of(info, where)
     cases = []
     for pair in image_label_pairs(folder, info, skip_bad=skip_bad):
         case = name_of_pair[pair]
         cases.append(Case(name=f"{name}/{case}", dataset=name, image=pair[0], label=pair[1],
                           label_map=label_map,
                           annotated=own_annotated.get(case, label_map.annotated),
-                          modality=_modality(info), msd="tensorImageSize" in info,
+                          modality=modality, msd="tensorImageSize" in info,
                           lesions=lesions))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
@@ -751,15 +804,38 @@ def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[s
     unknown = sorted(set(table) - set(cases))
     if unknown:
         _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
-              f"{', '.join(unknown[:5])}")
+                f"{', '.join(unknown[:5])}")
     return masks
 
 
-def _modality(info: dict) -> str:
-    """Read off the name of the first channel in dataset.json: "MRI", "T2" or "FLAIR" is "mri"."""
-    channels = info.get("channel_names") or info.get("modality") or {}
-    first = next(iter(channels.values()), "ct") if isinstance(channels, dict) else channels
-    return "mri" if re.search(r"mr|t1|t2|flair|dess", str(first).lower()) else "ct"
+def modality_of(info: dict, where: str | Path) -> str:
+    """"ct" or "mri", read off the name of the first channel, the only one that is used.
+
+    info    the content of dataset.json: "channel_names" (nnU-Net) or "modality" (MSD) names the
+            channels; without either the scans are CTs
+    where   the file, for messages
+
+    raises ValueError  if the name is not known to mean one of the two
+
+    "CT", "CTA", "T1w", "FLAIR", "ADC", "b1000" and "MRI in-phase" are clear; "zscore" is not, since
+    it is nnU-Net's name for a normalisation, and neither are "PET" or "0".
+    """
+    channels = info.get("channel_names") or info.get("modality") or "CT"
+    if isinstance(channels, list):
+        channels = dict(enumerate(channels))
+    if not isinstance(channels, dict):
+        channels = {"0": channels}
+    channels = {str(number): str(name) for number, name in channels.items()}
+    first = channels.get("0", next(iter(channels.values())))
+    words = re.findall("[a-z0-9]+", first.lower())
+    is_ct = not CT_WORDS.isdisjoint(words)
+    is_mri = MRI_WORDS.search(" ".join(words)) is not None
+    if is_ct == is_mri or "pet" in words:
+        raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or '
+                         'MRI; write "CT" or "MRI" as its name there, or pass --modality')
+    if len(channels) > 1 and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+    return "ct" if is_ct else "mri"
 
 
 def median_spacing(cases: list[Case], *, skip_bad: bool = False) -> float:
@@ -785,8 +861,10 @@ class Scan:
     """A preprocessed case in the cache; its arrays are memory-mapped.
 
     entry  the folder of its files
-    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels, and
-           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k
+    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels,
+           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k, and
+           "undecided": [k, ...], classes that the case annotates, but without saying whether they
+           are right or left, which could not be told apart here; they are not annotated in `case`
     """
     case: Case
     entry: Path
@@ -814,7 +892,11 @@ def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
     """The entry of a case in the cache; None if it is missing or damaged."""
     entry = cache / _key(case, spacing_mm)
     meta = _read_meta(entry)
-    return None if meta is None else Scan(case, entry, meta)
+    if meta is None:
+        return None
+    annotated = case.annotated.copy()
+    annotated[meta.get("undecided", [])] = False
+    return Scan(dataclasses.replace(case, annotated=annotated), entry, meta)
 
 
 def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> Scan | None:
@@ -842,12 +924,13 @@ def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     volume, label = load_volume(case.image), load_volume(case.label)
     volume.modality = case.modality
     check_same_grid(case.label, label, case.image, volume)
-    image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
+    check_grey_values(volume, case.image)
+    image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
     voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
     meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
-            "spacing_mm": volume.spacing_mm.tolist()}
+            "spacing_mm": volume.spacing_mm.tolist(), "undecided": undecided}
     _write_entry(entry, image, label_rows, voxels, meta)
 
 
@@ -862,6 +945,8 @@ def _key(case: Case, spacing_mm: float) -> str:
                regions, sorted(case.label_map.named)]
     if not case.label_map.known.all():
         content.append(case.label_map.known.astype(int).tolist())
+    if case.label_map.unsplit:
+        content.append(SIDES_VERSION)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -902,11 +987,26 @@ def check_same_grid(path: Path, volume: Volume, other_path: Path, other: Volume,
 
 
 def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: float):
-    """image (d, h, w) float32 and label_rows (d, h, w), on one grid, left and right told apart."""
+    """A scan and its label on one grid, left and right told apart.
+
+    returns  image       (d, h, w) float32
+             label_rows  (d, h, w)
+             undecided   [k, ...]  classes whose side is not known: the dataset does not name it,
+                                   and the body's mid-sagittal plane is not in view
+    """
     label_rows = case.label_map.to_label_rows(label.array, str(case.label))
     image, shape, box = preprocess(volume, spacing_mm)
     label_rows = resample_nearest(label_rows, shape)[box]
-    return image, labels.split_sides(label_rows, case.label_map, body_midline(image))
+    undecided = []
+    midline = None
+    if case.label_map.unsplit:
+        midline = body_midline(image)
+    if midline is None:
+        undecided = labels.undecided_sides(label_rows, case.label_map)
+    if undecided:
+        tqdm.write(f"note: {case.image}: only part of the body is in view, so right and left "
+                   "cannot be told apart; what its label names without a side is left out here")
+    return image, labels.split_sides(label_rows, case.label_map, midline), undecided
 
 
 def fingerprint(array: np.ndarray) -> str:

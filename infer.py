@@ -333,14 +333,15 @@ class Segmentation:
     masks    PackedMasks, the classes whose probability is above THRESHOLD; they may overlap
     winner   (D, H, W) index of the class with the highest probability; only meaningful where a mask
              is set. The last axis is the slowest in memory, because slabs arrive along it.
-    midline  position of the body's mid-sagittal plane on the first axis, in native voxels
+    midline  position of the body's mid-sagittal plane on the first axis, in native voxels; None
+             where it is not known
     """
 
     def __init__(self, shape, K: int):
         D, H, W = shape
         self.masks = postprocess.PackedMasks(shape, K)
         self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
-        self.midline = (D - 1) / 2
+        self.midline: float | None = None
 
     def put(self, logits: Tensor, where: Placement) -> None:
         """Fill some native planes: interpolate each class's probability, threshold, and vote.
@@ -448,8 +449,10 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
     native_shape = volume.array.shape
     where = place(native_shape, working_shape, box, front)
     seg = Segmentation(native_shape, len(w))
-    midline = data.body_midline(image) - front[0] + box[0].start      # in the uncropped scan
-    seg.midline = midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
+    midline = data.body_midline(image)
+    if midline is not None:
+        midline += box[0].start - front[0]                            # in the uncropped scan
+        seg.midline = midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
 
     planes = image.shape[2]
     carry = None            # last plane of the slab before: native planes may lie between two slabs
@@ -738,6 +741,7 @@ def segment_scan(scan: Path, job: Job, args: argparse.Namespace, made_with: dict
     """Segment one scan and write its results."""
     volume = data.load_volume(scan)
     volume.modality = job.modality
+    data.check_grey_values(volume, scan)
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
                       batch=args.batch, amp=job.amp, progress=process_rank() == 0)

@@ -696,45 +696,74 @@ def describe_values(named_values, meaning: dict[int, Meaning], classes) -> list[
     return lines
 
 
-def split_sides(label_rows: np.ndarray, label_map: LabelMap, midline: float) -> np.ndarray:
+def split_sides(label_rows: np.ndarray, label_map: LabelMap, midline: float | None) -> np.ndarray:
     """Tell left from right where the dataset does not: on the left, row v becomes row v + V.
 
     label_rows  (D, H, W)  axis 0 runs towards the patient's right (RAS+)
-    midline     voxels     position of the body's mid-sagittal plane on axis 0
+    midline     voxels     position of the body's mid-sagittal plane on axis 0; None: unknown, then
+                           only what touches a labelled organ is told apart (see undecided_sides)
     returns     (D, H, W)  a new map
 
     An organ with its lesions is split piece by piece (26-connected); see `_left_part`.
     """
     V = len(label_map.values)
-    cube = np.ones((3, 3, 3))
-    on_left = np.arange(label_rows.shape[0])[:, None, None] < midline
+    on_left = np.arange(label_rows.shape[0])[:, None, None] < (-1 if midline is None else midline)
     out = label_rows.copy()
-    for (right, left), unsplit_rows in label_map.unsplit.items():
-        split_rows = [row for row in range(V) if row not in unsplit_rows]
-        is_right, is_left = (np.isin(label_rows, [r for r in split_rows if label_map.regions[r, k]])
-                             for k in (right, left))
-        pieces, _ = ndimage.label(np.isin(label_rows, unsplit_rows), cube)
-        for i, box in enumerate(ndimage.find_objects(pieces), 1):
-            box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in box)
-            to_left = _left_part(pieces[box] == i, on_left[box[0]], is_right[box], is_left[box])
+    for pair in label_map.unsplit:
+        for box, piece, touches_right, touches_left in _unsplit_pieces(label_rows, label_map, pair):
+            to_left = _left_part(piece, on_left[box[0]], touches_right, touches_left)
             out[box][to_left] = label_rows[box][to_left] + V
     return out
 
 
-def _left_part(piece: np.ndarray, on_left: np.ndarray, is_right: np.ndarray,
-               is_left: np.ndarray) -> np.ndarray:
+def undecided_sides(label_rows: np.ndarray, label_map: LabelMap) -> list[int]:
+    """The classes of which split_sides cannot tell right from left without a midline.
+
+    label_rows  (D, H, W)  before split_sides
+    returns     [k, ...]   both classes of a pair, if some piece of the organ has no side and
+                           touches no voxel that has one
+    """
+    undecided = set()
+    for pair in label_map.unsplit:
+        for _, _, touches_right, touches_left in _unsplit_pieces(label_rows, label_map, pair):
+            if touches_right == touches_left:
+                undecided.update(pair)
+    return sorted(undecided)
+
+
+def _unsplit_pieces(label_rows: np.ndarray, label_map: LabelMap, pair: tuple[int, int]):
+    """The connected pieces of an organ whose side the dataset does not name.
+
+    pair    the classes (right, left)
+    yields  box            three slices around the piece, one voxel wider where there is room
+            piece          (d, h, w) bool, inside the box
+            touches_right  how many voxels with the right class's label the piece touches
+            touches_left   the same for the left class
+    """
+    unsplit_rows = label_map.unsplit[pair]
+    split_rows = [row for row in range(len(label_map.values)) if row not in unsplit_rows]
+    is_right, is_left = (np.isin(label_rows, [r for r in split_rows if label_map.regions[r, k]])
+                         for k in pair)
+    cube = np.ones((3, 3, 3))
+    pieces, _ = ndimage.label(np.isin(label_rows, unsplit_rows), cube)
+    for i, box in enumerate(ndimage.find_objects(pieces), 1):
+        box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in box)
+        piece = pieces[box] == i
+        rim = ndimage.binary_dilation(piece, cube)
+        yield box, piece, int((is_right[box] & rim).sum()), int((is_left[box] & rim).sum())
+
+
+def _left_part(piece: np.ndarray, on_left: np.ndarray, touches_right: int,
+               touches_left: int) -> np.ndarray:
     """The voxels of one connected piece that belong to the left organ, (d, h, w) bool.
 
     A piece goes as a whole to the side whose labelled organ it touches more; otherwise to the side
     of the plane that holds WHOLE_SHARE of it; otherwise it is cut at the plane.
 
-    piece, is_right, is_left  (d, h, w) bool  the piece; voxels that the dataset labels as right
-                                              and as left
-    on_left                   (d, 1, 1) bool  on the left of the body's mid-sagittal plane
+    piece                        (d, h, w) bool
+    on_left                      (d, 1, 1) bool  on the left of the body's mid-sagittal plane
+    touches_right, touches_left  voxels that the dataset labels as right and as left
     """
-    rim = ndimage.binary_dilation(piece, np.ones((3, 3, 3)))
-    touches_right = (is_right & rim).sum()
-    touches_left = (is_left & rim).sum()
     if touches_left > touches_right:
         return piece
     if touches_right > touches_left:

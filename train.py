@@ -94,6 +94,8 @@ class Config:
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
     extend: str = setting("", "add the classes of --classes to this checkpoint, whose weights are "
                           "frozen")
+    modality: str = setting("", "ct or mri: how grey values are scaled, for all datasets (default: "
+                            "as the first channel of each dataset.json says)")
     spacing_mm: float = setting(SPACING_MM, "isotropic spacing to which scans are resampled, in mm "
                                 "(release: 1.5; 0: median of the data)")
     patch: int = setting(PATCH, "side of a training crop in voxels (release: 96)")
@@ -134,7 +136,7 @@ class Config:
 
 # Settings that a resumed run must share with the run it continues
 FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
-         "unmasked", "plain", "fold", "val_fraction", "clip_grad")
+         "unmasked", "plain", "modality", "fold", "val_fraction", "clip_grad")
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -652,7 +654,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
     task = load_task(cfg)
-    cases = data.read_datasets(cfg.data, task.classes, skip_bad=cfg.skip_bad)
+    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
+                               skip_bad=cfg.skip_bad)
     if not cfg.spacing_mm:
         spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
@@ -721,7 +724,7 @@ def parse(argv=None) -> Config:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=about)
         else:
-            choices = sorted(BACKBONES) if f.name == "backbone" else None
+            choices = {"backbone": sorted(BACKBONES), "modality": ["ct", "mri"]}.get(f.name)
             parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices,
                                 help=about)
     cfg = Config(**vars(parser.parse_args(argv)))
