@@ -14,6 +14,7 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -26,6 +27,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +61,21 @@ SAME_GRID_MM = 0.01             # two volumes that are this near each other lie 
 NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated so, with a note
 QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
                                 # is taken for one that was rounded
+BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
+BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
+CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
+                                # halves: 0.6 to 0.95
+CT_WORDS = frozenset("ct cta cect ncct cbct ldct ctpa hu computed".split())
+MRI_WORDS = re.compile(         # words in the name of an MRI channel, with single spaces between
+    r"\b(mr|mri|mra|mrt|mrcp|[a-z]{1,2}mri|magnetic|mprage|t[12][a-z]*|flair|pdw?|proton|dwi|adc|"
+    r"b\d+|swi|dce|gre|dess|vibe|haste|trufi|b?ssfp|cine|lge|tof|stir|dixon|water|fat|"
+    r"inphase|in phase|outphase|out of phase|opposed phase)\b")
+AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
+NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
+COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 CACHE_VERSION = 2
+SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
 PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
                                 # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
 CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
@@ -243,11 +258,13 @@ def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
     return raw
 
 
-def save_like(path: str | Path, array: np.ndarray, like: str | Path, slope: float = 1) -> None:
+def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
+              description: str | None = None) -> None:
     """Write an array in the axes, affine and header codes of the file `like`.
 
-    array  (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
-    slope             readers of the file multiply the stored values by this number, in float32
+    array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+    slope        readers of the file multiply the stored values by this number, in float32
+    description  text for the header, at most 79 characters; None: that of `like`
 
     The file appears complete or not at all.
     """
@@ -259,6 +276,8 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, slope: floa
     header.set_slope_inter(1, 0)
     header["cal_min"] = 0
     header["cal_max"] = 0
+    if description is not None:
+        header["descrip"] = description
     voxels = nib.apply_orientation(array, back).reshape(img.shape)
     out = type(img)(voxels, None, header)
     out.header.set_slope_inter(slope, 0)
@@ -506,24 +525,61 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
     return x[box], shape, box
 
 
-def body_midline(image: np.ndarray) -> float:
-    """The position of the body's mid-sagittal plane on axis 0, in voxels.
+def body_midline(image: np.ndarray) -> float | None:
+    """The position of the body's mid-sagittal plane on axis 0, in voxels; None if it is unknown.
 
-    It is the centroid of the largest connected piece that is not air, on a coarse grid; thin things
-    (clothes, cables, the edge of the table) are removed by an opening first.
+    It is the centroid of the body: of the largest connected piece that is not air, and of others
+    of about its size (two legs), on a coarse grid; thin things (clothes, cables, the edge of the
+    table) are removed by an opening first. A whole body is round, so its outermost sagittal planes
+    are small. Where one of them holds CUT_SHARE as much as the fullest plane, the body is cut off
+    there, by the edge of the view or of what was scanned, and nothing tells where its middle is.
 
-    image  (d, h, w)  scaled to 0..1, where 0 is air
+    image  (d, h, w)  intensities from 0 for air
     """
     step = max(1, min(image.shape) // 48)
-    solid = ndimage.binary_opening(image[::step, ::step, ::step] > 0)
+    coarse = image[::step, ::step, ::step]
+    solid = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
     pieces, n = ndimage.label(solid)
     if n == 0:
-        return (image.shape[0] - 1) / 2
-    sizes = np.bincount(pieces.ravel())[1:]              # without the air, which is piece 0
-    body = pieces == 1 + np.argmax(sizes)
+        return None
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0                                         # the air
+    body = (sizes >= BODY_PIECE * sizes.max())[pieces]
     planes = np.flatnonzero(body.any((1, 2)))
     weight = body.sum((1, 2))[planes]
+    if max(weight[0], weight[-1]) >= CUT_SHARE * weight.max():
+        return None
     return float((planes * weight).sum() / weight.sum()) * step
+
+
+# ---- grey values that cannot be right ----------------------------------------------------------
+def check_grey_values(volume: Volume, path: str | Path) -> None:
+    """Print a note if the intensities of a scan do not look like those of its modality.
+
+    raises ValueError  if all voxels have the same value
+    """
+    low, high = float(volume.array.min()), float(volume.array.max())
+    if low == high:
+        raise ValueError(f"{path}: all of its voxels have the value {low:g}; this is not a scan")
+    values = f"note: {path}: its values lie in {low:g}..{high:g}"
+    if volume.modality != "ct":
+        if low < NO_MRI_BELOW:
+            tqdm.write(f"{values}; is this a CT? It is treated as an MRI")
+    elif low >= AIR_HU or high < AIR_HU:
+        tqdm.write(f"{values}; are these Hounsfield units? {_why_no_hounsfield_units(low, high)}")
+
+
+def _why_no_hounsfield_units(low: float, high: float) -> str:
+    """What may have happened to the values of a CT that has no air, or nothing else."""
+    if high < AIR_HU:
+        return "All of it is air"
+    if low < 0 and high > 1:
+        return "A CT without any air is a small crop, or not a CT"
+    if low >= -1 and high <= 1:
+        return "They seem to have been scaled"
+    if high <= 255:
+        return "They seem to be 8-bit grey values"
+    return "If 1024 was added to them, subtract it; an MRI needs --modality mri"
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
@@ -544,9 +600,10 @@ class Case:
 def find_datasets(roots) -> list[Path]:
     """The dataset folders among and inside `roots`.
 
-    A root is a dataset itself (it has a dataset.json) or a folder that holds several.
+    A root is a dataset itself (it has a dataset.json) or a folder that holds several. Hidden
+    folders are passed over. A folder that is found twice, as through a symbolic link, is used once.
     """
-    found = []
+    found: dict[Path, Path] = {}                         # where a folder really lies -> its path
     for root in map(Path, roots):
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; `python -m experiments.phantom "
@@ -555,28 +612,76 @@ def find_datasets(roots) -> list[Path]:
             inside = [root]
         else:
             inside = sorted(path.parent for path in root.glob("*/dataset.json")
-                            if _has_training_images(path))
+                            if not is_hidden(path.parent) and _has_training_images(path))
         if not inside:
             raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
                              "labelsTr (nnU-Net raw), or a folder of such folders")
-        found += inside
-    return found
+        for folder in inside:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def _has_training_images(dataset_json: Path) -> bool:
     return (dataset_json.parent / "imagesTr").is_dir() or "training" in read_json(dataset_json)
 
 
-def image_label_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is hidden, such as "._ct.nii.gz" in an archive made on a Mac."""
+    return path.name.startswith(".")
+
+
+def dataset_names(folders: list[Path]) -> list[str]:
+    """The name of each dataset: that of its folder, with as many of the folders above it as tell
+    it from the other datasets."""
+    return _distinct_names([Path(os.path.abspath(folder)) for folder in folders])
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    """The last part of each path, and before it as many parts as tell it from the other paths.
+
+    a/Dataset001_X, b/Dataset001_X, b/Dataset002_Y -> a/Dataset001_X, b/Dataset001_X, Dataset002_Y
+    """
+    names: dict[Path, str] = {}
+    for n in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        ends = {path: "/".join(path.parts[-n:]) for path in paths if path not in names}
+        counts = Counter(ends.values())
+        for path, end in ends.items():
+            if counts[end] == 1 or n == len(path.parts):
+                names[path] = end
+    return [names[path] for path in paths]
+
+
+def image_label_pairs(folder: Path, info: dict, *,
+                      skip_bad: bool = False) -> list[tuple[Path, Path]]:
     """The (image, label) files of a dataset.
 
-    info  the content of dataset.json: MSD lists the files under "training"; without such a list
-          the files are those of nnU-Net's folders imagesTr and labelsTr
+    info      the content of dataset.json: MSD lists the files under "training"; without such a
+              list the files are those of nnU-Net's folders imagesTr and labelsTr
+    skip_bad  report a pair whose image or label is missing and go on, instead of raising
     """
+    pairs = []
+    for image, label in _listed_pairs(folder, info):
+        problem = ""
+        if not image.is_file():
+            problem = f"{image}: no such image, but dataset.json lists it"
+        elif not label.is_file():
+            problem = f"{label}: no label for {image.name}"
+        if not problem:
+            pairs.append((image, label))
+        elif skip_bad:
+            _report(f"skipped: {problem}")
+        else:
+            raise FileNotFoundError(f"{problem}; --skip-bad leaves such scans out")
+    return pairs
+
+
+def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
+    """The (image, label) files of a dataset, whether they exist or not; without hidden files."""
     listed = info.get("training")
     if isinstance(listed, list) and listed and all(isinstance(item, dict) for item in listed):
         try:
-            found = [(folder / item["image"], folder / item["label"]) for item in listed]
+            found = [(_listed_image(folder / item["image"]), folder / item["label"])
+                     for item in listed]
         except (KeyError, TypeError):
             raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
                              '{"image": FILE, "label": FILE}') from None
@@ -584,59 +689,171 @@ def image_label_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
         found = []
         for ending in ENDINGS:
             for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}")):
-                if not image.name.startswith("."):
-                    found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
-    for image, label in found:
-        if not image.is_file():
-            raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it")
-        if not label.is_file():
-            raise FileNotFoundError(f"{label}: no label for {image.name}")
-    return found
+                found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
+    return [pair for pair in found if not is_hidden(pair[0])]
 
 
-def read_dataset(folder: Path, classes) -> list[Case]:
+def _listed_image(image: Path) -> Path:
+    """The image that dataset.json lists. Version 1 of nnU-Net leaves "_0000" out of the list."""
+    if not image.is_file():
+        for ending in ENDINGS:
+            with_channel = image.parent / f"{case_name(image)}_0000{ending}"
+            if with_channel.is_file():
+                return with_channel
+    return image
+
+
+def _passed_over(folder: Path, info: dict) -> list[str]:
+    """Names of the images in imagesTr that are not used, because they have no nnU-Net name."""
+    if isinstance(info.get("training"), list) and info["training"]:
+        return []                                        # the list says what is used
+    return sorted(path.name for path in (folder / "imagesTr").glob("*.nii*")
+                  if not is_hidden(path) and not re.search(r"_\d{4}\.nii(\.gz)?$", path.name))
+
+
+def _case_names(images: list[Path], where: str) -> list[str]:
+    """The name of each case, different from the names of all others.
+
+    An image with a name such as "ct" is called after its folder. Images of the same name in
+    several folders are told apart by these: siteA/x.nii.gz, siteB/x.nii.gz -> siteA/x, siteB/x.
+
+    raises ValueError  if two cases have the same name, such as those of x.nii and x.nii.gz
+    """
+    paths = []
+    for image in images:
+        name = case_name(image)
+        paths.append(image.parent if name in COMMON_NAMES else image.parent / (name or image.name))
+    first: dict[Path, Path] = {}
+    for image, path in zip(images, paths, strict=True):
+        other = first.setdefault(path, image)
+        if other is not image:
+            raise ValueError(f"{where}: two cases are called {path.name}: {other} and {image}; "
+                             "rename or remove one")
+    return _distinct_names(paths)
+
+
+def _report(text: str) -> None:
+    """Print one line; of several processes under torchrun, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def read_datasets(roots, classes, *, modality: str = "", skip_bad: bool = False) -> list[Case]:
+    """All training cases of all datasets among and inside `roots`; see read_dataset."""
+    folders = find_datasets(roots)
+    cases = []
+    for folder, name in zip(folders, dataset_names(folders), strict=True):
+        cases += read_dataset(folder, classes, name=name, modality=modality, skip_bad=skip_bad)
+    return cases
+
+
+def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
+                 skip_bad: bool = False) -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
-    classes  the class table to which the names in dataset.json are matched
+    classes   the class table to which the names in dataset.json are matched
+    name      of the dataset, in messages and reports; "": that of its folder
+    modality  "ct" or "mri", whatever dataset.json says
+    skip_bad  report a case whose image or label is missing and go on, instead of raising
 
     raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
                        missing
     """
     where = folder / "dataset.json"
     info = read_json(where)
-    label_map = labels.label_map(info.get("labels"), classes, str(where))
-    own_classes = info.get("annotated", {})              # {case name: class names}
-    if not isinstance(own_classes, dict):
-        raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
+    name = name or dataset_names([folder])[0]
+    context = info.get("name") or dataset_names([folder])[0]
+    label_map = labels.label_map(info.get("labels"), classes, str(where), context=str(context))
+    listed = _listed_pairs(folder, info)
+    names = _case_names([image for image, _ in listed], str(where))
+    name_of_pair = dict(zip(listed, names, strict=True))
+    own_annotated = _own_annotated(info, names, classes, where)
+    unused = _passed_over(folder, info)
+    if unused:
+        _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
+                f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
+    modality = modality or modality_of(info, where)
     cases = []
-    for image, label in image_label_pairs(folder, info):
-        name = case_name(image)
-        if name in ("imaging", "image", "ct", "img"):    # each case has a folder of its own
-            name = image.parent.name
-        annotated = label_map.annotated
-        if name in own_classes:
-            annotated = np.zeros_like(label_map.annotated)
-            annotated[labels.select(own_classes[name], classes)] = True
-        cases.append(Case(name=f"{folder.name}/{name}", dataset=folder.name, image=image,
-                          label=label, label_map=label_map, annotated=annotated,
-                          modality=_modality(info), msd="tensorImageSize" in info,
+    for pair in image_label_pairs(folder, info, skip_bad=skip_bad):
+        case = name_of_pair[pair]
+        cases.append(Case(name=f"{name}/{case}", dataset=name, image=pair[0], label=pair[1],
+                          label_map=label_map,
+                          annotated=own_annotated.get(case, label_map.annotated),
+                          modality=modality, msd="tensorImageSize" in info,
                           lesions=lesions))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
 
 
-def _modality(info: dict) -> str:
-    """Read off the name of the first channel in dataset.json: "MRI", "T2" or "FLAIR" is "mri"."""
-    channels = info.get("channel_names") or info.get("modality") or {}
-    first = next(iter(channels.values()), "ct") if isinstance(channels, dict) else channels
-    return "mri" if re.search(r"mr|t1|t2|flair|dess", str(first).lower()) else "ct"
+def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[str, np.ndarray]:
+    """{case: (K,) bool} of the cases that "annotated" in dataset.json lists with their classes.
+
+    A name that only the built-in class table knows is passed over, so that a dataset.json can be
+    used with a smaller table.
+    """
+    table = info.get("annotated", {})                    # {case name: class names}
+    if not isinstance(table, dict):
+        raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
+    masks = {}
+    for case, names in table.items():
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            names = [name for name in names
+                     if labels.match(name, classes) or not labels.match(name)]
+        masks[case] = np.zeros(len(classes), bool)
+        masks[case][labels.select(names, classes)] = True
+    unknown = sorted(set(table) - set(cases))
+    if unknown:
+        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
+                f"{', '.join(unknown[:5])}")
+    return masks
 
 
-def median_spacing(cases: list[Case]) -> float:
-    """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
-    spacings = [np.linalg.norm(_open(case.image).affine[:3, :3], axis=0) for case in cases]
+def modality_of(info: dict, where: str | Path) -> str:
+    """"ct" or "mri", read off the name of the first channel, the only one that is used.
+
+    info    the content of dataset.json: "channel_names" (nnU-Net) or "modality" (MSD) names the
+            channels; without either the scans are CTs
+    where   the file, for messages
+
+    raises ValueError  if the name is not known to mean one of the two
+
+    "CT", "CTA", "T1w", "FLAIR", "ADC", "b1000" and "MRI in-phase" are clear; "zscore" is not, since
+    it is nnU-Net's name for a normalisation, and neither are "PET" or "0".
+    """
+    channels = info.get("channel_names") or info.get("modality") or "CT"
+    if isinstance(channels, list):
+        channels = dict(enumerate(channels))
+    if not isinstance(channels, dict):
+        channels = {"0": channels}
+    channels = {str(number): str(name) for number, name in channels.items()}
+    first = channels.get("0", next(iter(channels.values())))
+    words = re.findall("[a-z0-9]+", first.lower())
+    is_ct = not CT_WORDS.isdisjoint(words)
+    is_mri = MRI_WORDS.search(" ".join(words)) is not None
+    if is_ct == is_mri or "pet" in words:
+        raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or '
+                         'MRI; write "CT" or "MRI" as its name there, or pass --modality')
+    if len(channels) > 1 and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+    return "ct" if is_ct else "mri"
+
+
+def median_spacing(cases: list[Case], *, skip_bad: bool = False) -> float:
+    """The median voxel spacing over all scans and axes, in mm: a target for a new collection.
+
+    skip_bad  pass over scans that cannot be read, instead of raising
+    """
+    spacings = []
+    for case in cases:
+        try:
+            spacings.append(np.linalg.norm(_open(case.image).affine[:3, :3], axis=0))
+        except (ValueError, OSError):
+            if not skip_bad:
+                raise
+    if not spacings:
+        raise ValueError("none of the scans can be read; their spacing is not known")
     return float(np.median(spacings))
 
 
@@ -646,8 +863,10 @@ class Scan:
     """A preprocessed case in the cache; its arrays are memory-mapped.
 
     entry  the folder of its files
-    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels, and
-           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k
+    meta   "shape" of the image, "spacing_mm" of the original scan, "fingerprint" of its voxels,
+           "points": {str(k): [start, stop]}, the rows of points.npy that belong to class k, and
+           "undecided": [k, ...], classes that the case annotates, but without saying whether they
+           are right or left, which could not be told apart here; they are not annotated in `case`
     """
     case: Case
     entry: Path
@@ -675,7 +894,11 @@ def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
     """The entry of a case in the cache; None if it is missing or damaged."""
     entry = cache / _key(case, spacing_mm)
     meta = _read_meta(entry)
-    return None if meta is None else Scan(case, entry, meta)
+    if meta is None:
+        return None
+    annotated = case.annotated.copy()
+    annotated[meta.get("undecided", [])] = False
+    return Scan(dataclasses.replace(case, annotated=annotated), entry, meta)
 
 
 def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> Scan | None:
@@ -703,12 +926,13 @@ def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     volume, label = load_volume(case.image), load_volume(case.label)
     volume.modality = case.modality
     check_same_grid(case.label, label, case.image, volume)
-    image, label_rows = _preprocess_pair(case, volume, label, spacing_mm)
+    check_grey_values(volume, case.image)
+    image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
     voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
     meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
-            "spacing_mm": volume.spacing_mm.tolist()}
+            "spacing_mm": volume.spacing_mm.tolist(), "undecided": undecided}
     _write_entry(entry, image, label_rows, voxels, meta)
 
 
@@ -723,6 +947,8 @@ def _key(case: Case, spacing_mm: float) -> str:
                regions, sorted(case.label_map.named)]
     if not case.label_map.known.all():
         content.append(case.label_map.known.astype(int).tolist())
+    if case.label_map.unsplit:
+        content.append(SIDES_VERSION)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -763,11 +989,26 @@ def check_same_grid(path: Path, volume: Volume, other_path: Path, other: Volume,
 
 
 def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: float):
-    """image (d, h, w) float32 and label_rows (d, h, w), on one grid, left and right told apart."""
+    """A scan and its label on one grid, left and right told apart.
+
+    returns  image       (d, h, w) float32
+             label_rows  (d, h, w)
+             undecided   [k, ...]  classes whose side is not known: the dataset does not name it,
+                                   and the body's mid-sagittal plane is not in view
+    """
     label_rows = case.label_map.to_label_rows(label.array, str(case.label))
     image, shape, box = preprocess(volume, spacing_mm)
     label_rows = resample_nearest(label_rows, shape)[box]
-    return image, labels.split_sides(label_rows, case.label_map, body_midline(image))
+    undecided = []
+    midline = None
+    if case.label_map.unsplit:
+        midline = body_midline(image)
+    if midline is None:
+        undecided = labels.undecided_sides(label_rows, case.label_map)
+    if undecided:
+        tqdm.write(f"note: {case.image}: only part of the body is in view, so right and left "
+                   "cannot be told apart; what its label names without a side is left out here")
+    return image, labels.split_sides(label_rows, case.label_map, midline), undecided
 
 
 def fingerprint(array: np.ndarray) -> str:

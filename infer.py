@@ -338,7 +338,8 @@ class Segmentation:
     masks    PackedMasks, the classes whose probability is above THRESHOLD; they may overlap
     winner   (D, H, W) index of the class with the highest probability; only meaningful where a mask
              is set. The last axis is the slowest in memory, because slabs arrive along it.
-    midline  position of the body's mid-sagittal plane on the first axis, in native voxels
+    midline  position of the body's mid-sagittal plane on the first axis, in native voxels; None
+             where it is not known
     levels   None, or if asked for, (K, D, H, W) uint8: the probabilities of all classes in steps of
              1 / LEVELS, rounded so that a level is above 127 exactly where the mask was set; 0
              outside the body's box
@@ -351,7 +352,7 @@ class Segmentation:
             self.levels = np.zeros((K, W, D, H), np.uint8).transpose(0, 2, 3, 1)
         self.masks = postprocess.PackedMasks(shape, K)
         self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
-        self.midline = (D - 1) / 2
+        self.midline: float | None = None
 
     def put(self, logits: Tensor, where: Placement) -> None:
         """Fill some native planes: interpolate each class's probability, threshold, and vote.
@@ -472,8 +473,10 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
     native_shape = volume.array.shape
     where = place(native_shape, working_shape, box, front)
     seg = Segmentation(native_shape, len(w), probabilities)
-    midline = data.body_midline(image) - front[0] + box[0].start      # in the uncropped scan
-    seg.midline = midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
+    midline = data.body_midline(image)
+    if midline is not None:
+        midline += box[0].start - front[0]                            # in the uncropped scan
+        seg.midline = midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
 
     planes = image.shape[2]
     carry = None            # last plane of the slab before: native planes may lie between two slabs
@@ -984,6 +987,7 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     """Segment one scan and write its results as NAME."""
     volume = data.load_volume(scan)
     volume.modality = job.modality
+    data.check_grey_values(volume, scan)
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
                       overlap=args.overlap, batch=args.batch, amp=job.amp,

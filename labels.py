@@ -4,6 +4,7 @@
     python labels.py --classes my.json      print a class table of your own
     python labels.py kits                   print the dataset.json of a public dataset
     python labels.py kits DIR               write it to DIR, with the list of the scans in DIR
+    python labels.py totalsegmentator DIR   the same, and merge the masks of each case into one map
 
 In the code, a class is an index 0..K-1; in a segmentation file, its value is that index + 1. The
 label of a scan stays one integer map. Two tables give it its meaning (paper, Sec. 3.1, partial
@@ -16,6 +17,7 @@ K classes   V values of a label map   D, H, W voxels
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -506,7 +508,8 @@ def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class
             unmatched.append(name)
             continue
         classes_of_name = {*of_name.sure, *(k for pair in of_name.either for k in pair)}
-        annotated[list(classes_of_name)] = True
+        hosts = {i for k in classes_of_name for i in ancestors(k, classes)}
+        annotated[list(classes_of_name - hosts)] = True        # "left renal cyst": not the kidney
         for value in values:
             if value == 0:
                 raise ValueError(f"{where}: {name!r} has value 0, which is background")
@@ -693,45 +696,74 @@ def describe_values(named_values, meaning: dict[int, Meaning], classes) -> list[
     return lines
 
 
-def split_sides(label_rows: np.ndarray, label_map: LabelMap, midline: float) -> np.ndarray:
+def split_sides(label_rows: np.ndarray, label_map: LabelMap, midline: float | None) -> np.ndarray:
     """Tell left from right where the dataset does not: on the left, row v becomes row v + V.
 
     label_rows  (D, H, W)  axis 0 runs towards the patient's right (RAS+)
-    midline     voxels     position of the body's mid-sagittal plane on axis 0
+    midline     voxels     position of the body's mid-sagittal plane on axis 0; None: unknown, then
+                           only what touches a labelled organ is told apart (see undecided_sides)
     returns     (D, H, W)  a new map
 
     An organ with its lesions is split piece by piece (26-connected); see `_left_part`.
     """
     V = len(label_map.values)
-    cube = np.ones((3, 3, 3))
-    on_left = np.arange(label_rows.shape[0])[:, None, None] < midline
+    on_left = np.arange(label_rows.shape[0])[:, None, None] < (-1 if midline is None else midline)
     out = label_rows.copy()
-    for (right, left), unsplit_rows in label_map.unsplit.items():
-        split_rows = [row for row in range(V) if row not in unsplit_rows]
-        is_right, is_left = (np.isin(label_rows, [r for r in split_rows if label_map.regions[r, k]])
-                             for k in (right, left))
-        pieces, _ = ndimage.label(np.isin(label_rows, unsplit_rows), cube)
-        for i, box in enumerate(ndimage.find_objects(pieces), 1):
-            box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in box)
-            to_left = _left_part(pieces[box] == i, on_left[box[0]], is_right[box], is_left[box])
+    for pair in label_map.unsplit:
+        for box, piece, touches_right, touches_left in _unsplit_pieces(label_rows, label_map, pair):
+            to_left = _left_part(piece, on_left[box[0]], touches_right, touches_left)
             out[box][to_left] = label_rows[box][to_left] + V
     return out
 
 
-def _left_part(piece: np.ndarray, on_left: np.ndarray, is_right: np.ndarray,
-               is_left: np.ndarray) -> np.ndarray:
+def undecided_sides(label_rows: np.ndarray, label_map: LabelMap) -> list[int]:
+    """The classes of which split_sides cannot tell right from left without a midline.
+
+    label_rows  (D, H, W)  before split_sides
+    returns     [k, ...]   both classes of a pair, if some piece of the organ has no side and
+                           touches no voxel that has one
+    """
+    undecided = set()
+    for pair in label_map.unsplit:
+        for _, _, touches_right, touches_left in _unsplit_pieces(label_rows, label_map, pair):
+            if touches_right == touches_left:
+                undecided.update(pair)
+    return sorted(undecided)
+
+
+def _unsplit_pieces(label_rows: np.ndarray, label_map: LabelMap, pair: tuple[int, int]):
+    """The connected pieces of an organ whose side the dataset does not name.
+
+    pair    the classes (right, left)
+    yields  box            three slices around the piece, one voxel wider where there is room
+            piece          (d, h, w) bool, inside the box
+            touches_right  how many voxels with the right class's label the piece touches
+            touches_left   the same for the left class
+    """
+    unsplit_rows = label_map.unsplit[pair]
+    split_rows = [row for row in range(len(label_map.values)) if row not in unsplit_rows]
+    is_right, is_left = (np.isin(label_rows, [r for r in split_rows if label_map.regions[r, k]])
+                         for k in pair)
+    cube = np.ones((3, 3, 3))
+    pieces, _ = ndimage.label(np.isin(label_rows, unsplit_rows), cube)
+    for i, box in enumerate(ndimage.find_objects(pieces), 1):
+        box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in box)
+        piece = pieces[box] == i
+        rim = ndimage.binary_dilation(piece, cube)
+        yield box, piece, int((is_right[box] & rim).sum()), int((is_left[box] & rim).sum())
+
+
+def _left_part(piece: np.ndarray, on_left: np.ndarray, touches_right: int,
+               touches_left: int) -> np.ndarray:
     """The voxels of one connected piece that belong to the left organ, (d, h, w) bool.
 
     A piece goes as a whole to the side whose labelled organ it touches more; otherwise to the side
     of the plane that holds WHOLE_SHARE of it; otherwise it is cut at the plane.
 
-    piece, is_right, is_left  (d, h, w) bool  the piece; voxels that the dataset labels as right
-                                              and as left
-    on_left                   (d, 1, 1) bool  on the left of the body's mid-sagittal plane
+    piece                        (d, h, w) bool
+    on_left                      (d, 1, 1) bool  on the left of the body's mid-sagittal plane
+    touches_right, touches_left  voxels that the dataset labels as right and as left
     """
-    rim = ndimage.binary_dilation(piece, np.ones((3, 3, 3)))
-    touches_right = (is_right & rim).sum()
-    touches_left = (is_left & rim).sum()
     if touches_left > touches_right:
         return piece
     if touches_right > touches_left:
@@ -801,15 +833,29 @@ PUBLIC = {
     "msd-spleen": PublicDataset({"spleen": 1}, *_MSD_FILES),
     "msd-colon": PublicDataset({"colon tumor": 1}, *_MSD_FILES),
     "totalsegmentator": PublicDataset({}, "{}/ct.nii.gz", "{}/labels.nii.gz"),
+    "abdomenatlas": PublicDataset({}, "{}/ct.nii.gz", "{}/labels.nii.gz"),
+    "pants": PublicDataset({}, "ImageTr/{}/ct.nii.gz", "LabelTr/{}/labels.nii.gz"),
 }
+# One file per structure, segmentations/NAME.nii.gz, beside the label map that is made of them
+PER_STRUCTURE = ("totalsegmentator", "abdomenatlas", "pants")
+MERGED = "merged by labels.py"      # the description in the header of such a label map
+# Structures of TotalSegmentator that are classes here, in the order of its class list (version 2,
+# task "total"). Where two of its masks overlap, the later one holds.
+OVERLAP_ORDER = (
+    "spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "pancreas",
+    "adrenal_gland_right", "adrenal_gland_left", "lung_upper_lobe_left", "lung_lower_lobe_left",
+    "lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right", "esophagus",
+    "small_bowel", "duodenum", "colon", "urinary_bladder", "prostate", "kidney_cyst_left",
+    "kidney_cyst_right", "aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein")
+CASE_NAMES = {"btcv": r"\d+", "amos": r"amos_\d+"}      # where the number of a case decides
 NOT_NIFTI = ("pancreas-ct", "chaos", "3d-ircadb")
 
 
 def public_json(name: str, folder: Path | None = None) -> dict:
     """The content of dataset.json for a public dataset.
 
-    folder  where the dataset lies: its pairs of image and label are listed, too, and the masks of
-            TotalSegmentator, one file per structure, are merged into CASE/labels.nii.gz
+    folder  where the dataset lies: its pairs of image and label are listed, too, and masks in one
+            file per structure are merged into a label map (see merge_structures)
     raises  ValueError  for an unknown dataset, one that is not NIfTI, or a folder without a pair
     """
     name = name.lower()
@@ -821,10 +867,17 @@ def public_json(name: str, folder: Path | None = None) -> dict:
         raise ValueError(f"unknown dataset {name!r}; known: {', '.join([*PUBLIC, *NOT_NIFTI])}")
     content = {"name": name, "channel_names": {"0": "CT"},
                "labels": {"background": 0, **PUBLIC[name].labels}}
+    if name.startswith("msd-"):
+        content["tensorImageSize"] = "3D"        # tells an MSD task, see data.Case
     if folder is not None:
         cases = _find_cases(name, folder)
-        if name == "totalsegmentator":
-            content["labels"] |= _merge_masks(folder, cases)
+        if name in PER_STRUCTURE:
+            values, annotated = merge_structures(name, folder, cases)
+            content["labels"] |= values
+            incomplete = {case: names for case, names in annotated.items() if names is not None}
+            if incomplete:
+                content["annotated"] = incomplete
+            cases = list(annotated)
         content["training"] = _find_pairs(name, folder, cases)
         if name == "btcv":
             content["annotated"] = {f"img{case}": _BTCV_FROM_60
@@ -833,59 +886,198 @@ def public_json(name: str, folder: Path | None = None) -> dict:
 
 
 def _find_cases(name: str, folder: Path) -> list[str]:
-    """The names of the cases whose image lies in the folder of a public dataset."""
+    """The names of the cases whose image lies in the folder of a public dataset.
+
+    Hidden files are passed over. What is left out for another reason is printed.
+    """
     image = PUBLIC[name].image
     before, after = image.split("{}")
-    files = [str(path.relative_to(folder)) for path in sorted(folder.glob(image.format("*")))]
+    files = [path.relative_to(folder) for path in sorted(folder.glob(image.format("*")))]
+    files = [file.as_posix() for file in files
+             if not any(part.startswith(".") for part in file.parts)]
     cases = [file[len(before):-len(after)] for file in files]
-    if name == "amos":                                   # scans numbered above 500 are MR
-        cases = [case for case in cases if int(case.split("_")[-1]) <= 500]
+    unusual = [case for case in cases if not re.fullmatch(CASE_NAMES.get(name, ".*"), case)]
+    _report_left_out("not named as the images of this dataset", image, unusual)
+    cases = [case for case in cases if case not in unusual]
+    if name == "amos":
+        mri = [case for case in cases if int(case.removeprefix("amos_")) > 500]
+        _report_left_out("MRI (number above 500)", image, mri)
+        cases = [case for case in cases if case not in mri]
     return cases
 
 
 def _find_pairs(name: str, folder: Path, cases: list[str]) -> list[dict[str, str]]:
     """The image and label files, relative to the folder, of the cases that have a label."""
     _, image, label = PUBLIC[name]
-    pairs = [{"image": image.format(case), "label": label.format(case)} for case in cases]
-    pairs = [pair for pair in pairs if (folder / pair["label"]).is_file()]
+    unlabelled = [case for case in cases if not (folder / label.format(case)).is_file()]
+    pairs = [{"image": image.format(case), "label": label.format(case)} for case in cases
+             if case not in unlabelled]
     if not pairs:
         raise ValueError(f"{folder}: no pair {image} and {label} in it")
+    _report_left_out(f"no {label}", image, unlabelled)
     return pairs
 
 
-def _merge_masks(folder: Path, cases: list[str]) -> dict[str, int]:
-    """CASE/segmentations/STRUCTURE.nii.gz -> CASE/labels.nii.gz; returns {structure: value}.
+def _report_left_out(reason: str, image: str, cases: list[str]) -> None:
+    """Print one line that names images that are left out, if there are any."""
+    if cases:
+        more = f" and {len(cases) - 5} more" if len(cases) > 5 else ""
+        names = ", ".join(image.format(case) for case in cases[:5])
+        print(f"left out, {reason}: {names}{more}")
 
-    Structures that match no class are left out. Where two overlap, the one whose name comes later
-    in the alphabet stays.
+
+# ---- one file per structure ----------------------------------------------------------------------
+def merge_structures(name: str, folder: Path,
+                     cases: list[str]) -> tuple[dict[str, int], dict[str, list[str] | None]]:
+    """Merge segmentations/STRUCTURE.nii.gz of every case into the label map labels.nii.gz.
+
+    Structures that match no class are left out, but for lesions of which the name does not tell
+    where they lie: label_map leaves their voxels out of the loss. Organs are painted first and what
+    lies in them after them, so that vessels, cysts and tumours stay. Where two organs overlap, the
+    later one in OVERLAP_ORDER stays; names outside of that list come first, alphabetically.
+
+    A case whose CT or one of whose masks cannot be used is left out, with one line that says why.
+
+    returns  values     {structure: value}
+             annotated  {case: the classes annotated in it; None: those of the whole dataset}
+    raises   ValueError  if a labels.nii.gz was not written by this command, or no case is left
     """
-    files = [file for case in cases
-             for file in (folder / case / "segmentations").glob("*.nii.gz")]
-    names = {file.name.removesuffix(".nii.gz") for file in files}
-    values = {name: i for i, name in enumerate(sorted(filter(match, names)), 1)}
-    for case in cases:
-        _merge_case(folder / case, values)
-    return values
-
-
-def _merge_case(case: Path, values: dict[str, int]) -> None:
-    """Merge the masks of one case into labels.nii.gz, in the axes of its CT."""
-    import nibabel as nib
+    from tqdm import tqdm
 
     import data
-    files = {case / "segmentations" / f"{name}.nii.gz": value for name, value in values.items()}
-    files = {file: value for file, value in files.items() if file.is_file()}
-    if not files:
+    _, image, label = PUBLIC[name]
+    files = {case: _structure_files((folder / label.format(case)).parent) for case in cases}
+    found = {structure for files_of_case in files.values() for structure in files_of_case}
+    found = {structure for structure in found
+             if _classes_of(structure) or _is_unclear_lesion(structure)}
+    if not any(_classes_of(structure) for structure in found):
+        raise ValueError(f"{folder}: no file segmentations/NAME.nii.gz whose name is a class here")
+    order = sorted(found, key=_paint_order)
+    values = {structure: i for i, structure in enumerate(sorted(order), 1)}
+    for case in cases:
+        _refuse_foreign(folder / label.format(case))
+    annotated: dict[str, list[str] | None] = {}
+    for case in tqdm(cases, desc="merge", unit="case", disable=None):
+        ct, out = folder / image.format(case), folder / label.format(case)
+        present = [structure for structure in order if structure in files[case]]
+        masks = [(files[case][structure], values[structure]) for structure in present]
+        try:
+            merged = merge_masks(ct, masks)
+        except (ValueError, OSError) as e:
+            tqdm.write(f"left out: {' '.join(str(e).split())}")
+            continue
+        data.save_like(out, merged, like=ct, description=MERGED)
+        annotated[case] = None
+        if present != order:
+            annotated[case] = _annotated_by(set(present), set(order))
+    if not annotated:
+        raise ValueError(f"{folder}: no case with {image} and segmentations/NAME.nii.gz that can "
+                         "be used")
+    return values, annotated
+
+
+def _structure_files(case: Path) -> dict[str, Path]:
+    """{structure: file} of the masks of a case, without hidden files."""
+    return {file.name.removesuffix(".nii.gz"): file
+            for file in (case / "segmentations").glob("*.nii.gz")
+            if not file.name.startswith(".")}
+
+
+def _classes_of(structure: str) -> tuple[int, ...]:
+    """The classes that a structure's mask shows, without those that contain others of them.
+
+    >>> _classes_of("kidney_left"), _classes_of("kidney"), _classes_of("rib_left_1")
+    ((2,), (1, 2), ())
+    """
+    indices = match(structure) or match_structure(structure)
+    return tuple(k for k in indices if not any(k in ancestors(i, CLASSES) for i in indices))
+
+
+def _is_unclear_lesion(structure: str) -> bool:
+    """Whether it is a lesion whose name does not tell its class, such as "tumor"."""
+    is_lesion = _lesion_words(structure) & (_LESION_KINDS | _OTHER_LESIONS)
+    return bool(is_lesion) and not _classes_of(structure)
+
+
+def _paint_order(structure: str) -> tuple:
+    """Sort key: parents before children, lesions last, then OVERLAP_ORDER, then the alphabet.
+
+    >>> sorted(["hepatic_vessel", "colon", "liver", "bladder"], key=_paint_order)
+    ['liver', 'colon', 'bladder', 'hepatic_vessel']
+    """
+    classes = _classes_of(structure)
+    depth = max((_depth(k) for k in classes), default=len(CLASSES))
+    lesion = any(CLASSES[k].lesion for k in classes)
+    place = -1
+    for i, listed in enumerate(OVERLAP_ORDER):
+        if classes and _classes_of(listed) == classes:
+            place = i
+    return depth, lesion, place, structure
+
+
+def _depth(k: int) -> int:
+    """How many classes contain class k, one in the other: 0 for an organ."""
+    return max((1 + _depth(parent) for parent in ancestors(k, CLASSES)), default=0)
+
+
+def _annotated_by(present: set[str], names: set[str]) -> list[str]:
+    """The classes that a case annotates if it has only some of the dataset's structures.
+
+    One file is enough that shows a whole class. Where the dataset splits a class into parts, as a
+    lung into lobes or cysts into left and right ones, all of its parts are needed.
+
+    >>> lobes = {"lung_upper_lobe_left", "lung_lower_lobe_left"}
+    >>> _annotated_by({"lung_upper_lobe_left", "liver"}, {*lobes, "liver", "spleen"})
+    ['Liver']
+    """
+    annotated = []
+    for k, c in enumerate(CLASSES):
+        of_class = {name for name in names if k in _classes_of(name)}
+        parts = {name for name in of_class if _is_part(name, c)}
+        if present & (of_class - parts) or parts and parts <= present:
+            annotated.append(c.name)
+    return annotated
+
+
+def _is_part(structure: str, c: Class) -> bool:
+    """Whether a structure is one of several that make up the class: a lobe, or one side."""
+    words = name_key(structure)
+    return "lobe" in words or not c.side and ("left" in words or "right" in words)
+
+
+def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
+    """The masks of one case, painted one over the other, in the RAS+ axes of its CT.
+
+    masks    (file, value); the last one that covers a voxel gives its value
+    returns  (D, H, W) uint8, or uint16 for values above 255
+    raises   ValueError, OSError  if there is no mask, or a file cannot be read or lies in another
+                                  grid than the CT
+    """
+    import data
+    if not masks:
+        raise ValueError(f"{ct}: no segmentations/NAME.nii.gz with a name that is a class here")
+    volume = data.load_volume(ct)
+    dtype = np.uint8 if max(value for _, value in masks) <= 255 else np.uint16
+    merged = np.zeros(volume.array.shape, dtype)
+    for file, value in masks:
+        mask = data.load_volume(file)
+        data.check_same_grid(file, mask, ct, volume)
+        merged[mask.array > 0.5] = value
+    return merged
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise ValueError if a file of this name exists that merge_structures has not written."""
+    import nibabel as nib
+    if not path.exists():
         return
-    ct = nib.load(case / "ct.nii.gz")                            # only its header is read
-    merged = np.zeros(ct.shape[:3], np.uint8)
-    merged = nib.apply_orientation(merged, nib.io_orientation(ct.affine))     # as load_volume does
-    for file, value in files.items():
-        mask = data.load_volume(file).array > 0
-        if mask.shape != merged.shape:
-            raise ValueError(f"{file}: shape {mask.shape} in RAS axes, its CT has {merged.shape}")
-        merged[mask] = value
-    data.save_like(case / "labels.nii.gz", merged, like=case / "ct.nii.gz")
+    try:
+        description = bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("ascii")
+    except Exception:
+        description = ""
+    if description != MERGED:
+        raise ValueError(f"{path}: it was not written by this command and is not overwritten; "
+                         "move it away")
 
 
 # ---- commands ----------------------------------------------------------------------------------
@@ -907,16 +1099,83 @@ def _print_table(classes: tuple[Class, ...], template: str) -> None:
         print(f"{i:5}  {c.name:29} {', '.join(c.parents) or '-':25} {c.sentence(template)}")
 
 
+KEPT = "dataset.original.json"      # the copy of the dataset.json that came with a dataset
+
+
 def _prepare(name: str, folder: Path | None) -> None:
-    """Print the dataset.json of a public dataset, or write it into the dataset's folder."""
-    text = json.dumps(public_json(name, folder), indent=1) + "\n"
+    """Print the dataset.json of a public dataset, or write it into the dataset's folder.
+
+    A dataset.json that came with the dataset is copied to dataset.original.json, and its facts are
+    taken over. A second run finds them in the copy, and gives the same result.
+    """
     if folder is None:
-        print(text, end="")
+        print(json.dumps(public_json(name), indent=1))
         return
     import data
-    with data.atomic_write(folder / "dataset.json") as part:
-        part.write_text(text, encoding="utf-8")
-    print(f"written: {folder / 'dataset.json'}")
+    path, copy = folder / "dataset.json", folder / KEPT
+    original, to_copy = _original_json(path, copy)
+    _check_msd_name(name, original, path)
+    content = public_json(name, folder)
+    facts = _facts_of(name.lower(), original)
+    content |= facts
+    content["prepared_by"] = f"labels.py {_checksum(content)}"
+    if to_copy:
+        with data.atomic_write(copy) as part:
+            part.write_bytes(path.read_bytes())
+    with data.atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}, {len(content['training'])} cases")
+    if name.lower() in PER_STRUCTURE and "annotated" in content:
+        print(f"{len(content['annotated'])} cases lack some of the structures; \"annotated\" lists "
+              "the classes that they have")
+    if original:
+        print(f"kept: {copy}; taken over from it: {', '.join(facts) or 'nothing'}")
+
+
+def _original_json(path: Path, copy: Path) -> tuple[dict, bool]:
+    """The dataset.json that came with a dataset ({}: none), and whether it must still be copied.
+
+    raises ValueError  if writing dataset.json would lose something
+    """
+    import data
+    kept = data.read_json(copy) if copy.is_file() else {}
+    if not path.is_file():
+        return kept, False
+    content = data.read_json(path)
+    if "prepared_by" in content:
+        if content["prepared_by"] != f"labels.py {_checksum(content)}":
+            raise ValueError(f"{path}: edited after labels.py wrote it, and not overwritten; move "
+                             "it away to have it written again")
+        return kept, False
+    if copy.is_file() and kept != content:
+        raise ValueError(f"{path}: neither written by labels.py nor the same as {copy.name}; move "
+                         "one of the two away")
+    return content, not copy.is_file()
+
+
+def _checksum(content: dict) -> str:
+    """A hash of a dataset.json that this command writes, to tell later whether it was edited."""
+    rest = {key: value for key, value in content.items() if key != "prepared_by"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _facts_of(name: str, original: dict) -> dict:
+    """What the dataset.json that came with a dataset says and its label table does not."""
+    facts = {}
+    if original.get("tensorImageSize"):
+        facts["tensorImageSize"] = original["tensorImageSize"]
+    channels = original.get("channel_names") or original.get("modality")
+    if channels and name != "amos":              # of which only the CT scans are listed
+        facts["channel_names"] = channels
+    return facts
+
+
+def _check_msd_name(name: str, original: dict, path: Path) -> None:
+    """Raise ValueError if dataset.json of an MSD task tells another task than the user named."""
+    own_name = re.sub(r"[\W_]", "", str(original.get("name", "")).lower())
+    organ = name.lower().removeprefix("msd-")
+    if name.lower().startswith("msd-") and own_name and organ not in own_name:
+        raise ValueError(f"{path}: its name is {original['name']!r}, which is not {name}")
 
 
 def main(argv=None) -> int:
@@ -927,8 +1186,9 @@ def main(argv=None) -> int:
                     f"table: {', '.join(PUBLIC)}")
     ap.add_argument("folder", nargs="?", type=Path,
                     help="the folder with the files of the dataset: write dataset.json into it, "
-                    "with the list of its pairs of image and label; no other file is written "
-                    "(totalsegmentator: also one merged label map per case)")
+                    "with the list of its pairs of image and label; one that came with the "
+                    "dataset is kept as dataset.original.json (totalsegmentator, abdomenatlas, "
+                    "pants: the masks of a case are also merged into its labels.nii.gz)")
     ap.add_argument("--classes", metavar="FILE",
                     help="print this class table (JSON) instead of the built-in one")
     ap.add_argument("--prompt-template", default="V3",

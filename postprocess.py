@@ -20,8 +20,10 @@ from scipy import ndimage
 # All thresholds are ours.
 MIN_PART_ML = 0.5     # ml; smaller pieces of an organ that may come in many pieces are specks
 MIN_LESION_ML = 0.1   # ml, a ball of 5.8 mm diameter; smaller pieces of a lesion are specks
-ONE_SIDED = 0.9       # with more than this share on one side, a piece belongs to that side
-AGREEMENT = 0.75      # with more than this share labelled by side, a piece keeps its labels
+ONE_SIDED = 0.9       # with more than this share on one side, a piece lies on that side
+SEPARATED = 0.9       # a plane separates two labels if this share of them (mean) is on its own side
+SECOND_PIECE = 0.1    # a piece of at least this share of a label's largest one is an organ, too
+BOTH_SIDES = 1 / 3    # with at least this share on each side, one piece holds the organs of both
 CLOSE_MM = 10.0       # mm, closing of the host: fills the hole that a network leaves at a lesion
 DILATE_MM = 5.0       # mm, dilation of the closed host: a lesion may bulge beyond the surface
 HOST_GRID_MM = 3.0    # mm, about the spacing at which the host is closed and dilated, for speed
@@ -117,51 +119,131 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _voxels_inside(pieces: np.ndarray, region: np.ndarray, n: int) -> np.ndarray:
-    """(n,) the number of voxels of each piece that lie in a region; entry 0 means nothing."""
-    return np.bincount(np.where(region, pieces, 0).ravel(), minlength=n)
+    """(n,) the number of voxels of each piece that lie in a region; entry 0 is 0."""
+    counts = np.bincount(np.where(region, pieces, 0).ravel(), minlength=n)
+    counts[0] = 0
+    return counts
 
 
 # ---- left and right ----------------------------------------------------------------------------
 def settle_sides(right: np.ndarray, left: np.ndarray,
-                 x_right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                 x_right: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Decide between right and left for a paired organ, piece by piece; no voxel is deleted.
 
     right, left  (D, H, W) bool, the two masks; they may overlap
-    x_right      (D,) bool, True for the planes of axis 0 on the patient's right of the midline
+    x_right      (D,) bool, True for the planes of axis 0 on the patient's right of the midline;
+                 None: the midline is unknown
     returns      (right, left), disjoint
 
-    A piece that lies on one side of the midline gets that side. A piece on both sides (touching
-    lungs) keeps its labels where most of them agree with the midline, and is cut at the midline
-    where they do not. Last, an island, a piece of one label entirely on the other side, changes
-    its label.
+    Position never overrules a label that does not contradict itself:
+
+    | a piece (26-connected)                    | midline known       | midline unknown   |
+    |-------------------------------------------|---------------------|-------------------|
+    | one label                                 | keeps it            | keeps it          |
+    | one label, where one of the labels has    | the side on which   | keeps it          |
+    | large pieces on both sides (two kidneys   | the piece lies      |                   |
+    | labelled right)                           |                     |                   |
+    | one label, reaching far to both sides,    | cut at the midline  | keeps it          |
+    | while the other label is missing          |                     |                   |
+    | both labels, lying on one side            | that side           | (as below)        |
+    | both labels, which some sagittal plane    | keeps its labels,   | the same          |
+    | separates (touching lungs)                | except for islands  |                   |
+    | both labels otherwise                     | cut at the midline  | the larger label  |
+
+    An island is a part of one label that lies entirely on the other side of the plane. Of two
+    labels of the same size, the larger one is the right one.
     """
-    on_right = x_right[:, None, None]                          # (D, 1, 1), broadcasts
-    labelled_right = right & (~left | on_right)                # with both labels, position decides
     pieces, sizes = components(right | left)
-    n, at_least_one = len(sizes), np.maximum(sizes, 1)
-    share_right = _voxels_inside(pieces, on_right, n) / at_least_one
-    agreement = _voxels_inside(pieces, labelled_right == on_right, n) / at_least_one
+    n = len(sizes)
+    new_right = right & ~left
+    both_labels = (_voxels_inside(pieces, right, n) > 0) & (_voxels_inside(pieces, left, n) > 0)
+    for i, box in enumerate(ndimage.find_objects(pieces), 1):
+        if both_labels[i]:
+            piece = pieces[box] == i
+            planes = None if x_right is None else x_right[box[0]]
+            part = _settle_piece(piece & right[box], piece & left[box], planes)
+            new_right[box][piece] = part[piece]
+    if x_right is not None:
+        on_right = x_right[:, None, None]                      # (D, 1, 1), broadcasts
+        n_right = _voxels_inside(pieces, new_right, n)
+        share_right = _voxels_inside(pieces, on_right, n) / np.maximum(sizes, 1)
+        moved, cut = _one_label_for_two_organs(n_right, sizes - n_right, share_right)
+        new_right = np.select([moved[pieces], cut[pieces]],
+                              [(share_right > 0.5)[pieces], on_right], default=new_right)
+    return new_right, (pieces > 0) & ~new_right
 
-    new_right = np.select(
-        [(share_right > ONE_SIDED)[pieces],
-         (share_right < 1 - ONE_SIDED)[pieces],
-         (agreement > AGREEMENT)[pieces]],
-        [True, False, labelled_right],
-        default=on_right)
-    new_right = new_right & (pieces > 0)
-    new_left = (pieces > 0) & ~new_right
-    _move_islands(new_right, new_left, on_right)
-    _move_islands(new_left, new_right, ~on_right)
-    return new_right, new_left
+
+def _one_label_for_two_organs(n_right, n_left, share_right) -> tuple[np.ndarray, np.ndarray]:
+    """Which pieces of one label get their side by position, because their label is on both sides.
+
+    n_right, n_left  (n,) int, voxels of each piece with either label
+    share_right      (n,) share of each piece on the right of the midline
+    returns          moved (n,) bool, pieces that go to the side on which they lie;
+                     cut (n,) bool, pieces that are cut at the midline
+    """
+    on_right, on_left = share_right > ONE_SIDED, 1 - share_right > ONE_SIDED
+    one_label = (n_right == 0) != (n_left == 0)
+    twice = False
+    for own in (n_right, n_left):
+        large = one_label & (own > 0) & (own >= SECOND_PIECE * own.max())
+        twice |= (large & on_right).any() and (large & on_left).any()
+    moved = one_label & (on_right | on_left) & twice
+
+    missing = min(n_right.sum(), n_left.sum()) < SECOND_PIECE * np.maximum(n_right, n_left)
+    both_sides = np.minimum(share_right, 1 - share_right) >= BOTH_SIDES
+    return moved, one_label & missing & both_sides
 
 
-def _move_islands(mask: np.ndarray, other: np.ndarray, home: np.ndarray) -> None:
-    """Move the pieces of `mask` with no voxel on the home side to `other`, both in place."""
+def _settle_piece(right: np.ndarray, left: np.ndarray, x_right: np.ndarray | None) -> np.ndarray:
+    """The right part of a piece that has both labels, as settle_sides' table says.
+
+    right, left  (d, h, w) bool, the labels of the piece
+    x_right      (d,) bool, planes on the patient's right of the midline, or None
+    returns      (d, h, w) bool, which means nothing outside the piece
+    """
+    if x_right is not None:
+        planes = (right | left).sum((1, 2))
+        share_right = planes[x_right].sum() / planes.sum()
+        if share_right > ONE_SIDED or share_right < 1 - ONE_SIDED:
+            return np.full(right.shape, share_right > 0.5)
+    separated = _separate(right.sum((1, 2)), left.sum((1, 2)))
+    if separated is not None:
+        home = separated[:, None, None]
+        new_right = right & (~left | home)                     # with both labels, the plane decides
+        new_left = left & ~new_right
+        astray_right, astray_left = _islands(new_right, home), _islands(new_left, ~home)
+        return (new_right & ~astray_right) | astray_left
+    if x_right is not None:
+        return np.broadcast_to(x_right[:, None, None], right.shape)
+    return np.full(right.shape, right.sum() >= left.sum())
+
+
+def _separate(right: np.ndarray, left: np.ndarray) -> np.ndarray | None:
+    """The planes of axis 0 on the right label's side of the cut that separates two labels best.
+
+    right, left  (d,) int, voxels of each label in each plane
+    returns      (d,) bool; None if no cut has a mean share of SEPARATED on the labels' own sides
+
+    right [0, 0, 1, 9], left [8, 2, 0, 0] -> [False, False, True, True]
+    right [9, 1, 0, 0], left [0, 0, 2, 8] -> [True, True, False, False], as in situs inversus
+    right [5, 5, 5, 5], left [5, 5, 5, 5] -> None
+    """
+    left_below = np.cumsum(left)[:-1] / left.sum()             # (d - 1,) the cut follows plane i
+    right_above = 1 - np.cumsum(right)[:-1] / right.sum()
+    usual = (left_below + right_above) / 2                     # share of both on their own sides
+    agreement = np.maximum(usual, 1 - usual)                   # or on the sides exchanged
+    if len(agreement) == 0 or agreement.max() < SEPARATED:
+        return None
+    cut = int(agreement.argmax())
+    above = np.arange(len(right)) > cut
+    return above if usual[cut] > 0.5 else ~above
+
+
+def _islands(mask: np.ndarray, home: np.ndarray) -> np.ndarray:
+    """The pieces of a mask with no voxel on the home side."""
     pieces, sizes = components(mask)
     astray = (_voxels_inside(pieces, home, len(sizes)) == 0) & (sizes > 0)
-    moved = astray[pieces]
-    mask[moved] = False
-    other[moved] = True
+    return astray[pieces]
 
 
 def _paired(classes) -> list[tuple[int, int]]:
@@ -171,14 +253,16 @@ def _paired(classes) -> list[tuple[int, int]]:
             if c.side == "right" and c.organ in left]
 
 
-def clean_sides(masks: PackedMasks, classes, midline: float) -> None:
-    """Settle right and left of every paired organ, in place."""
+def clean_sides(masks: PackedMasks, classes, midline: float | None) -> None:
+    """Settle right and left of every paired organ, in place; midline None: not known."""
     for right, left in _paired(classes):
         found = [masks.boxes[k] for k in (right, left) if k in masks.boxes]
         if not found:
             continue
         box = _enclose(found)
-        x_right = np.arange(box[0].start, box[0].stop) > midline
+        x_right = None
+        if midline is not None:
+            x_right = np.arange(box[0].start, box[0].stop) > midline
         new_right, new_left = settle_sides(masks.get(right, box), masks.get(left, box), x_right)
         masks.set(right, new_right, box)
         masks.set(left, new_left, box)
@@ -268,7 +352,7 @@ def clean_lesions(masks: PackedMasks, classes, spacing_mm) -> None:
 
 
 # ---- all of it ---------------------------------------------------------------------------------
-def postprocess(masks, classes, spacing_mm, midline: float):
+def postprocess(masks, classes, spacing_mm, midline: float | None):
     """Clean a segmentation: settle the sides, then clean the organs, then the lesions.
 
     masks       PackedMasks, changed in place, or (K, D, H, W) bool, which is left unchanged
@@ -276,7 +360,8 @@ def postprocess(masks, classes, spacing_mm, midline: float):
                 without its side, hashable), parents (names), lesion (bool) and solid (see
                 clean_organs), as labels.Class has them
     spacing_mm  (3,)  voxel size
-    midline     the body's mid-sagittal plane as a position on axis 0, in voxels
+    midline     the body's mid-sagittal plane as a position on axis 0, in voxels; None if it is
+                not known, as in a scan of half a body
     returns     the cleaned masks, of the type that was passed
     raises      ValueError  if there are not as many classes as masks
     """

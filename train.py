@@ -94,6 +94,8 @@ class Config:
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
     extend: str = setting("", "add the classes of --classes to this checkpoint, whose weights are "
                           "frozen")
+    modality: str = setting("", "ct or mri: how grey values are scaled, for all datasets (default: "
+                            "as the first channel of each dataset.json says)")
     spacing_mm: float = setting(SPACING_MM, "isotropic spacing to which scans are resampled, in mm "
                                 "(release: 1.5; 0: median of the data)")
     patch: int = setting(PATCH, "side of a training crop in voxels (release: 96)")
@@ -122,7 +124,8 @@ class Config:
     workers: int = setting(-1, "processes that preprocess scans and cut crops; 0: the training "
                            "process itself; -1: preprocess with as many as cores and memory allow, "
                            "and cut crops with 4 for a GPU, else with none")
-    skip_bad: bool = setting(False, "leave out scans that cannot be read instead of stopping")
+    skip_bad: bool = setting(False, "leave out scans that cannot be read or have no label "
+                             "instead of stopping")
     dry_run: bool = setting(False, "report what the data covers and stop")
     cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
     seed: int = setting(0, "seed of all random numbers")
@@ -133,7 +136,7 @@ class Config:
 
 # Settings that a resumed run must share with the run it continues
 FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
-         "unmasked", "plain", "fold", "val_fraction", "clip_grad")
+         "unmasked", "plain", "modality", "fold", "val_fraction", "clip_grad")
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -651,9 +654,11 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
     task = load_task(cfg)
-    cases = [c for d in data.find_datasets(cfg.data) for c in data.read_dataset(d, task.classes)]
+    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
+                               skip_bad=cfg.skip_bad)
     if not cfg.spacing_mm:
-        cfg = dataclasses.replace(cfg, spacing_mm=round(data.median_spacing(cases), 2))
+        spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
+        cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
         infer.join_processes(device)
@@ -719,7 +724,7 @@ def parse(argv=None) -> Config:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=about)
         else:
-            choices = sorted(BACKBONES) if f.name == "backbone" else None
+            choices = {"backbone": sorted(BACKBONES), "modality": ["ct", "mri"]}.get(f.name)
             parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices,
                                 help=about)
     cfg = Config(**vars(parser.parse_args(argv)))

@@ -162,11 +162,92 @@ def test_an_mri_is_clipped_at_percentiles_and_scaled_to_unit_deviation():
     assert np.allclose(image, (want / want.std())[box], atol=1e-3)
 
 
+def round_body(centre=54.5, width=60, legs=()):
+    """(80, 50, 40): an elliptic cylinder of 0.5 in air, or several, and a cable."""
+    x, y = np.meshgrid(np.arange(80), np.arange(50), indexing="ij")
+    image = np.zeros((80, 50, 40), np.float32)
+    for c in legs or [centre]:
+        image[((x - c) / (width / 2)) ** 2 + ((y - 25) / 15) ** 2 < 1] = 0.5
+    image[2:4, 2:4, :] = 0.9
+    return image
+
+
 def test_midline_follows_an_off_centre_body():
-    image = np.zeros((80, 50, 50), np.float32)
-    image[40:70, 10:40, 5:45] = 0.5           # the body, centred at 54.5
-    image[2:4, 2:4, :] = 0.9                  # a cable
-    assert abs(data.body_midline(image) - 54.5) < 1
+    assert abs(data.body_midline(round_body(width=40)) - 54.5) < 1
+
+
+def test_midline_of_two_legs_lies_between_them():
+    legs = round_body(legs=(24, 60), width=24)
+    legs[60:, :, 30:] = 0                     # one leg is a little shorter
+    assert abs(data.body_midline(legs) - 42) < 2
+
+
+def test_there_is_no_midline_where_the_body_is_cut_off():
+    """At the border of the view on either side, also where air surrounds what was scanned, and in
+    a crop that holds nothing but body; not where a little of a wide body is cut off: at 96 % of
+    the half-width the section of an ellipse is 28 % as high as in the middle."""
+    whole = round_body(centre=39.5, width=78)
+    assert abs(data.body_midline(whole) - 39.5) < 1
+    assert abs(data.body_midline(whole[2:]) - 37.5) < 1
+    padded = whole.copy()
+    padded[40:] = 0
+    for cut in (whole[:40], whole[40:], whole[:60], padded, whole[20:60, 20:30], whole[30:50]):
+        assert data.body_midline(cut) is None
+    assert data.body_midline(np.zeros((30, 30, 30), np.float32)) is None
+
+
+def test_midline_of_an_mri_whose_air_is_not_zero():
+    noise = np.random.default_rng(0).random((80, 50, 40), np.float32) * 0.04
+    assert abs(data.body_midline(round_body(width=40) + noise) - 54.5) < 1
+    assert data.body_midline((round_body(width=40) + noise)[54:]) is None
+
+
+# ---- grey values -------------------------------------------------------------------------------
+def note_on(capsys, low, high, modality="ct"):
+    volume = data.Volume(np.linspace(low, high, 27).reshape(3, 3, 3), np.eye(4), modality)
+    data.check_grey_values(volume, "d/scan.nii.gz")
+    out = capsys.readouterr()
+    assert out.err == "" and out.out.count("\n") == (1 if out.out else 0)
+    return out.out
+
+
+@pytest.mark.parametrize("low, high, hint", [
+    (0, 4095, "subtract"), (24, 3000, "subtract"), (0, 255, "8-bit"), (0, 1, "scaled"),
+    (-1, 1, "scaled"), (-0.5, 0.5, "scaled"), (-150, 300, "small crop"), (0, 30000, "mri"),
+    (-3, 5, "small crop"), (-1024, -900, "All of it is air")])
+def test_a_ct_whose_values_cannot_be_hounsfield_units_gets_a_note(capsys, low, high, hint):
+    note = note_on(capsys, low, high)
+    assert note.startswith(f"note: d/scan.nii.gz: its values lie in {low:g}..{high:g}")
+    assert "Hounsfield" in note and hint in note
+
+
+@pytest.mark.parametrize("low, high, modality", [
+    (-1024, 3071, "ct"), (-1000, 400, "ct"), (-2000, 1500, "ct"), (-3024, 1500, "ct"),
+    (-201, 300, "ct"), (0, 4095, "mri"), (0, 1, "mri"), (-47, 833, "mri")])
+def test_usual_grey_values_get_no_note(capsys, low, high, modality):
+    assert note_on(capsys, low, high, modality) == ""
+
+
+def test_a_ct_that_is_called_an_mri_gets_a_note(capsys):
+    assert "is this a CT?" in note_on(capsys, -1024, 3071, "mri")
+
+
+def test_preprocessing_notes_and_refuses_by_grey_value(tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
+    first, second = data.read_dataset(folder, labels.CLASSES)
+    image = nib.load(first.image)
+    write_nifti(first.image, np.asarray(image.dataobj) + np.int16(1024), image.affine)
+    write_nifti(second.image, np.full(image.shape, 60, np.int16), image.affine)
+    data.build(first, tmp_path / "cache", 4.0)
+    assert f"note: {first.image}: its values lie in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="c1_0000.nii.gz: all of its voxels have the value 60"):
+        data.build(second, tmp_path / "cache", 4.0)
+
+
+@pytest.mark.parametrize("modality", ["ct", "mri"])
+def test_a_scan_of_one_value_is_refused(capsys, modality):
+    with pytest.raises(ValueError, match=r"^d/scan.nii.gz: all of its voxels have the value 60"):
+        note_on(capsys, 60, 60, modality)
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -205,15 +286,54 @@ def test_a_cache_that_was_built_before_is_found_again(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(1_000_000_000, 1_000_000_000))
     monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path)
-    label_map = labels.label_map({"kidney": [1, 2], "kidney tumor": 2, "sacrum": 7}, labels.CLASSES)
-    case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
-    assert data._key(case, 1.5) == "adcdbdadb11fbf605e63"
+    for organ, key in (("liver", "8c0cd96722d392382c48"), ("kidney", "980b5cc64b66d5f2de02")):
+        names = {organ: [1, 2], f"{organ} tumor": 2, "sacrum": 7}
+        label_map = labels.label_map(names, labels.CLASSES)
+        case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
+        assert data._key(case, 1.5) == key
 
 
 def test_the_files_of_a_cache_entry(tiny_scans):
     files = {path.name for path in tiny_scans[0].entry.iterdir()}
     assert files == {"image.npy", "rows.npy", "points.npy", "meta.json"}
-    assert set(tiny_scans[0].meta) == {"points", "fingerprint", "shape", "spacing_mm"}
+    assert set(tiny_scans[0].meta) == {"points", "fingerprint", "shape", "spacing_mm", "undecided"}
+
+
+def half_body_case(tiny, folder, names, value_of):
+    """The right half of a body, with the values of conftest.body replaced by value_of's."""
+    hu, label = body(3)
+    new = np.zeros_like(label)
+    for old, value in value_of.items():
+        new[label == old] = value
+    write_nifti(folder / "imagesTr/c_0000.nii.gz", hu[20:], affine_of("RAS", (4, 4.5, 5)))
+    write_nifti(folder / "labelsTr/c.nii.gz", new[20:], affine_of("RAS", (4, 4.5, 5)))
+    info = {"channel_names": {"0": "CT"}, "labels": {"background": 0, **names}}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return data.read_dataset(folder, labels.CLASSES)[0]
+
+
+def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(tiny, tmp_path,
+                                                                               capsys):
+    """A right kidney in the right half of a body lies on both sides of the middle of what is in
+    view. Nothing else about the scan is lost, also when it is found in the cache."""
+    names, values = {"liver": 1, "kidney": 2}, {1: 1, 2: 1, 3: 2}
+    case = half_body_case(tiny, tmp_path / "D1", names, values)
+    assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]
+    scan = data.build(case, tmp_path / "cache", 4.0)
+    assert capsys.readouterr().out.count("right and left cannot be told apart") == 1
+    for found in (scan, data.find(case, tmp_path / "cache", 4.0)):
+        assert np.flatnonzero(found.case.annotated).tolist() == [5]
+        assert found.present_classes() == [5] and found.meta["undecided"] == [1, 2]
+    assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]        # the case is not changed
+
+
+def test_kidneys_with_a_side_stay_annotated_where_half_a_body_is_in_view(tiny, tmp_path, capsys):
+    """Also a tumour without a side that touches one of them."""
+    names, values = {"kidney_right": 1, "kidney_left": 2, "kidney tumor": 3}, {1: 1, 2: 3}
+    case = half_body_case(tiny, tmp_path / "D1", names, values)
+    scan = data.build(case, tmp_path / "cache", 4.0)
+    assert scan.meta["undecided"] == [] and scan.case.annotated.sum() == 3
+    assert scan.present_classes() == [1, 25] and capsys.readouterr().out == ""
 
 
 def test_the_same_scan_in_other_axes_and_type_has_the_same_fingerprint():
@@ -335,10 +455,50 @@ def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
     info = json.loads((folder / "dataset.json").read_text())
     del info["channel_names"]
     for key, value, want in (("channel_names", {"0": "MRI"}, "mri"), ("channel_names", {}, "ct"),
-                             ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct")):
+                             ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct"),
+                             ("channel_names", ["T1"], "mri"), ("modality", "CT", "ct")):
         (folder / "dataset.json").write_text(json.dumps({**info, key: value}))
         cases = data.read_dataset(folder, labels.CLASSES)
         assert {case.modality for case in cases} == {want}
+        cases = data.read_dataset(folder, labels.CLASSES, modality="ct")
+        assert {case.modality for case in cases} == {"ct"}
+
+
+MRI_CHANNELS = ["MRI", "mr", "MR", "T1", "T1w", "T1-weighted", "t1gd", "T1ce", "T2", "T2w",
+                "T2_FLAIR", "FLAIR", "ADC", "PD", "PD-W", "pdw", "Dixon", "Dixon water", "DWI",
+                "b1000", "DWI b=800", "in-phase", "T2*", "mp-MRI", "mpMRI", "DESS", "bSSFP",
+                "cine MR", "LGE", "Magnetic Resonance Imaging", "opposed_phase", "fat", "water"]
+CT_CHANNELS = ["CT", "ct", "CTA", "CBCT", "CT venous phase", "non-contrast CT", "CT_0", "HU",
+               "Computed Tomography", "abdominal ct (portal)"]
+
+
+@pytest.mark.parametrize("name, want", [(name, "mri") for name in MRI_CHANNELS]
+                         + [(name, "ct") for name in CT_CHANNELS])
+def test_a_channel_is_known_by_its_words(name, want):
+    for info in ({"channel_names": {"0": name}}, {"modality": {"0": name}}, {"modality": [name]}):
+        assert data.modality_of(info, "d/dataset.json") == want
+
+
+@pytest.mark.parametrize("name", [
+    "zscore", "noNorm", "rgb_to_0_1", "PET", "PET/CT", "US", "noise", "0", "mrs smith", "act",
+    "sector", "t10", "CT and MRI", "ultrasound", "padding", "None", "arterial phase"])
+def test_a_channel_that_says_neither_is_refused_with_what_to_do(name):
+    """Substrings count for nothing: "act" and "sector" hold "ct"."""
+    with pytest.raises(ValueError, match="--modality") as error:
+        data.modality_of({"channel_names": {"0": name}}, "d/dataset.json")
+    text = str(error.value)
+    assert text.startswith(f"d/dataset.json: channel {name!r} ") and 'write "CT" or "MRI"' in text
+    assert "\n" not in text
+
+
+def test_the_first_of_several_channels_is_used_and_a_line_says_so(capsys, monkeypatch):
+    channels = {"1": "ADC", "0": "CT"}
+    assert data.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
+    assert capsys.readouterr().out == \
+        "note: d/dataset.json: of 2 channels only the first is used, CT\n"
+    monkeypatch.setenv("RANK", "1")                      # under torchrun, one process says it
+    assert data.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
+    assert capsys.readouterr().out == ""
 
 
 def test_median_spacing_is_over_scans_and_axes(tiny):

@@ -593,3 +593,19 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, checkpoint, ca
     status = command(checkpoint, scan, tmp_path / "out", *extra)
     assert status == 2 and len(error_line(capsys)) < 400
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_a_constant_scan_and_notes_values_that_are_not_hounsfield_units(
+        tmp_path, checkpoint, capsys):
+    """A single value would be "Liver 2720 ml"; 1024 was added to the other scan."""
+    constant = tmp_path / "constant.nii.gz"
+    write_nifti(constant, np.full((20, 20, 20), 60, np.int16), np.diag([4.0, 4, 4, 1]))
+    assert command(checkpoint, constant, tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{constant}: all of its voxels have the value 60" in error
+    assert not (tmp_path / "out" / "constant.nii.gz").exists()
+    shifted, _ = sphere_scan(tmp_path / "shifted")
+    image = nib.load(shifted)
+    write_nifti(shifted, np.asarray(image.dataobj) + np.int16(1024), image.affine)
+    assert command(checkpoint, shifted, tmp_path / "out") == 0
+    assert f"note: {shifted}: its values lie in 24..1224" in capsys.readouterr().out

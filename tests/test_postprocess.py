@@ -1,8 +1,12 @@
 """Post-processing on difficult cases; every number in mm or ml."""
 import numpy as np
 import pytest
+import torch
+from conftest import body
 from scipy.ndimage import gaussian_filter
 
+import data
+import infer
 import labels
 import postprocess
 from postprocess import PackedMasks
@@ -33,10 +37,10 @@ def stack(classes, **masks):
     return array
 
 
-def after(classes=CLASSES, **masks):
+def after(classes=CLASSES, midline=MIDLINE, **masks):
     """{class name: its mask after post-processing}"""
     packed = PackedMasks.from_array(stack(classes, **masks))
-    assert postprocess.postprocess(packed, classes, SPACING, MIDLINE) is packed
+    assert postprocess.postprocess(packed, classes, SPACING, midline) is packed
     return {c.name: packed.get(k) for k, c in enumerate(classes)}
 
 
@@ -115,6 +119,11 @@ def test_a_table_of_ones_own_says_which_organ_is_solid():
 
 
 # ---- left and right ------------------------------------------------------------------------------
+def settle(right, left, midline=MIDLINE):
+    x_right = None if midline is None else np.arange(SHAPE[0]) > midline
+    return postprocess.settle_sides(right, left, x_right)
+
+
 def test_touching_lungs_are_separated_and_never_deleted():
     """One piece on both sides with correct labels: nothing changes. An island with the wrong label
     inside the other lung changes its label."""
@@ -138,24 +147,163 @@ def test_one_lung_that_swallowed_both_is_cut_at_the_midline():
     out = after(Right_Lung=both)
     assert np.array_equal(out["Right Lung"], box((30, 55), (5, 35), (2, 28)))
     assert np.array_equal(out["Left Lung"], box((5, 30), (5, 35), (2, 28)))
+    unknown = after(Right_Lung=both, midline=None)
+    assert np.array_equal(unknown["Right Lung"], both) and not unknown["Left Lung"].any()
 
 
 @pytest.mark.parametrize("labelled", ["Right_Kidney", "Left_Kidney"])
-def test_a_single_kidney_gets_its_side_by_position(labelled):
-    kidney = box((8, 18), (5, 15), (5, 20))                    # low x in RAS: the patient's left
-    out = after(**{labelled: kidney})
-    assert np.array_equal(out["Left Kidney"], kidney) and not out["Right Kidney"].any()
+@pytest.mark.parametrize("x", [8, 27, 42])
+def test_a_single_kidney_keeps_its_side_wherever_it_lies(labelled, x):
+    """Half a body in view, situs inversus, a patient lying off-centre, a kidney across the midline
+    (3 of its 10 planes)."""
+    kidney = box((x, x + 10), (5, 15), (5, 20))
+    for midline in (MIDLINE, None):
+        out = after(midline=midline, **{labelled: kidney})
+        assert np.array_equal(out[labelled.replace("_", " ")], kidney)
+        assert sum(m.sum() for m in out.values()) == kidney.sum()
+
+
+def test_two_kidneys_with_one_label_are_told_apart_by_position():
+    """The label occurs twice, so it contradicts itself; a speck, 8 of 2250 voxels, does not make
+    it so. Without a midline the labels stay."""
+    right, left = box((40, 50), (5, 20), (5, 20)), box((8, 20), (5, 20), (5, 20))
+    for labelled in ("Right_Kidney", "Left_Kidney"):
+        out = after(**{labelled: right | left})
+        assert np.array_equal(out["Right Kidney"], right)
+        assert np.array_equal(out["Left Kidney"], left)
+    settled, other = settle(right | left, right & False, None)
+    assert np.array_equal(settled, right | left) and not other.any()
+    speck = box((40, 42), (30, 32), (5, 7))
+    settled, other = settle(left | speck, right & False)
+    assert np.array_equal(settled, left | speck) and not other.any()
+
+
+def test_one_kidney_with_both_labels_gets_its_side_by_position_or_by_the_larger_label():
+    """The lower 9 of its 15 planes are labelled right, and the kidney lies on the left."""
+    low, high = box((8, 18), (5, 15), (5, 14)), box((8, 18), (5, 15), (14, 20))
+    right, left = settle(low, high)
+    assert np.array_equal(left, low | high) and not right.any()
+    right, left = settle(low, high, None)
+    assert np.array_equal(right, low | high) and not left.any()
+    right, left = settle(low | high, low | high)             # each voxel has both labels
+    assert np.array_equal(left, low | high) and not right.any()
+
+
+@pytest.mark.parametrize("midline", [None, 29.5])
+@pytest.mark.parametrize("border", [20, 30, 44])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_touching_lungs_keep_labels_that_a_plane_separates(midline, border, inverted):
+    """Whatever the midline: one lung may have moved across it, or the organs may lie on the other
+    sides, as in situs inversus. An island on the wrong side of that plane changes its label, and
+    where both labels are set, the plane decides."""
+    high, low = box((border, 55), (5, 35), (2, 28)), box((5, border), (5, 35), (2, 28))
+    island, both = box((50, 53), (15, 18), (10, 13)), box((border, border + 2), (9, 11), (9, 11))
+    right, left = (low, high) if inverted else (high, low)
+    got = settle(right ^ island, left ^ island ^ both if not inverted else left ^ island, midline)
+    assert np.array_equal(got[0], right) and np.array_equal(got[1], left)
+
+
+def test_lungs_with_mixed_labels_are_cut_at_the_midline_or_take_the_larger_label():
+    """The lower third of both lungs is labelled left, the rest right."""
+    low, high = box((5, 55), (5, 35), (2, 10)), box((5, 55), (5, 35), (10, 28))
+    right, left = settle(high, low)
+    assert np.array_equal(right, box((30, 55), (5, 35), (2, 28)))
+    assert np.array_equal(left, box((5, 30), (5, 35), (2, 28)))
+    right, left = settle(high, low, None)
+    assert np.array_equal(right, low | high) and not left.any()
+
+
+def test_the_plane_that_separates_two_labels():
+    """The examples of the docstring; left 8 + 2 before the cut, right 9 + 1 after it."""
+    usual = postprocess._separate(np.array([0, 0, 1, 9]), np.array([8, 2, 0, 0]))
+    assert usual.tolist() == [False, False, True, True]
+    exchanged = postprocess._separate(np.array([9, 1, 0, 0]), np.array([0, 0, 2, 8]))
+    assert exchanged.tolist() == [True, True, False, False]
+    assert postprocess._separate(np.full(4, 5), np.full(4, 5)) is None
+    assert postprocess._separate(np.array([5]), np.array([5])) is None
+    tenth = postprocess._separate(np.array([1, 9]), np.array([9, 1]))     # 0.9 of each
+    assert tenth.tolist() == [False, True]
+    assert postprocess._separate(np.array([2, 9]), np.array([9, 1])) is None
+
+
+def random_box(rng):
+    start = [rng.integers(0, n - 6) for n in SHAPE]
+    return box(*[(s, s + rng.integers(2, 7)) for s in start])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_right_and_one_left_piece_come_out_unchanged_at_any_midline(seed):
+    rng = np.random.default_rng(seed)
+    while True:
+        right, left = random_box(rng), random_box(rng)
+        if postprocess.components(right | left)[0].max() == 2:
+            break
+    for midline in (None, -5.0, *rng.uniform(0, SHAPE[0], 4), 100.0):
+        got = settle(right, left, midline)
+        assert np.array_equal(got[0], right) and np.array_equal(got[1], left)
+
+
+def random_masks(rng):
+    """Two masks of a few boxes each, and now and then some noise."""
+    masks = []
+    for _ in range(2):
+        mask = np.any([random_box(rng) for _ in range(rng.integers(1, 5))], axis=0)
+        if rng.random() < 0.5:
+            mask ^= (rng.random(SHAPE) < 0.05) & box((10, 40), (5, 20), (5, 20))
+        masks.append(mask)
+    return masks
+
+
+def equally_labelled(right, left):
+    """The pieces with as many voxels of either label, which are right where nothing is known."""
+    pieces, _ = postprocess.components(right | left)
+    n = pieces.max() + 1
+    n_right, n_left = (postprocess._voxels_inside(pieces, mask, n) for mask in (right, left))
+    return (n_right == n_left)[pieces] & (pieces > 0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_settling_deletes_nothing_and_commutes_with_a_mirror(seed):
+    rng = np.random.default_rng(seed)
+    right, left = random_masks(rng)
+    for midline in (None, MIDLINE, 12.5):
+        got = settle(right, left, midline)
+        assert not (got[0] & got[1]).any() and np.array_equal(got[0] | got[1], right | left)
+        mirrored = None if midline is None else SHAPE[0] - 1 - midline
+        right_there, left_there = settle(left[::-1], right[::-1], mirrored)
+        same = ~equally_labelled(right, left) if midline is None else right | left
+        assert np.array_equal(right_there[::-1] & same, got[1] & same)
+        assert np.array_equal(left_there[::-1] & same, got[0] & same)
 
 
 def test_sides_of_a_table_of_ones_own_are_paired_whatever_the_case_and_order_of_the_words():
-    """Two kidneys with exchanged labels; and "Lobe (left)" is the other side of "right lobe"."""
+    """Two kidneys that are both labelled left, or both right; and "Lobe (left)" is the other side
+    of "right lobe"."""
     right, left = box((40, 52), (5, 20), (5, 20)), box((8, 20), (5, 20), (5, 20))
     for a, b in (("left kidney", "right kidney"), ("Lobe (left)", "right lobe")):
         classes = labels.make_classes([{"name": a, "side": "left"}, {"name": b, "side": "right"},
                                        {"name": "left hand", "side": "left"}])
-        out = after(classes, **{a: right, b: left, "left hand": right})
-        assert np.array_equal(out[a], left) and np.array_equal(out[b], right)
-        assert np.array_equal(out["left hand"], right)           # it has no other side: unchanged
+        for labelled in (a, b):
+            out = after(classes, **{labelled: right | left, "left hand": right})
+            assert np.array_equal(out[a], left) and np.array_equal(out[b], right)
+            assert np.array_equal(out["left hand"], right)       # it has no other side: unchanged
+
+
+@pytest.mark.parametrize("view", [slice(0, 40), slice(20, 40), slice(0, 20)])
+def test_a_scan_of_half_a_body_is_segmented_without_a_midline(view):
+    """A right kidney at the low end of the view stays the right one."""
+    hu, _ = body(0)
+    volume = data.Volume(hu[view], np.diag([4.0, 4.5, 5.0, 1.0]))
+    seg = infer.segment(volume, lambda x, w: x.expand(-1, 2, -1, -1, -1) - 2, torch.zeros(2, 1),
+                        spacing_mm=4.0, patch=64)
+    whole = view == slice(0, 40)
+    assert (seg.midline is None) is not whole and (not whole or abs(seg.midline - 19.5) < 1)
+    kidneys = [labels.CLASSES[1], labels.CLASSES[2]]
+    kidney = np.zeros(volume.array.shape, bool)
+    kidney[2:8, 10:20, 10:20] = True
+    seg.masks.set(0, kidney)
+    postprocess.postprocess(seg.masks, kidneys, volume.spacing_mm, seg.midline)
+    assert np.array_equal(seg.masks.get(0), kidney) and not seg.masks.get(1).any()
 
 
 # ---- lesions -------------------------------------------------------------------------------------
