@@ -290,7 +290,7 @@ def test_a_result_is_there_already_only_for_the_same_scan(tmp_path, checkpoint, 
 
 
 @pytest.mark.parametrize("file", ["scan.nii.gz", "scan.json", "scan.png", "scan/liver.nii.gz",
-                                  "scan/liver_probability.nii.gz"])
+                                  "scan/liver_probability.nii.gz", "itksnap_labels.txt"])
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]])
 def test_a_file_that_infer_did_not_write_is_never_replaced(tmp_path, checkpoint, capsys, no_model,
                                                            file, flag):
