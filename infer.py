@@ -647,9 +647,12 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
     return content["classes"]
 
 
+CLEAR_LABEL = '    0     0    0    0        0  0  0    "Clear Label"'    # the first line of ours
+
+
 def write_itksnap_labels(path: Path, classes) -> None:
     """The label description file of ITK-SNAP: value, colour, visibility and name of every class."""
-    lines = ['    0     0    0    0        0  0  0    "Clear Label"']
+    lines = [CLEAR_LABEL]
     for k, c in enumerate(classes):
         red, green, blue = COLOURS[k % len(COLOURS)]
         lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{c.name}"')
@@ -928,6 +931,10 @@ def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespa
     """raises ValueError  if the results would replace a file that infer.py did not write, or, but
     for --overwrite, the result of another scan
     """
+    shared = args.output / "itksnap_labels.txt"
+    if os.path.lexists(shared) and not shared.read_bytes().startswith(CLEAR_LABEL.encode()):
+        raise ValueError(f"{shared}: exists and was not written by infer.py; choose another folder "
+                         "with --output, or move this file away")
     for name, scan in scans.items():
         record = read_record(args.output, name)
         own = record.files if record else ()
