@@ -372,14 +372,15 @@ def _why_unreadable(path, error: Exception) -> str:
     with open(path, "rb") as file:
         start = file.read(4)
     refused = re.search(r"GLOBAL (\S+)", text)
-    if refused and start.startswith((b"PK", b"\x80")):
+    if refused and start.startswith((b"PK", b"\x80\x02")):
         return (f"it holds {refused[1]}, which is not loaded, because only tensors, plain numbers "
                 "and strings are safe to load; save the file again without it")
     if not start:
         return "the file is empty"
-    if not start.startswith((b"PK", b"\x80")):
+    if not start.startswith((b"PK", b"\x80\x02")):
         return "not a file that torch.save has written"
-    return f"cut off or damaged ({' '.join(text.split())[:120]})"
+    detail = text.split("WeightsUnpickler error:")[-1]                 # what precedes it is advice
+    return f"cut off or damaged ({' '.join(detail.split())[:120]})"
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

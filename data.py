@@ -258,11 +258,12 @@ def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
     return raw
 
 
-def save_like(path: str | Path, array: np.ndarray, like: str | Path, *,
+def save_like(path: str | Path, array: np.ndarray, like: str | Path, slope: float = 1, *,
               description: str | None = None) -> None:
     """Write an array in the axes, affine and header codes of the file `like`.
 
     array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+    slope        readers of the file multiply the stored values by this number, in float32
     description  text for the header, at most 79 characters; None: that of `like`
 
     The file appears complete or not at all.
@@ -279,6 +280,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *,
         header["descrip"] = description
     voxels = nib.apply_orientation(array, back).reshape(img.shape)
     out = type(img)(voxels, None, header)
+    out.header.set_slope_inter(slope, 0)
     with atomic_write(path) as part:
         out.to_filename(part)
 

@@ -24,7 +24,10 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +48,11 @@ from model import load_checkpoint
 
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
+MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
 THRESHOLD = 0.5         # on the probability (release)
+LEVELS = 255            # a stored probability is a whole number of steps of 1 / LEVELS
+STEP = float(np.nextafter(np.float32(1 / LEVELS), np.float32(0)))     # that, so that 1 is not
+                                                                      # exceeded by rounding
 BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
 
 
@@ -187,18 +194,15 @@ def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
     return np.rint(np.linspace(0, n - patch, count)).astype(int).tolist()
 
 
-def window_weights(starts: list[int], patch: int) -> np.ndarray:
-    """(windows, patch) Gaussian weights along one axis that add up to 1 at every voxel.
+def window_weight(patch: int) -> Tensor:
+    """(p, p, p) the weight of a window's logits: a Gaussian, but nowhere below MIN_WEIGHT.
 
-    The windows of a scan form a full grid, so the product of the weights of three axes adds up to 1
-    as well, and blending needs no buffer for the sum of the weights.
+    Near the border of a scan, where only the outermost voxels of windows lie, the lower bound makes
+    all windows there count equally. Blended logits are divided by the sum of their weights.
     """
-    x = (np.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
-    gauss = np.exp(-0.5 * x * x)
-    total = np.zeros(starts[-1] + patch)
-    for s in starts:
-        total[s:s + patch] += gauss
-    return np.stack([gauss / total[s:s + patch] for s in starts]).astype(np.float32)
+    x = (torch.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
+    gauss = torch.exp(-0.5 * x * x)
+    return (gauss[:, None, None] * gauss[:, None] * gauss).clamp(min=MIN_WEIGHT)
 
 
 def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
@@ -233,15 +237,16 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
     device = w.device
     image_there = image.to(device)
     starts = [window_starts(n, patch, overlap) for n in image.shape]
-    weights = [torch.from_numpy(window_weights(s, patch)).to(device) for s in starts]
-    columns = list(itertools.product(range(len(starts[0])), range(len(starts[1]))))
-    buffer = torch.zeros(len(w), *image.shape[:2], patch, dtype=torch.float32, device=device)
+    weight = window_weight(patch).to(device)
+    columns = list(itertools.product(starts[0], starts[1]))
+    buffer = torch.zeros(len(w) + 1, *image.shape[:2], patch, device=device)
+    logit_sum, weight_sum = buffer[:-1], buffer[-1]   # of the windows so far, both weighted
     air = None                                        # logits of a window of air, (1, K, p, p, p)
 
-    for slab, z in enumerate(starts[2]):
+    for z, next_z in zip(starts[2], [*starts[2][1:], None], strict=True):
         for first in range(0, len(columns), batch):
             part = columns[first:first + batch]
-            corners = [(starts[0][i], starts[1][j], z) for i, j in part]
+            corners = [(x, y, z) for x, y in part]
             is_air = not any(_window(image, *corner, patch).any() for corner in corners)
             if is_air and air is not None:
                 logits = air.expand(len(part), -1, -1, -1, -1)
@@ -252,19 +257,19 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
                     logits = model(windows, w)                         # (n, K, p, p, p)
             if is_air:
                 air = logits[:1]                      # computed once per scan
-            for (i, j), (x, y, _), scores in zip(part, corners, logits, strict=True):
-                weight = (weights[0][i][:, None, None] * weights[1][j][:, None]) * weights[2][slab]
-                _blend(_window(buffer, x, y, 0, patch), scores, weight)
+            for (x, y), scores in zip(part, logits, strict=True):
+                _blend(_window(logit_sum, x, y, 0, patch), scores, weight)
+                _window(weight_sum, x, y, 0, patch).add_(weight)
             if bar is not None:
                 bar.update(len(part))
 
-        if slab + 1 == len(starts[2]):
-            yield z, buffer
+        finished = patch if next_z is None else next_z - z    # planes that no later window reaches
+        yield z, logit_sum[..., :finished].div_(weight_sum[..., :finished])
+        if next_z is None:
             return
-        finished = starts[2][slab + 1] - z            # planes that no later window reaches
-        yield z, buffer[..., :finished]
-        buffer[..., :-finished] = buffer[..., finished:].clone()
-        buffer[..., -finished:] = 0
+        for values in buffer:              # class by class, because each needs a copy of its own
+            values[..., :-finished] = values[..., finished:].clone()
+            values[..., -finished:] = 0
 
 
 def _window(volume: Tensor, x: int, y: int, z: int, patch: int) -> Tensor:
@@ -335,10 +340,16 @@ class Segmentation:
              is set. The last axis is the slowest in memory, because slabs arrive along it.
     midline  position of the body's mid-sagittal plane on the first axis, in native voxels; None
              where it is not known
+    levels   None, or if asked for, (K, D, H, W) uint8: the probabilities of all classes in steps of
+             1 / LEVELS, rounded so that a level is above 127 exactly where the mask was set; 0
+             outside the body's box
     """
 
-    def __init__(self, shape, K: int):
+    def __init__(self, shape, K: int, probabilities: bool = False):
         D, H, W = shape
+        self.levels = None
+        if probabilities:
+            self.levels = np.zeros((K, W, D, H), np.uint8).transpose(0, 2, 3, 1)
         self.masks = postprocess.PackedMasks(shape, K)
         self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
         self.midline: float | None = None
@@ -349,18 +360,24 @@ class Segmentation:
         logits  (K, d, h, n)  a slab of the working grid
         where                 the native voxels of these planes in the slab
 
-        All of this happens on the device of the logits, from which a slab is fetched in one piece.
+        All of this happens on the device of the logits, from which a slab is fetched in one piece,
+        and its probabilities, if they are asked for, in a second one.
         """
         K, shape = len(logits), (*self.winner.shape[:2], len(where.at[2]))
         shapes = [(len(self.masks.words), *shape), shape, *((K, n) for n in shape)]
         fetched = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int32, device=logits.device)
         words, winner, *planes_hit = _views(fetched, shapes)
         best = torch.full(shape, THRESHOLD, device=logits.device)
+        keep_all = self.levels is not None
+        levels = torch.zeros((K, *shape) if keep_all else 0, dtype=torch.uint8,
+                             device=logits.device)
         for k, scores in enumerate(logits):
-            box = _reach(scores, where.at)
+            box = _reach(scores, where.at, everywhere=keep_all)
             if box is None:
                 continue
             prob = _native_probability(scores, where.at, box)
+            if keep_all:
+                levels[k][box] = (prob * LEVELS - 0.5).ceil_().to(torch.uint8)
             words[k // 32][box].add_(prob > THRESHOLD, alpha=BITS[k % 32])
             winner[box].masked_fill_(prob > best[box], k)
             torch.maximum(best[box], prob, out=best[box])
@@ -371,6 +388,8 @@ class Segmentation:
         words, winner, *planes_hit = (view.numpy() for view in _views(fetched.cpu(), shapes))
         planes = slice(where.first_plane, where.first_plane + shape[2])
         self.winner[:, :, planes] = winner
+        if keep_all:
+            self.levels[..., planes] = levels.cpu().numpy()
         boxes = {}
         for k in range(K):
             box = [data.bounding_box(hit[k] > 0) for hit in planes_hit]
@@ -408,8 +427,10 @@ def _views(flat: Tensor, shapes) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _reach(scores: Tensor, at: list[np.ndarray]) -> tuple[slice, ...] | None:
+def _reach(scores: Tensor, at: list[np.ndarray], everywhere: bool) -> tuple[slice, ...] | None:
     """The box of native voxels that one class can reach in a slab; None if there are none.
+
+    everywhere  take all native voxels of the slab, whatever the logits
 
     A linear interpolation never exceeds its corners. So a probability above one half needs a corner
     with a logit above 0, which is less than one voxel away along every axis. Logits that lie on
@@ -417,7 +438,7 @@ def _reach(scores: Tensor, at: list[np.ndarray]) -> tuple[slice, ...] | None:
     all native voxels of the slab are taken.
     """
     positive = tuple(slice(0, n) for n in scores.shape)
-    if scores.device.type == "cpu":
+    if scores.device.type == "cpu" and not everywhere:
         positive = data.bounding_box((scores > 0).numpy())
     if positive is None:
         return None
@@ -441,14 +462,17 @@ def _native_probability(scores: Tensor, at: list[np.ndarray], box) -> Tensor:
 
 
 def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
-            patch: int = data.PATCH, batch: int = 1, amp: bool = False,
-            progress: bool = False) -> Segmentation:
-    """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings."""
+            patch: int = data.PATCH, overlap: float = OVERLAP, batch: int = 1, amp: bool = False,
+            probabilities: bool = False, progress: bool = False) -> Segmentation:
+    """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings.
+
+    probabilities  also keep the probabilities: one byte per class and voxel
+    """
     image, working_shape, box = data.preprocess(volume, spacing_mm)
     image, front = pad_to(image, patch)
     native_shape = volume.array.shape
     where = place(native_shape, working_shape, box, front)
-    seg = Segmentation(native_shape, len(w))
+    seg = Segmentation(native_shape, len(w), probabilities)
     midline = data.body_midline(image)
     if midline is not None:
         midline += box[0].start - front[0]                            # in the uncropped scan
@@ -456,10 +480,10 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
 
     planes = image.shape[2]
     carry = None            # last plane of the slab before: native planes may lie between two slabs
-    with tqdm(total=count_windows(image.shape, patch), desc="windows", unit="window",
+    with tqdm(total=count_windows(image.shape, patch, overlap), desc="windows", unit="window",
               leave=False, disable=not progress) as bar:
-        for start, logits in slabs(torch.from_numpy(image), model, w, patch=patch, batch=batch,
-                                   amp=amp, bar=bar):
+        for start, logits in slabs(torch.from_numpy(image), model, w, patch=patch, overlap=overlap,
+                                   batch=batch, amp=amp, bar=bar):
             stop = start + logits.shape[3]
             if carry is not None:
                 logits, start = torch.cat([carry, logits], 3), start - 1
@@ -488,6 +512,103 @@ def mask_file(class_name: str) -> str:
     return class_name.lower().replace(" ", "_").replace("/", "_") + ".nii.gz"
 
 
+def probability_file(class_name: str) -> str:
+    """The file name of one class's probabilities: "Liver Tumor" ->
+    "liver_tumor_probability.nii.gz"."""
+    return mask_file(f"{class_name} probability")
+
+
+def result_files(name: str, class_names: list[str], *, masks: bool = False,
+                 probabilities: bool = False, preview: bool = False) -> list[str]:
+    """The files of one scan's result, relative to the output folder.
+
+    raises ValueError  if two classes would write one file
+    """
+    files = [f"{name}.nii.gz", f"{name}.json"]
+    if preview:
+        files.append(f"{name}.png")
+    if masks:
+        files += [f"{name}/{mask_file(c)}" for c in class_names]
+    if probabilities:
+        files += [f"{name}/{probability_file(c)}" for c in class_names]
+    for i, file in enumerate(files):
+        if file in files[:i]:
+            raise ValueError(f"two classes would write the same file {file}; rename one of them "
+                             "in the class table, or segment one at a time with --classes")
+    return files
+
+
+@dataclass(frozen=True)
+class Record:
+    """What infer.py noted about one result in an output folder."""
+    scan: str                # path of the scan, links resolved
+    files: frozenset[str]    # that belong to the result, relative to the output folder
+    made_with: dict | None   # the settings and the identity of the scan
+    finished: bool           # False while files are being written, or after a killed run
+
+
+def _unfinished_file(name: str) -> str:
+    """The hidden JSON that stands for the result NAME while its files are being written."""
+    return f".{name}.unfinished.json"
+
+
+def read_record(out_dir: Path, name: str) -> Record | None:
+    """What infer.py noted about the result NAME in a folder; None if it never wrote one there.
+
+    Other programs write NAME.json beside a scan, too (BIDS); theirs has no "made_with".
+    """
+    for file in (_unfinished_file(name), f"{name}.json"):
+        try:
+            content = json.loads((out_dir / file).read_text(encoding="utf-8"))
+            made_with = content["made_with"]
+            scan = made_with["scan"]["path"] if made_with else content["scan"]
+            files = {f"{name}.nii.gz", f"{name}.json", *content.get("files", [f"{name}.png"])}
+            files = {f for f in files if Path(f).parent == Path(name) or f.startswith(f"{name}.")}
+            return Record(os.path.realpath(scan), frozenset(files), made_with, file[0] != ".")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue                             # no such file, or not one of ours
+    return None
+
+
+def is_result(path: Path) -> bool:
+    """Whether an earlier run of infer.py wrote this file: a label map, mask or probabilities."""
+    for file in (Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))):
+        folder = file.parent
+        beside = read_record(folder, file.name.removesuffix(".nii.gz"))   # of OUT/NAME.nii.gz
+        above = read_record(folder.parent, folder.name)                   # of OUT/NAME/FILE
+        if beside and file.name in beside.files:
+            return True
+        if above and f"{folder.name}/{file.name}" in above.files:
+            return True
+    return False
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with data.atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def begin_result(out_dir: Path, name: str, content: dict) -> None:
+    """Note in a hidden file which files will be written, and remove an earlier result's JSON and
+    those of its files that would not be replaced.
+
+    Without this, a killed run could leave the JSON of one result beside the label map of another,
+    and masks of an earlier result would seem to belong to the new one.
+    """
+    earlier, new = read_record(out_dir, name), set(content["files"])
+    files = new | earlier.files if earlier else new
+    _write_json(out_dir / _unfinished_file(name), {**content, "files": sorted(files)})
+    if earlier:
+        for file in [f"{name}.json", *sorted(earlier.files - new)]:
+            (out_dir / file).unlink(missing_ok=True)
+
+
+def finish_result(out_dir: Path, name: str, content: dict) -> None:
+    """Write a result's JSON, which makes it complete."""
+    _write_json(out_dir / f"{name}.json", content)
+    (out_dir / _unfinished_file(name)).unlink(missing_ok=True)
+
+
 def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
                   indices: list[int], made_with: dict | None = None, *, masks: bool, preview: bool,
                   volume: data.Volume) -> list[dict]:
@@ -498,27 +619,32 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
     made_with  the settings that the JSON records
     returns    results: value, name and volume in ml of each class
 
-    The JSON is written last: a scan whose JSON exists is complete.
+    Probabilities are written if `seg` holds them. The JSON is written last: a scan whose JSON
+    exists is complete.
     """
+    names = [classes[k].name for k in indices]
+    content = {"scan": str(scan), "classes": [], "made_with": made_with}
+    content["files"] = result_files(name, names, masks=masks, preview=preview,
+                                    probabilities=seg.levels is not None)
+    begin_result(out_dir, name, content)
     value = np.array([0, *(k + 1 for k in indices)], np.uint8 if len(classes) < 256 else np.uint16)
     label = value[seg.merge([classes[k] for k in indices])]
     voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    results = []
     for i, k in enumerate(indices):
         mask = seg.masks.get(i)
         volume_ml = round(float(np.count_nonzero(mask)) * voxel_ml, 3)
-        results.append({"value": k + 1, "name": classes[k].name, "volume_ml": volume_ml})
+        content["classes"].append({"value": k + 1, "name": names[i], "volume_ml": volume_ml})
         if masks:
-            file = out_dir / name / mask_file(classes[k].name)
-            data.save_like(file, mask.astype(np.uint8), scan)
+            data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan)
+        if seg.levels is not None:
+            data.save_like(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
+                           slope=STEP)
     if preview:
         draw(out_dir / f"{name}.png", volume, label, classes, title=name)
     data.save_like(out_dir / f"{name}.nii.gz", label, scan)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
-    content = {"scan": str(scan), "classes": results, "made_with": made_with}
-    with data.atomic_write(out_dir / f"{name}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return results
+    finish_result(out_dir, name, content)
+    return content["classes"]
 
 
 def write_itksnap_labels(path: Path, classes) -> None:
@@ -635,13 +761,19 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--checkpoint", required=True, metavar="FILE",
                     help="a checkpoint of train.py, or one of the authors' released models")
     ap.add_argument("--input", required=True, metavar="PATH", type=Path,
-                    help="a scan (NIfTI), or a folder whose scans are all segmented")
+                    help="a scan (NIfTI), or a folder whose scans are all segmented; one without "
+                         "scans of its own is searched for folders with scans, such as one per "
+                         "patient, after which the results are named")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", metavar="NAME",
                     help="segment only these classes (default: all that the model was trained on)")
     ap.add_argument("--masks", action="store_true",
                     help="also write one binary mask per class; masks may overlap")
+    ap.add_argument("--probabilities", action="store_true",
+                    help="also write the probabilities of each class before post-processing, as "
+                         "bytes that the header scales to 0..1; takes one byte of memory per class "
+                         "and voxel")
     ap.add_argument("--postprocess", action=argparse.BooleanOptionalAction, default=True,
                     help="correct left and right, keep one piece of a solid organ, remove specks, "
                          "and remove lesions outside their host organ (default: yes)")
@@ -650,7 +782,8 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--preview", action="store_true",
                     help="also write a PNG per scan (needs matplotlib)")
     ap.add_argument("--overwrite", action="store_true",
-                    help="segment scans again whose result is there already")
+                    help="segment scans again whose result is there already, and replace results "
+                         "of other scans")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                     help="compute in bf16 (default: where the hardware supports it)")
     ap.add_argument("--plain", action="store_true",
@@ -658,34 +791,129 @@ def parse(argv=None) -> argparse.Namespace:
                          "in fast.py")
     ap.add_argument("--batch", type=int, default=1, metavar="N",
                     help="number of windows per call of the model (default: 1)")
+    ap.add_argument("--overlap", type=float, default=OVERLAP, metavar="X",
+                    help="overlap of neighbouring windows, at least 0 and below 1 (default: "
+                         "%(default)s; 0.25 takes about half the time)")
     ap.add_argument("--device", default=best_device(),
                     help="the device to compute on: cuda, cuda:N, mps or cpu (default: the best "
                          "that this machine has, %(default)s)")
     return ap.parse_args(argv)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """raises ValueError  if a number is out of range, --output a file, or a package missing"""
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    if not 0 <= args.overlap < 1:
+        raise ValueError(f"--overlap {args.overlap}: must be at least 0 and below 1")
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output}: is a file; name a folder for the results")
+    if args.preview:
+        data.new_figure(1, 1)                # needs matplotlib
+
+
+LABEL_WORD = re.compile(r"(?<![a-z])(labels?|labelst[rs]|masks?|seg|segmentations?)(?![a-z])", re.I)
+
+
 def find_scans(path: Path) -> list[Path]:
     """A scan, or all scans of a folder (imagesTs of nnU-Net included).
 
-    raises ValueError  for a folder without a scan
+    A folder without scans of its own is searched for folders with scans, at any depth:
+
+        study/patient1/ct.nii.gz, study/patient1/segmentations/liver.nii.gz, study/patient2/ct.nii
+        find_scans(study) -> [study/patient1/ct.nii.gz, study/patient2/ct.nii]
+
+    Hidden files and results of infer.py are not scans. Files and folders called label, mask or
+    segmentation are passed over, which is printed, unless the folder itself holds such files only.
+
+    raises ValueError  if the file is a result, or the folder holds no scan
     """
-    scans = sorted(p for e in data.ENDINGS for p in path.glob(f"*{e}") if p.name[0] != ".")
-    if path.is_dir() and not scans:
-        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder")
-    return scans or [path]
+    if not path.is_dir():
+        if is_result(path):
+            raise ValueError(f"{path}: is a result of infer.py, not a scan")
+        return [path]
+    own = _scan_files(path)
+    if own and all(_is_called_label(p) for p in own):
+        return own
+    passed: list[Path] = []
+    scans = _scans_below(path, passed, set())
+    if not scans:
+        named = f"; {passed[0]} was passed over because of its name" if passed else ""
+        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or below it; results "
+                         f"of infer.py are not scans{named}")
+    if passed and process_rank() == 0:
+        print(f"note: {len(passed)} files or folders passed over because their names are those of "
+              f"label maps, the first {passed[0]}; to segment it, name it with --input")
+    return scans
 
 
-def output_files(scans: list[Path], out_dir: Path) -> list[Path]:
-    """Every file that a run over these scans may write; of masks, those that exist."""
-    files = [out_dir / "itksnap_labels.txt"]
-    for name in {data.case_name(scan) for scan in scans}:
-        files += [out_dir / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
-        files += sorted((out_dir / name).glob("*.nii.gz"))
-    return files
+def _scan_files(folder: Path) -> list[Path]:
+    """The files of a folder, but not below it, that may be scans."""
+    return [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
+            and p.name[0] != "." and not p.is_dir() and not is_result(p)]
+
+
+def _scans_below(folder: Path, passed: list[Path], seen: set[str]) -> list[Path]:
+    """The scans of a folder; if there are none, those of the folders in it.
+
+    passed  is extended by what was passed over because of its name
+    seen    folders that were looked at, so that a link to a folder above ends the search
+    """
+    if os.path.realpath(folder) in seen:
+        return []
+    seen.add(os.path.realpath(folder))
+    files = _scan_files(folder)
+    scans = [p for p in files if not _is_called_label(p)]
+    passed += [p for p in files if _is_called_label(p)]
+    if scans:
+        return scans
+    for inner in sorted(folder.iterdir()):
+        if not inner.is_dir() or inner.name[0] == ".":
+            continue
+        if _is_called_label(inner):
+            passed.append(inner)
+        else:
+            scans += _scans_below(inner, passed, seen)
+    return scans
+
+
+def _is_called_label(path: Path) -> bool:
+    """segmentation-3.nii, case_seg.nii.gz, labelsTr/ -> True; ct.nii.gz -> False"""
+    return LABEL_WORD.search(path.name) is not None
+
+
+def name_scans(scans: list[Path], folder: Path) -> dict[str, Path]:
+    """The name of each scan's result.
+
+    scans   find_scans(folder)
+    returns {name: scan}; no two results share a file, also where case makes no difference
+
+        folder/liver_1_0000.nii.gz                                 -> liver_1
+        folder/patient1/ct.nii.gz, the only scan in its folder     -> patient1
+        folder/patient1/ct.nii.gz, beside folder/patient1/pet.nii  -> patient1_ct, patient1_pet
+
+    raises ValueError  if two scans would write one result
+    """
+    in_folder = Counter(scan.parent for scan in scans)
+    named, taken = {}, {}
+    for scan in scans:
+        parts = list(scan.parent.relative_to(folder).parts) if scan != folder else []
+        if not parts or in_folder[scan.parent] > 1:
+            parts.append(data.case_name(scan))
+        name = "_".join(parts)
+        for file in (name, *result_files(name, [], preview=True)):       # `name`: folder of masks
+            key = unicodedata.normalize("NFC", file).casefold()
+            if key in taken and taken[key] != scan:
+                raise ValueError(f"{taken[key]} and {scan} would write the same result {file}; "
+                                 "rename one of them, or segment one at a time with --input FILE "
+                                 "and another --output each")
+            taken[key] = scan
+        named[name] = scan
+    return named
 
 
 def refuse_overwriting_inputs(inputs: list[Path], outputs: list[Path]) -> None:
-    """raises ValueError  if an output is a file that is read, also by way of a link."""
+    """raises ValueError  if an output is a file that is read, also by way of a link"""
     known = {}
     for path in inputs:
         if path.exists():
@@ -696,19 +924,35 @@ def refuse_overwriting_inputs(inputs: list[Path], outputs: list[Path]) -> None:
                              "another folder with --output")
 
 
+def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> None:
+    """raises ValueError  if the results would replace a file that infer.py did not write, or, but
+    for --overwrite, the result of another scan
+    """
+    for name, scan in scans.items():
+        record = read_record(args.output, name)
+        own = record.files if record else ()
+        for file in planned_files(name, job, args):
+            if file not in own and os.path.lexists(args.output / file):
+                raise ValueError(f"{args.output / file}: exists and was not written by infer.py; "
+                                 "choose another folder with --output, or move this file away")
+        if record and record.scan != os.path.realpath(scan) and not args.overwrite:
+            raise ValueError(f"{args.output / name}.nii.gz: is the result of another scan, "
+                             f"{record.scan}, not of {scan}; choose another folder with --output, "
+                             "or --overwrite to replace it")
+
+
+def planned_files(name: str, job: Job, args: argparse.Namespace) -> list[str]:
+    """The files that this run writes for one scan, relative to the output folder."""
+    return result_files(name, [job.classes[k].name for k in job.indices], masks=args.masks,
+                        probabilities=args.probabilities, preview=args.preview)
+
+
 def file_identity(path: Path) -> dict | None:
     """What tells a file from all others and from an earlier file of the same name."""
     if not path.is_file():
         return None
     found = path.stat()
-    return {"path": str(path.resolve()), "size": found.st_size, "changed": found.st_mtime_ns}
-
-
-def recorded_settings(file: Path) -> dict | None:
-    """The settings that a result's JSON records; None if there are none to be read."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads(file.read_bytes()).get("made_with")
-    return None
+    return {"path": os.path.realpath(path), "size": found.st_size, "changed": found.st_mtime_ns}
 
 
 def load_job(args: argparse.Namespace) -> Job:
@@ -729,48 +973,51 @@ def load_job(args: argparse.Namespace) -> Job:
     if not args.plain:
         model = fast.accelerate(model)
     amp = use_amp(args.device) if args.amp is None else args.amp
-    flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain]
+    flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain,
+             args.probabilities]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
-                "flags": flags}
+                "flags": flags, "overlap": args.overlap}
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
                args.modality or content.get("modality", "ct"), amp, settings)
 
 
-def segment_scan(scan: Path, job: Job, args: argparse.Namespace, made_with: dict) -> list[dict]:
-    """Segment one scan and write its results."""
+def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
+                 made_with: dict) -> list[dict]:
+    """Segment one scan and write its results as NAME."""
     volume = data.load_volume(scan)
     volume.modality = job.modality
     data.check_grey_values(volume, scan)
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
-                      batch=args.batch, amp=job.amp, progress=process_rank() == 0)
+                      overlap=args.overlap, batch=args.batch, amp=job.amp,
+                      probabilities=args.probabilities, progress=process_rank() == 0)
     if args.postprocess:
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
-    return write_results(data.case_name(scan), args.output, scan, seg, job.classes, job.indices,
-                         made_with, masks=args.masks, preview=args.preview, volume=volume)
+    return write_results(name, args.output, scan, seg, job.classes, job.indices, made_with,
+                         masks=args.masks, preview=args.preview, volume=volume)
 
 
-def segment_all(scans: list[Path], job: Job, args: argparse.Namespace) -> Summary:
-    """Segment the scans whose result is not there already with the same settings.
+def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> Summary:
+    """Segment the scans {name: path} whose result is not there already with the same settings.
 
     Several processes deal the scans out among themselves. An error in one of several scans is
     recorded and the others are segmented; an error in a single scan is raised.
     """
     summary, count, rank = Summary(), process_count(), process_rank()
     title = "segment" if count == 1 else f"segment (1 of {count} processes)"
-    with tqdm(scans[rank::count], title, unit="scan", disable=rank > 0) as bar:
-        for scan in bar:
-            bar.set_postfix_str(scan.name)
-            name = data.case_name(scan)
+    with tqdm(list(scans.items())[rank::count], title, unit="scan", disable=rank > 0) as bar:
+        for name, scan in bar:
+            bar.set_postfix_str(name)
             made_with = {"scan": file_identity(scan), **job.settings}
-            there = recorded_settings(args.output / f"{name}.json") == made_with
+            record = read_record(args.output, name)
+            there = record and record.finished and record.made_with == made_with
             if there and not args.overwrite:
                 summary.kept.append(name)
                 continue
             try:
-                summary.results = segment_scan(scan, job, args, made_with)
+                summary.results = segment_scan(name, scan, job, args, made_with)
                 summary.done.append(name)
             except (ValueError, OSError) as e:
                 if len(scans) == 1:
@@ -805,10 +1052,13 @@ def report(summary: Summary, output: Path) -> None:
 
 def main(argv=None) -> int:
     args = parse(argv)
+    check_flags(args)
     args.device = open_device(args.device)
-    scans = find_scans(args.input)
-    refuse_overwriting_inputs([*scans, Path(args.checkpoint)], output_files(scans, args.output))
+    scans = name_scans(find_scans(args.input), args.input)
     job = load_job(args)
+    outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
+    refuse_overwriting_inputs([*scans.values(), Path(args.checkpoint)], outputs)
+    refuse_losing_files(scans, job, args)
     join_processes(torch.device("cpu"))                  # which only exchange their summaries
     summary = join_summaries(exchange(segment_all(scans, job, args)))
     leave_processes()

@@ -484,14 +484,14 @@ class Extension(nn.Module):
         equal = (w[:, None] == self.w_new).all(2)                      # (K, n)
         return torch.where(equal.any(1), equal.int().argmax(1), -1)
 
-    def forward(self, new: Tensor, f: Tensor) -> Tensor:
-        """new (k,) indices of new classes, f (B, 256) -> theta (B, k, 153)."""
-        k, B = len(new), len(f)
-        image = f[None].expand(k, B, -1)                               # (k, B, 256)
-        text = self.w_new[new, None].expand(k, B, -1)                  # (k, B, E)
+    def forward(self, f: Tensor) -> Tensor:
+        """f (B, 256) -> theta of all new classes (B, n, 153)."""
+        n, B = len(self.w_new), len(f)
+        image = f[None].expand(n, B, -1)                               # (n, B, 256)
+        text = self.w_new[:, None].expand(n, B, -1)                    # (n, B, E)
         x = torch.cat([image, text], 2)
-        x = F.relu(torch.baddbmm(self.b1[new], x, self.w1[new]))       # (k, B, 512)
-        x = torch.baddbmm(self.b2[new], x, self.w2[new])               # (k, B, 153)
+        x = F.relu(torch.baddbmm(self.b1, x, self.w1))                 # (n, B, 512)
+        x = torch.baddbmm(self.b2, x, self.w2)                         # (n, B, 153)
         return x.transpose(0, 1)
 
 
@@ -531,9 +531,10 @@ class UniversalModel(nn.Module):
         f = self.image_feature(deep)                                   # (B, 256)
         if self.extension is None:
             return self.controller(w, f)
-        # Both are computed for all classes: to pick some would wait for values of the device
+        # Both are computed for every class: to pick some would wait for values of the device
         index = self.extension.find(w)                                 # (K,)
-        old, new = self.controller(w, f), self.extension(index.clamp_min(0), f)
+        old = self.controller(w, f)                                    # (B, K, 153)
+        new = self.extension(f)[:, index.clamp_min(0)]                 # (B, K, 153)
         return torch.where((index >= 0)[:, None], new, old)
 
     def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
@@ -586,14 +587,15 @@ def _why_unreadable(path, error: Exception) -> str:
     with open(path, "rb") as file:
         start = file.read(4)
     refused = re.search(r"GLOBAL (\S+)", text)
-    if refused and start.startswith((b"PK", b"\x80")):
+    if refused and start.startswith((b"PK", b"\x80\x02")):
         return (f"it holds {refused[1]}, which is not loaded, because only tensors, plain numbers "
                 "and strings are safe to load; save the file again without it")
     if not start:
         return "the file is empty"
-    if not start.startswith((b"PK", b"\x80")):
+    if not start.startswith((b"PK", b"\x80\x02")):
         return "not a file that torch.save has written"
-    return f"cut off or damaged ({' '.join(text.split())[:120]})"
+    detail = text.split("WeightsUnpickler error:")[-1]                 # what precedes it is advice
+    return f"cut off or damaged ({' '.join(detail.split())[:120]})"
 
 
 def read_checkpoint(path) -> dict:

@@ -587,7 +587,7 @@ def draw_curve(log: Path, png: Path) -> None:
     except ValueError:
         return
     records, _ = read_log(log)
-    steps = [r for r in records if "loss" in r]
+    steps = [r for r in records if "bce" in r and "dice" in r]
     validations = [r for r in records if "val" in r]
     ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
     n = max(1, len(steps) // 100)                  # means of n steps: a hundred points

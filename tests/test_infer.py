@@ -28,14 +28,54 @@ def test_identity_network_survives_the_sliding_window(shape, overlap):
     assert np.abs(out[1].numpy() - 2 * x).max() < 1e-5
 
 
-def test_window_weights_add_up_to_one_everywhere():
-    starts = infer.window_starts(150, 64)
-    assert starts == [0, 29, 57, 86]
-    total = np.zeros(150)
-    for s, w in zip(starts, infer.window_weights(starts, 64), strict=True):
-        total[s:s + 64] += w
-        assert w.argmax() in (31, 32) or s in (0, 86)      # largest in the middle, but at the ends
-    assert np.abs(total - 1).max() < 1e-6
+def test_window_starts_are_spread_evenly_and_cover_the_scan():
+    assert infer.window_starts(150, 64) == [0, 29, 57, 86]
+    assert infer.window_starts(64, 64, 0.9) == [0]
+    assert infer.window_starts(150, 64, 0.25) == [0, 43, 86]
+
+
+def test_window_weight_is_a_gaussian_with_a_lower_bound():
+    """Beside the centre of 8 voxels, x = 0.5 on each axis and sigma = 1; in the corner, x = 3.5
+    would give exp(-18.4), so that the bound holds. One voxel off along one axis, x = 1.5."""
+    weight = infer.window_weight(8)
+    assert weight.shape == (8, 8, 8) and weight.dtype == torch.float32
+    assert weight[3, 4, 3].item() == weight.max().item() == pytest.approx(np.exp(-0.375))
+    assert weight[5, 4, 3].item() == pytest.approx(np.exp(-(1.5 ** 2 + 0.25 + 0.25) / 2))
+    assert weight[0, 0, 0].item() == weight.min().item() == pytest.approx(1e-3)
+    assert torch.equal(weight, weight.flip(0)) and torch.allclose(weight, weight.transpose(0, 2))
+
+
+def test_windows_at_the_border_are_averaged_plainly():
+    """Two windows of 8 voxels at 0 and 4 say 1 and 2. Far from both centres on the other two axes
+    every weight is at its bound, so their common voxels get 1.5; in the middle the nearer wins."""
+    calls = []
+
+    def model(x, w):
+        calls.append(1)
+        return torch.full_like(x, len(calls))
+    x = np.ones((8, 8, 12), np.float32)
+    out = infer.sliding_window(x, model, torch.zeros(1, 1), patch=8)[0]
+    assert out[0, 0].tolist() == pytest.approx([1] * 4 + [1.5] * 4 + [2] * 4)
+    assert out[3, 3, 4] < 1.2 and out[3, 3, 7] > 1.8
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize("shape", [(48, 48, 64), (64, 32, 80), (48, 96, 32)])
+def test_blended_logits_equal_those_of_monai(shape):
+    """Against the function of the release, where both place their windows alike: sides are the
+    window's plus multiples of half of it. What the network says depends on the place in the
+    window, so that the weights show."""
+    inferers = pytest.importorskip("monai.inferers")
+    place = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 32, 32, 32), np.float32))
+
+    def model(x, w=None):
+        return torch.cat([x + place[0], x * place[1]], 1)
+    x = np.random.default_rng(0).random(shape, np.float32)
+    expected = inferers.sliding_window_inference(
+        torch.from_numpy(x)[None, None], (32,) * 3, 1, model, overlap=0.5, mode="gaussian",
+        sigma_scale=0.125, padding_mode="constant")[0]
+    out = infer.sliding_window(x, model, torch.zeros(2, 1), patch=32, overlap=0.5)
+    assert (out - expected).abs().max() < 1e-5
 
 
 def test_windows_of_air_are_computed_once():
@@ -175,8 +215,32 @@ def command(checkpoint, scan, output, *more):
                                    "--output", str(output), *more])
 
 
+def content_of(folder) -> dict:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def error_line(capsys) -> str:
+    """The one line in which a command said what was wrong."""
+    lines = [e for e in capsys.readouterr().err.replace("\r", "\n").split("\n") if "error:" in e]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """infer.main without a model: every scan gets an empty result."""
+    def segment(volume, model, w, *, probabilities, **how):
+        return infer.Segmentation(volume.array.shape, len(w), probabilities)
+    monkeypatch.setattr(infer, "segment", segment)
+
+
+def tiny_scan(path, value=0):
+    write_nifti(path, np.full((4, 5, 6), value, np.int16), np.eye(4))
+    return path
+
+
 @pytest.mark.parametrize("how", ["file", "folder", "link to the folder", "link to the scan",
-                                 "mask"])
+                                 "hard link", "mask"])
 def test_a_scan_is_never_written_over(tmp_path, checkpoint, capsys, how):
     scan, _ = sphere_scan(tmp_path / "in")
     content, source, output, flags = scan.read_bytes(), scan, scan.parent, []
@@ -189,6 +253,10 @@ def test_a_scan_is_never_written_over(tmp_path, checkpoint, capsys, how):
         source = tmp_path / "other" / "scan.nii.gz"
         source.parent.mkdir()
         source.symlink_to(scan)
+    if how == "hard link":
+        source = tmp_path / "other" / "scan.nii.gz"
+        source.parent.mkdir()
+        source.hardlink_to(scan)
     if how == "mask":                # the mask would be written to OUT/liver/liver.nii.gz
         source = tmp_path / "liver" / "liver.nii.gz"
         source.parent.mkdir()
@@ -199,20 +267,262 @@ def test_a_scan_is_never_written_over(tmp_path, checkpoint, capsys, how):
     assert scan.read_bytes() == content and len(list(scan.parent.iterdir())) == 1
 
 
-def test_a_result_is_there_already_only_for_the_same_scan(tmp_path, checkpoint, capsys):
-    """Not for another scan of the same name, nor for a new scan under the old path."""
+def test_a_result_is_there_already_only_for_the_same_scan(tmp_path, checkpoint, capsys, no_model):
+    """Another scan of the same name is refused; --overwrite replaces the result, with all of its
+    files; a new scan under the old path is segmented again."""
     first, _ = sphere_scan(tmp_path / "a")
     second, _ = sphere_scan(tmp_path / "b", shape=(66, 60, 52))
     out = tmp_path / "out"
-    said = []
-    for scan in (first, first, second, second):
-        assert command(checkpoint, scan, out) == 0
-        said.append("1 there already" in capsys.readouterr().out)
-    assert said == [False, True, False, True]
+    assert command(checkpoint, first, out, "--masks") == 0
+    assert command(checkpoint, first, out, "--masks") == 0
+    assert "1 there already" in capsys.readouterr().out
+    before = content_of(out)
+    assert command(checkpoint, second, out) == 2
+    error = error_line(capsys)
+    assert f"is the result of another scan, {first}, not of {second}" in error
+    assert content_of(out) == before
+    assert command(checkpoint, second, out, "--overwrite") == 0
     assert nib.load(out / "scan.nii.gz").shape == (66, 60, 52)
+    assert sorted(content_of(out)) == ["itksnap_labels.txt", "scan.json", "scan.nii.gz"]
     sphere_scan(tmp_path / "b", shape=(64, 60, 52))
     assert command(checkpoint, second, out) == 0
     assert nib.load(out / "scan.nii.gz").shape == (64, 60, 52)
+
+
+@pytest.mark.parametrize("file", ["scan.nii.gz", "scan.json", "scan.png", "scan/liver.nii.gz",
+                                  "scan/liver_probability.nii.gz"])
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
+def test_a_file_that_infer_did_not_write_is_never_replaced(tmp_path, checkpoint, capsys, no_model,
+                                                           file, flag):
+    """A reference label map, the JSON that dcm2niix writes beside a scan, a mask drawn by hand."""
+    scan, there = tiny_scan(tmp_path / "scan.nii"), tmp_path / file
+    there.parent.mkdir(exist_ok=True)
+    there.write_bytes(b'{"Modality": "CT"}')
+    assert command(checkpoint, scan, tmp_path, "--masks", "--probabilities", "--preview",
+                   *flag) == 2
+    assert f"{there}: exists and was not written by infer.py" in error_line(capsys)
+    assert sorted(content_of(tmp_path)) == sorted(["scan.nii", file])
+    assert there.read_bytes() == b'{"Modality": "CT"}'
+
+
+def test_results_beside_scans_are_not_scans(tmp_path, checkpoint, capsys, no_model):
+    """x.nii and its results x.nii.gz and x/*.nii.gz in one folder, also with --overwrite."""
+    scan = tiny_scan(tmp_path / "x.nii")
+    flags = ["--masks", "--probabilities"]
+    for more, said in (([], "1 scan(s)"), ([], "1 there already"), (["--overwrite"], "1 scan(s)")):
+        assert command(checkpoint, tmp_path, tmp_path, *flags, *more) == 0
+        assert said in capsys.readouterr().out
+        assert infer.find_scans(tmp_path) == [scan]
+    for result in ("x.nii.gz", "x/liver.nii.gz", "x/liver_probability.nii.gz"):
+        assert command(checkpoint, tmp_path / result, tmp_path / "other") == 2
+        assert "is a result of infer.py, not a scan" in error_line(capsys)
+    scan.unlink()
+    assert command(checkpoint, tmp_path, tmp_path / "other") == 2
+    assert "no scan" in error_line(capsys) and not (tmp_path / "other").exists()
+
+
+def test_a_result_that_a_killed_run_left_is_not_a_scan_and_is_finished(tmp_path, checkpoint,
+                                                                       capsys, no_model,
+                                                                       monkeypatch):
+    """The run ends after the masks and the label map, before the JSON, or just after it. Masks that
+    were not asked for again do not stay."""
+    scan, out = tiny_scan(tmp_path / "in/x.nii"), tmp_path / "out"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def finish(step):
+        with monkeypatch.context() as patch:
+            patch.setattr(infer, *step)
+            assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
+    real = infer._write_json
+
+    def killed_after_json(path, content):
+        real(path, content)
+        if path.name == "x.json":
+            raise KeyboardInterrupt
+    for step in (("finish_result", killed), ("_write_json", killed_after_json)):
+        finish(step)
+        assert (out / "x.nii.gz").exists() and (out / "x.json").exists() == (step[0][0] == "_")
+        assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
+        assert command(checkpoint, scan, out, "--masks") == 0
+        assert "1 scan(s)" in capsys.readouterr().out and len(content_of(out)) == 5
+        finish(step)
+        assert command(checkpoint, scan, out) == 0
+        assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.json", "x.nii.gz"]
+
+
+def test_a_json_of_another_program_is_no_record(tmp_path):
+    for text in ("", "{}", "[1]", '{"made_with": 3, "scan": "x"}', '{"made_with": null}',
+                 '{"made_with": {"scan": null}}', '{"made_with": null, "scan": "x", "files": 4}'):
+        (tmp_path / "x.json").write_text(text)
+        assert infer.read_record(tmp_path, "x") is None, text
+    (tmp_path / "x.json").write_text(json.dumps(
+        {"made_with": None, "scan": "x", "files": ["../y", "y.nii.gz", "x/../../y", "x/a.nii.gz"]}))
+    assert infer.read_record(tmp_path, "x").files == {"x.nii.gz", "x.json", "x/a.nii.gz"}
+
+
+@pytest.mark.parametrize("first, second", [
+    ("a.nii", "a.nii.gz"), ("x.nii.gz", "x_0000.nii.gz"), ("Case.nii.gz", "case.nii.gz"),
+    ("\u00e4.nii", "a\u0308.nii"), ("p/q_r/c.nii", "p_q/r/c.nii"), ("p/q.nii", "P/q.nii")])
+def test_two_scans_that_would_write_one_result_are_refused(tmp_path, checkpoint, capsys, first,
+                                                           second):
+    paths = [tiny_scan(tmp_path / "in" / first), tiny_scan(tmp_path / "in" / second)]
+    if paths[0].samefile(paths[1]):
+        pytest.skip("this file system does not tell the two names apart")
+    assert command(checkpoint, tmp_path / "in", tmp_path / "out") == 2
+    error = error_line(capsys)
+    assert all(str(path) in error for path in paths) and "the same result" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_different_scans_of_one_run_never_write_the_same_file(tmp_path, seed):
+    """Names and folders that are easily mixed up: either refused, or no file in common."""
+    rng = np.random.default_rng(seed)
+    words = ["a", "A", "a_b", "b", "a_0000", "a.nii.gz", "a.json", "b_c"]
+    for _ in range(6):
+        folders = [words[i] + "_" for i in rng.integers(0, 3, rng.integers(0, 3))]
+        file = tmp_path.joinpath(*folders, words[rng.integers(len(words))] + ".nii.gz")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.is_dir():
+            file.touch()
+    scans = infer.find_scans(tmp_path)
+    assert len(set(scans)) == len(scans) > 0
+    try:
+        named = infer.name_scans(scans, tmp_path)
+    except ValueError:
+        return
+    assert sorted(named.values()) == scans
+    files = [f.casefold() for name in named for f in
+             {name, *infer.result_files(name, ["Liver"], masks=True, preview=True)}]
+    assert len(set(files)) == len(files)
+
+
+def test_a_study_with_one_folder_per_patient(tmp_path, checkpoint, capsys, no_model):
+    """Results are called after the folders; what is hidden, a label or a result is passed over."""
+    study = tmp_path / "study"
+    for file in ("patient1/ct.nii.gz", "patient1/segmentations/liver.nii.gz", "patient2/ct.nii.gz",
+                 "patient2/pet.nii", "patient2/ct_mask.nii.gz", "deep/2020/imaging.nii.gz",
+                 "deep/2020/segmentation.nii.gz", "deep/2021/imaging.nii.gz"):
+        tiny_scan(study / file)
+    for file in ("patient1/._ct.nii.gz", "._x.nii.gz", ".hidden/ct.nii.gz"):
+        (study / file).parent.mkdir(exist_ok=True)
+        (study / file).write_bytes(b"not a scan")
+    (study / "deep/loop").symlink_to(study)
+    (study / "patient1/notes.txt").touch()
+    names = ["deep_2020", "deep_2021", "patient1", "patient2_ct", "patient2_pet"]
+    for out in (tmp_path / "out", study):
+        assert command(checkpoint, study, out, "--masks") == 0
+        said = capsys.readouterr().out
+        assert "5 scan(s)" in said
+        assert "note: 2 files or folders passed over" in said
+        assert sorted(p.name for p in out.glob("*.nii.gz") if p.name[0] != ".") == [
+            f"{name}.nii.gz" for name in names]
+        record = json.loads((out / "patient2_pet.json").read_text())
+        assert record["scan"] == str(study / "patient2/pet.nii")
+        assert command(checkpoint, study, out, "--masks") == 0     # also with results in the study
+        assert "0 scan(s)" in (said := capsys.readouterr().out) and "5 there already" in said
+
+
+def test_a_folder_of_label_maps_only_is_taken_as_it_is(tmp_path):
+    scan = tiny_scan(tmp_path / "mask_1.nii.gz")
+    assert infer.find_scans(tmp_path) == [scan]
+    tiny_scan(tmp_path / "below/label.nii")
+    assert infer.find_scans(tmp_path) == [scan]
+    scan.unlink()
+    with pytest.raises(ValueError, match="no scan.*label.nii was passed over"):
+        infer.find_scans(tmp_path)
+
+
+def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
+    """Stored in steps of 1/255, above 127 exactly where the mask is set; 0 outside of the body's
+    box; the header scales them to 0..1."""
+    path, _ = sphere_scan(tmp_path, "LPS", (2, 2, 2), (66, 70, 120))
+    v = data.load_volume(path)
+
+    def model(x, w):
+        smooth = torch.nn.functional.avg_pool3d(x, 5, 1, 2)
+        return torch.cat([(smooth - t) * 9 for t in (0.3, 0.5, 0.9)], 1)
+    how = {"spacing_mm": 1.5, "patch": 64}
+    seg = infer.segment(v, model, torch.zeros(3, 1), probabilities=True, **how)
+    plain = infer.segment(v, model, torch.zeros(3, 1), **how)
+    assert plain.levels is None and np.array_equal(seg.winner, plain.winner)
+    assert np.array_equal(seg.masks.to_array(), plain.masks.to_array())
+    assert np.array_equal(seg.levels > 127, seg.masks.to_array())
+    image, shape, box = data.preprocess(v, 1.5)
+    logits = infer.sliding_window(image, model, torch.zeros(3, 1), patch=64).numpy()
+    inside = np.ones(v.array.shape, bool)
+    for axis in range(3):
+        at = data.positions(shape[axis], v.array.shape[axis])
+        along = (at >= box[axis].start) & (at <= box[axis].stop - 1)
+        inside &= along.reshape([-1 if a == axis else 1 for a in range(3)])
+    for k in range(3):
+        prob = np.zeros(shape, np.float32)
+        prob[box] = 1 / (1 + np.exp(-logits[k]))
+        prob = data.resample(prob, v.array.shape)
+        assert np.abs(seg.levels[k] / 255 - prob)[inside].max() < 0.5 / 255 + 1e-4
+        assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
+    seg.levels[1, 0, 0, 0] = 255
+    infer.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
+                        [0, 1, 2], masks=False, preview=False, volume=v)
+    assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [
+        "a_probability.nii.gz", "b_probability.nii.gz", "c_d_probability.nii.gz"]
+    img = nib.load(tmp_path / "out/scan/b_probability.nii.gz")
+    stored = data.load_volume(tmp_path / "out/scan/b_probability.nii.gz").array
+    assert img.get_data_dtype() == np.uint8 and np.array_equal(img.affine, nib.load(path).affine)
+    assert 0.999999 < stored.max() <= 1 and np.abs(stored - seg.levels[1] / 255).max() < 1e-6
+
+
+def test_probability_one_half_is_rounded_down_and_one_is_255():
+    """Logits 0, 0.01, -100, 100 -> probabilities 0.5 (no mask), 0.5025 (mask), 0 and 1."""
+    seg = infer.Segmentation((4, 1, 1), 1, probabilities=True)
+    at = [np.arange(4.0), np.zeros(1), np.zeros(1)]
+    seg.put(torch.tensor([0, 0.01, -100, 100]).view(1, 4, 1, 1), infer.Placement(at))
+    assert seg.levels.ravel().tolist() == [127, 128, 0, 255]
+    assert seg.masks.get(0).ravel().tolist() == [False, True, False, True]
+
+
+def test_two_classes_that_would_write_one_file_are_refused():
+    names = ["Liver", "Liver Probability"]
+    assert len(infer.result_files("x", names, masks=True)) == 4
+    with pytest.raises(ValueError, match="two classes.*x/liver_probability.nii.gz"):
+        infer.result_files("x", names, masks=True, probabilities=True)
+
+
+def test_overlap_sets_the_number_of_windows_and_is_a_setting_of_a_result(tmp_path, checkpoint,
+                                                                         monkeypatch, capsys):
+    """At 4 mm a scan of 96 x 64 x 64 voxels stays as it is: two windows of 64 at any overlap up to
+    a half, three at 0.75."""
+    write_nifti(tmp_path / "scan.nii.gz", np.full((96, 64, 64), 50, np.int16),
+                np.diag([4.0, 4, 4, 1]))
+    calls = []
+    monkeypatch.setattr(infer.fast, "accelerate", lambda model: lambda x, w: (
+        calls.append(len(x)), x.new_zeros(len(x), len(w), 64, 64, 64))[1])
+    for overlap, windows in (("0.5", 2), ("0.5", 0), ("0.75", 3), ("0", 2)):
+        calls.clear()
+        assert command(checkpoint, tmp_path / "scan.nii.gz", tmp_path / "out", "--overlap",
+                       overlap) == 0
+        assert sum(calls) == windows
+    made_with = json.loads((tmp_path / "out/scan.json").read_text())["made_with"]
+    assert made_with["overlap"] == 0
+
+
+@pytest.mark.parametrize("flags", [["--batch", "0"], ["--batch", "-2"], ["--overlap", "1"],
+                                   ["--overlap", "-0.1"], ["--overlap", "nan"]])
+def test_a_number_out_of_range_is_one_line(tmp_path, checkpoint, capsys, flags):
+    scan = tiny_scan(tmp_path / "x.nii.gz")
+    assert command(checkpoint, scan, tmp_path / "out", *flags) == 2
+    error = error_line(capsys)
+    assert " ".join(flags[:1]) in error and "must be" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_one_line(tmp_path, checkpoint, capsys):
+    scan = tiny_scan(tmp_path / "x.nii.gz")
+    content = scan.read_bytes()
+    assert command(checkpoint, scan, scan) == 2
+    assert "is a file; name a folder" in error_line(capsys) and scan.read_bytes() == content
 
 
 def test_plain_gives_the_same_result_files_and_is_a_setting_of_a_result(tmp_path, checkpoint,
@@ -281,8 +591,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(tmp_path, checkpoint, ca
     if what == "unknown class":
         extra = ["--classes", "lever"]
     status = command(checkpoint, scan, tmp_path / "out", *extra)
-    lines = [e for e in capsys.readouterr().err.replace("\r", "\n").split("\n") if "error:" in e]
-    assert status == 2 and len(lines) == 1 and len(lines[0]) < 400
+    assert status == 2 and len(error_line(capsys)) < 400
     assert not (tmp_path / "out").exists()
 
 

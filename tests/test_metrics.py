@@ -368,7 +368,8 @@ def test_pairs_are_found_whatever_their_endings(tmp_path, pred_ending, ref_endin
         write_nifti(tmp_path / side / f"a{ending}", array, img.affine)
         (tmp_path / side / f"._a{ending}").write_bytes(b"\0\5\26\7 Mac OS X")
     write_nifti(tmp_path / "pred/a/Right Kidney.nii.gz", array, img.affine)
-    (tmp_path / "pred/b.nii.gz").mkdir()
+    for folder in ("pred/b.nii.gz", "ref/c.nii.gz"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "pred/a.png").write_bytes(b"")
     assert metrics.main(args) == 0
     assert dice_of(tmp_path)["Kidney Tumor"] == pytest.approx(8 / 12)

@@ -1,5 +1,6 @@
 """The network: by hand, stored outputs of the released model, MONAI, plain nn modules, masking."""
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -557,10 +558,12 @@ def test_public_names_by_hand():
         assert model.our_name(public) == ours
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what, wanted", [
     ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar"), ("module", "Linear"),
     ("cut", "cut off"), ("cut early", "cut off"), ("old cut", "cut off"), ("empty", "empty"),
-    ("text", "not a file that torch.save"), ("list", "a checkpoint is a dict")])
+    ("text", "not a file that torch.save"), ("pickle", "not a file that torch.save"),
+    ("list", "a checkpoint is a dict")])
 def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
     path = tmp_path / "file.pt"
     content = {"a": torch.ones(300, 300)}
@@ -574,8 +577,17 @@ def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
         path.write_bytes(path.read_bytes()[:10 if what == "cut early" else 100_000])
     if what in ("empty", "text"):
         path.write_bytes(b"" if what == "empty" else b"hello world, this is text")
+    if what == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
     with pytest.raises(ValueError, match=f"file.pt: .*{wanted}") as e:
         model.read_checkpoint(path)
     assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
     if what in ("numpy scalar", "module"):
         assert "cut off" not in str(e.value)
+
+
+def test_colours_and_advice_of_torch_are_left_out(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"PK")
+    error = RuntimeError("You have two options, \x1b[1mtrust\x1b[0m it\n\tWeightsUnpickler error: "
+                         "\x1b[1mbad\x1b[0m\n operand")
+    assert model._why_unreadable(tmp_path / "a.pt", error) == "cut off or damaged (bad operand)"

@@ -432,7 +432,8 @@ def checkpoint(tmp_path_factory, scan):
 
 def segment(checkpoint, scan, out, device, form):
     arguments = ["--checkpoint", str(checkpoint), "--input", str(scan), "--output", str(out),
-                 "--device", device, "--batch", "3", "--masks", "--preview", "--no-amp"]
+                 "--device", device, "--batch", "3", "--masks", "--preview", "--probabilities",
+                 "--no-amp"]
     return infer.main(arguments + ["--plain"] * (form == "plain"))
 
 
@@ -458,7 +459,7 @@ def test_results_are_those_of_the_cpu_and_windows_are_fetched_together(
     files = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*") if p.is_file())
              for d in ("cpu", "there")]
     assert files[0] == files[1]
-    assert {p.suffix for p in files[0]} == {".gz", ".json", ".png", ".txt"} and len(files[0]) == 8
+    assert {p.suffix for p in files[0]} == {".gz", ".json", ".png", ".txt"} and len(files[0]) == 12
     for file in files[0]:
         a, b = tmp_path / "cpu" / file, tmp_path / "there" / file
         if file.suffix == ".gz":
