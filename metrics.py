@@ -460,6 +460,7 @@ def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
     Without a table beside it the values are taken for class numbers, 1 for the first class.
     raises  ValueError  if there is no table and a value is no class number
     """
+    import data
     import labels
     where, table = _table_of(path.parent, case)
     if where is None:
@@ -468,7 +469,10 @@ def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
                              f"says what values mean, and class numbers end at {len(classes)}; "
                              f"name the values in {path.parent / 'dataset.json'}")
         table = {c.name: number for number, c in enumerate(classes, 1)}
-    return labels.label_map(table, classes, str(where or path.parent))
+    context = ""
+    if where is not None and where.name == "dataset.json":
+        context = str(data.read_json(where).get("name") or where.resolve().parent.name)
+    return labels.label_map(table, classes, str(where or path.parent), context=context)
 
 
 def _report_assumed_tables(pairs: list[tuple[Path, Path]], classes) -> None:

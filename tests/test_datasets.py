@@ -432,6 +432,17 @@ def test_an_msd_task_as_distributed(task, tmp_path):
 
 
 @pytest.mark.parametrize("task", MSD)
+def test_the_labels_of_an_msd_task_mean_the_same_in_evaluation(task, tmp_path):
+    import metrics
+    path = msd_replica(tmp_path, task) / "labelsTr/case_001.nii.gz"
+    raw = data.load_volume(path).array
+    found = metrics._label_map_of(path, raw, "case_001", labels.CLASSES)
+    for value, classes in MSD[task][3].items():
+        row, = found.to_label_rows(np.array([value]), "x")
+        assert class_names(found.regions[row]) == classes
+
+
+@pytest.mark.parametrize("task", MSD)
 def test_an_msd_task_that_is_prepared(task, tmp_path, capsys):
     folder, name = msd_replica(tmp_path, task), MSD[task][0]
     before = tree(folder)

@@ -235,7 +235,9 @@ def no_model(monkeypatch):
 
 
 def tiny_scan(path, value=0):
-    write_nifti(path, np.full((4, 5, 6), value, np.int16), np.eye(4))
+    hu = np.full((4, 5, 6), value, np.int16)
+    hu[0] = -1000                                  # a scan of a single value is refused
+    write_nifti(path, hu, np.eye(4))
     return path
 
 
@@ -495,7 +497,9 @@ def test_overlap_sets_the_number_of_windows_and_is_a_setting_of_a_result(tmp_pat
                                                                          monkeypatch, capsys):
     """At 4 mm a scan of 96 x 64 x 64 voxels stays as it is: two windows of 64 at any overlap up to
     a half, three at 0.75."""
-    write_nifti(tmp_path / "scan.nii.gz", np.full((96, 64, 64), 50, np.int16),
+    hu = np.full((96, 64, 64), 50, np.int16)
+    hu[0, 0, 0] = -1000
+    write_nifti(tmp_path / "scan.nii.gz", hu,
                 np.diag([4.0, 4, 4, 1]))
     calls = []
     monkeypatch.setattr(infer.fast, "accelerate", lambda model: lambda x, w: (
