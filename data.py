@@ -583,6 +583,8 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     modality = modality or modality_of(info, where)
+    if modality not in ("ct", "mri"):
+        raise ValueError(f"the modality must be ct or mri, got {modality!r}")
     cases = []
     for image, label in image_label_pairs(folder, info):
         name = case_name(image)
