@@ -774,6 +774,8 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
                 f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     modality = modality or modality_of(info, where)
+    if modality not in ("ct", "mri"):
+        raise ValueError(f"the modality must be ct or mri, got {modality!r}")
     cases = []
     for pair in image_label_pairs(folder, info, skip_bad=skip_bad):
         case = name_of_pair[pair]

@@ -227,7 +227,8 @@ def describe_dataset(name: str, training, validation, classes) -> str:
     case = both[0].case
     spacings = [s.meta["spacing_mm"] for s in both]
     low, high = (" x ".join(f"{v:.2g}" for v in f(spacings)) for f in (min, max))
-    covered = [c.name for c, a in zip(classes, case.annotated, strict=True) if a]
+    annotated = np.any([s.case.annotated for s in both], 0)
+    covered = [c.name for c, a in zip(classes, annotated, strict=True) if a]
     line = f"{name}: {len(training)} scan" + ("" if len(training) == 1 else "s")
     if validation:
         line += f" + {len(validation)} validation"

@@ -298,6 +298,31 @@ def test_report_and_dry_run(tiny, tmp_path, capsys):
     assert "annotated by no dataset: Spleen" in out and not (tmp_path / "run").exists()
 
 
+def test_an_unclear_channel_stops_the_run_unless_the_modality_is_given(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "raw", tmp_path / "raw")
+    where = tmp_path / "raw/Dataset901_Liver/dataset.json"
+    where.write_text(where.read_text().replace('"CT"', '"zscore"'))
+    cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True)
+    assert labels.run(train.main, cfg) == 2
+    error, = capsys.readouterr().err.strip().splitlines()
+    assert f"{where}: channel 'zscore'" in error and "--modality" in error
+    train.train(dataclasses.replace(cfg, modality="mri"))
+    assert "Dataset901_Liver: 2 scans, mri, " in capsys.readouterr().out
+    assert train.parse(["--data", "x", "--modality", "mri"]).modality == "mri"
+    with pytest.raises(SystemExit):
+        train.parse(["--data", "x", "--modality", "pet"])
+    with pytest.raises(ValueError, match="ct or mri"):
+        train.train(dataclasses.replace(cfg, modality="pet"))
+
+
+def test_a_dataset_line_names_what_any_of_its_scans_annotates(tiny_scans):
+    first, second = tiny_scans[2:]
+    neither = dataclasses.replace(first.case, annotated=np.zeros(len(labels.CLASSES), bool))
+    first = dataclasses.replace(first, case=neither)
+    line = train.describe_dataset("D", [first], [second], labels.CLASSES)
+    assert line.endswith("annotated: Right Kidney, Left Kidney")
+
+
 def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
     shutil.copytree(tiny / "raw", tmp_path / "raw")
     bad = tmp_path / "raw/Dataset901_Liver/imagesTr/c1_0000.nii.gz"
