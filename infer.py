@@ -514,7 +514,7 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
     content = {"scan": str(scan), "classes": results, "made_with": made_with}
     with data.atomic_write(out_dir / f"{name}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1) + "\n")
     return results
 
 
@@ -525,7 +525,7 @@ def write_itksnap_labels(path: Path, classes) -> None:
         red, green, blue = COLOURS[k % len(COLOURS)]
         lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{c.name}"')
     with data.atomic_write(path) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        part.write_text("\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
@@ -704,7 +704,7 @@ def file_identity(path: Path) -> dict | None:
 def recorded_settings(file: Path) -> dict | None:
     """The settings that a result's JSON records; None if there are none to be read."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads(file.read_bytes()).get("made_with")
+        return json.loads(file.read_text()).get("made_with")
     return None
 
 
