@@ -109,7 +109,7 @@ def test_two_processes_download_once(server, tmp_path):
 
 def test_two_processes_encode_prompts_once(tmp_path):
     script = "import clip_text, time, torch\n" \
-        "def encode(prompts, weights, merges):\n" \
+        "def encode(prompts, *where):\n" \
         "    open(sys.argv[1], 'a').write('encoded ')\n" \
         "    time.sleep(1)\n    return torch.ones(len(prompts), 4)\n" \
         "clip_text._encode = encode\n" \
