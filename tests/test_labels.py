@@ -308,6 +308,7 @@ def test_without_a_midline_only_what_touches_a_labelled_side_is_told_apart():
     assert labels.undecided_sides(label_rows, label_map) == []
     label_rows[2:5, 2:5, 2:5] = 1
     assert labels.undecided_sides(label_rows, label_map) == [1, 2]
+    assert np.array_equal(labels.split_sides(label_rows, label_map, None), label_rows)
 
 
 def test_a_class_table_of_ones_own_replaces_the_built_in_one(tmp_path):
