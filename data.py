@@ -773,6 +773,9 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
         _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
                 f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
+    amos_mri = set() if modality else set(filter(labels.is_amos_mri, names))
+    if amos_mri:
+        _report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
     modality = modality or modality_of(info, where)
     if modality not in ("ct", "mri"):
         raise ValueError(f"the modality must be ct or mri, got {modality!r}")
@@ -782,7 +785,8 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
         cases.append(Case(name=f"{name}/{case}", dataset=name, image=pair[0], label=pair[1],
                           label_map=label_map,
                           annotated=own_annotated.get(case, label_map.annotated),
-                          modality=modality, msd="tensorImageSize" in info,
+                          modality="mri" if case in amos_mri else modality,
+                          msd="tensorImageSize" in info,
                           lesions=lesions))
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")

@@ -847,8 +847,19 @@ OVERLAP_ORDER = (
     "lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right", "esophagus",
     "small_bowel", "duodenum", "colon", "urinary_bladder", "prostate", "kidney_cyst_left",
     "kidney_cyst_right", "aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein")
+AMOS_FIRST_MRI = 501        # cases of AMOS from this number on are MR scans
 CASE_NAMES = {"btcv": r"\d+", "amos": r"amos_\d+"}      # where the number of a case decides
 NOT_NIFTI = ("pancreas-ct", "chaos", "3d-ircadb")
+
+
+def is_amos_mri(case: str) -> bool:
+    """Whether this is the name of an MR scan of AMOS, whose dataset.json mixes CT and MR.
+
+    >>> is_amos_mri("amos_0001"), is_amos_mri("amos_0507")
+    (False, True)
+    """
+    number = re.fullmatch(r"amos_(\d+)", case)
+    return number is not None and int(number[1]) >= AMOS_FIRST_MRI
 
 
 def public_json(name: str, folder: Path | None = None) -> dict:
@@ -900,7 +911,7 @@ def _find_cases(name: str, folder: Path) -> list[str]:
     _report_left_out("not named as the images of this dataset", image, unusual)
     cases = [case for case in cases if case not in unusual]
     if name == "amos":
-        mri = [case for case in cases if int(case.removeprefix("amos_")) > 500]
+        mri = [case for case in cases if is_amos_mri(case)]
         _report_left_out("MRI (number above 500)", image, mri)
         cases = [case for case in cases if case not in mri]
     return cases

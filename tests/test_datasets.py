@@ -527,6 +527,16 @@ def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path,
     assert len(data.read_dataset(tmp_path / "b", labels.CLASSES)) == 1
 
 
+def test_the_mr_scans_of_amos_as_distributed_are_treated_as_mri(tmp_path, capsys):
+    nnunet(tmp_path / "a", ("amos_0001", "amos_0507"), channel_names={"0": "CT"})
+    cases = data.read_dataset(tmp_path / "a", labels.CLASSES)
+    assert {case.name: case.modality for case in cases} == {"a/amos_0001": "ct",
+                                                             "a/amos_0507": "mri"}
+    assert "1 cases are MR scans by their AMOS numbers" in capsys.readouterr().out
+    cases = data.read_dataset(tmp_path / "a", labels.CLASSES, modality="ct")
+    assert [case.modality for case in cases] == ["ct", "ct"]           # as the user says
+
+
 def test_the_ct_scans_of_amos_stay_ct_beside_a_list_that_mixes_both(tmp_path):
     write_nifti(tmp_path / "a/imagesTr/amos_0001.nii.gz", BOX, EYE)
     nnunet(tmp_path / "a", (), modality={"0": "CT", "1": "MRI"})
