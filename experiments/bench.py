@@ -994,7 +994,7 @@ def write(content: dict, out: Path) -> None:
     with data.atomic_write(out) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
     with data.atomic_write(out.with_suffix(".md")) as part:
-        part.write_text(markdown(content))
+        part.write_text(markdown(content), encoding="utf-8")
 
 
 def result_line(output: str) -> dict | None:

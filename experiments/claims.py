@@ -677,7 +677,7 @@ def main(argv=None) -> int:
     with data.atomic_write(args.out / f"{args.claim}.json") as part:
         part.write_text(json.dumps(content) + "\n")
     with data.atomic_write(args.out / f"{args.claim}.md") as part:
-        part.write_text(table(content))
+        part.write_text(table(content), encoding="utf-8")
     print(f"\n{args.claim}, {args.seeds} seeds, {table(content)}")
     return 0
 
