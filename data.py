@@ -898,7 +898,11 @@ class Scan:
 
 def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
     """The entry of a case in the cache; None if it is missing or damaged."""
-    entry = cache / _key(case, spacing_mm)
+    return _read_entry(case, cache / _key(case, spacing_mm))
+
+
+def _read_entry(case: Case, entry: Path) -> Scan | None:
+    """The case as it lies in the folder `entry`; None if that is missing or damaged."""
     meta = _read_meta(entry)
     if meta is None:
         return None
@@ -913,17 +917,17 @@ def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> S
     wait     False: do not wait for another process that is preprocessing this case
     returns  None if another process is
     """
-    scan = find(case, cache, spacing_mm)
+    entry = cache / _key(case, spacing_mm)
+    scan = _read_entry(case, entry)
     if scan is not None:
         return scan
-    lock = cache / f".{_key(case, spacing_mm)}.lock"
-    with exclusive_lock(lock, wait=wait) as held:
+    with exclusive_lock(entry.with_name(f".{entry.name}.lock"), wait=wait) as held:
         if not held:
             return None
-        scan = find(case, cache, spacing_mm)             # another process may have been faster
+        scan = _read_entry(case, entry)                  # another process may have been faster
         if scan is None:
-            _make_entry(case, cache / _key(case, spacing_mm), spacing_mm)
-            scan = find(case, cache, spacing_mm)
+            _make_entry(case, entry, spacing_mm)
+            scan = _read_entry(case, entry)
     return scan
 
 
@@ -1087,11 +1091,11 @@ class _Attempts(torch.utils.data.Dataset):
             return i, error
         return i, None
 
-    def is_built(self, i: int) -> bool:
-        try:
-            return find(self.cases[i], self.cache, self.spacing_mm) is not None
-        except OSError:
-            return False
+    def find(self, i: int) -> Scan | None:
+        """Case i if it is in the cache. An unreadable file is reported when it is built."""
+        with contextlib.suppress(OSError):
+            return find(self.cases[i], self.cache, self.spacing_mm)
+        return None
 
 
 def _as_it_is(item):
@@ -1110,22 +1114,26 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
     nobody else has, and all of them return when every case is in the cache.
     """
     attempts = _Attempts(cases, cache, spacing_mm)
-    missing = [i for i in range(len(cases)) if not attempts.is_built(i)]
-    if workers < 0:
-        workers = workers_that_fit([cases[i].image for i in missing])
     scans = {}
-    waiting = list(range(len(cases)))
     with tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
+        for i in range(len(cases)):
+            scan = attempts.find(i)
+            if scan is not None:
+                scans[i] = scan
+                bar.update()
+        waiting = [i for i in range(len(cases)) if i not in scans]
+        if workers < 0:
+            workers = workers_that_fit([cases[i].image for i in waiting])
         while waiting:
             loader = torch.utils.data.DataLoader(
                 attempts, batch_size=None, sampler=waiting, collate_fn=_as_it_is, in_order=False,
-                num_workers=min(workers, len(missing)),
-                multiprocessing_context="fork" if CAN_FORK and workers and missing else None,
+                num_workers=min(workers, len(waiting)),
+                multiprocessing_context="fork" if CAN_FORK and workers else None,
                 generator=torch.Generator())             # leaves the global random state alone
             waiting = []
             for i, error in loader:
                 if error is None:
-                    scan = find(cases[i], cache, spacing_mm)
+                    scan = attempts.find(i)
                     if scan is None:
                         waiting.append(i)                # another process is preprocessing it
                         continue
@@ -1135,7 +1143,7 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
                 else:
                     raise error
                 bar.update()
-            missing = []                                 # from here on others do the work
+            workers = 0                                  # from here on others do the work
             if waiting:
                 time.sleep(POLL_SECONDS)
     return [scans[i] for i in sorted(scans)]
