@@ -785,6 +785,7 @@ def _report_similarity(classes, w: Tensor, png: str) -> None:
 
 
 def main(argv=None) -> int:
+    import data
     ap = argparse.ArgumentParser(
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
@@ -803,6 +804,11 @@ def main(argv=None) -> int:
     ap.add_argument("--similarity", action="store_true",
                     help="print the cosine similarities and draw them to similarity.png")
     args = ap.parse_args(argv)
+    inputs = [file for file in (args.rows, args.clip_weights, *args.classes) if file]
+    outputs = [args.out] if args.out else []
+    if args.similarity:
+        outputs.append("similarity.png")
+    data.refuse_overwriting_inputs(inputs, outputs, "--out")
     classes = _classes_of(args.classes)
     if args.rows:
         w = read_embeddings(args.rows)

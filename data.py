@@ -307,6 +307,22 @@ def atomic_write(path: str | Path):
         raise
 
 
+def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
+    """raises ValueError  if an output is a file that is read, also by way of a link
+
+    inputs   paths, or words that may be paths, such as the value of --text
+    flag     where the user can name another place for the outputs
+    """
+    known = {}
+    for path in map(Path, inputs):
+        if path.exists():
+            known[path.stat().st_dev, path.stat().st_ino] = path
+    for path in map(Path, outputs):
+        if path.exists() and (read := known.get((path.stat().st_dev, path.stat().st_ino))):
+            raise ValueError(f"{path}: the result would overwrite the input file {read}; choose "
+                             f"another place with {flag}")
+
+
 @contextlib.contextmanager
 def exclusive_lock(path: Path, *, wait: bool = True):
     """Hold a lock while the block runs, so that only one process at a time is in it.

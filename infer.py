@@ -853,7 +853,7 @@ def find_scans(path: Path) -> list[Path]:
 def _scan_files(folder: Path) -> list[Path]:
     """The files of a folder, but not below it, that may be scans."""
     return [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
-            and p.name[0] != "." and not p.is_dir() and not is_result(p)]
+            and not data.is_hidden(p) and not p.is_dir() and not is_result(p)]
 
 
 def _scans_below(folder: Path, passed: list[Path], seen: set[str]) -> list[Path]:
@@ -871,7 +871,7 @@ def _scans_below(folder: Path, passed: list[Path], seen: set[str]) -> list[Path]
     if scans:
         return scans
     for inner in sorted(folder.iterdir()):
-        if not inner.is_dir() or inner.name[0] == ".":
+        if not inner.is_dir() or data.is_hidden(inner):
             continue
         if _is_called_label(inner):
             passed.append(inner)
@@ -913,18 +913,6 @@ def name_scans(scans: list[Path], folder: Path) -> dict[str, Path]:
             taken[key] = scan
         named[name] = scan
     return named
-
-
-def refuse_overwriting_inputs(inputs: list[Path], outputs: list[Path]) -> None:
-    """raises ValueError  if an output is a file that is read, also by way of a link"""
-    known = {}
-    for path in inputs:
-        if path.exists():
-            known[path.stat().st_dev, path.stat().st_ino] = path
-    for path in outputs:
-        if path.exists() and (read := known.get((path.stat().st_dev, path.stat().st_ino))):
-            raise ValueError(f"{path}: the result would overwrite the input file {read}; choose "
-                             "another folder with --output")
 
 
 def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> None:
@@ -1064,7 +1052,7 @@ def main(argv=None) -> int:
     scans = name_scans(find_scans(args.input), args.input)
     job = load_job(args)
     outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
-    refuse_overwriting_inputs([*scans.values(), Path(args.checkpoint)], outputs)
+    data.refuse_overwriting_inputs([*scans.values(), args.checkpoint], outputs, "--output")
     refuse_losing_files(scans, job, args)
     join_processes(torch.device("cpu"))                  # which only exchange their summaries
     summary = join_summaries(exchange(segment_all(scans, job, args)))

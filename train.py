@@ -68,6 +68,7 @@ from model import (
     read_checkpoint,
 )
 
+OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
 ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
 
@@ -648,6 +649,9 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     torch.manual_seed(cfg.seed)
     check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
     out = Path(cfg.out)
+    data.refuse_overwriting_inputs(
+        [file for file in (cfg.text, cfg.clip_weights, cfg.classes, cfg.extend, cfg.pretrained)
+         if file], [out / name for name in OUTPUTS], "--out")
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     if last.exists() and not cfg.resume:
         raise ValueError(f"{last} exists; pass --resume to continue, or another --out")

@@ -19,6 +19,7 @@ from conftest import SHARED, needs_shared
 from torch import nn
 
 import clip_text
+import labels
 
 MERGES_FILE = SHARED / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 
@@ -546,3 +547,15 @@ def test_a_refused_file_is_named_with_the_cause(tmp_path, reader, what, wanted):
     assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
     if what == "numpy scalar":
         assert "cut off" not in str(e.value)
+
+
+def test_the_command_never_writes_over_a_file_that_it_reads(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.pt"
+    torch.save(torch.eye(32), rows)
+    before = rows.read_bytes()
+    assert labels.run(clip_text.main, ["--rows", str(rows), "--out", str(rows)]) == 2
+    (tmp_path / "similarity.png").symlink_to(rows)
+    monkeypatch.chdir(tmp_path)
+    assert labels.run(clip_text.main, ["--rows", str(rows), "--similarity"]) == 2
+    assert capsys.readouterr().err.count("would overwrite the input file") == 2
+    assert rows.read_bytes() == before

@@ -323,6 +323,21 @@ def test_a_dataset_line_names_what_any_of_its_scans_annotates(tiny_scans):
     assert line.endswith("annotated: Right Kidney, Left Kidney")
 
 
+@pytest.mark.parametrize("flag, name", [("pretrained", "best.pt"), ("extend", "best.pt"),
+                                        ("classes", "config.json"), ("text", "best.pt"),
+                                        ("clip_weights", "last.pt")])
+def test_a_run_never_writes_over_a_file_that_it_reads(tiny, tmp_path, capsys, flag, name):
+    """Also where last.pt is gone, so that the folder looks unused, and through a link."""
+    file = tmp_path / "run" / name
+    file.parent.mkdir()
+    file.write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(file)
+    for given in (file, tmp_path / "link"):
+        assert labels.run(train.main, config(tiny, tmp_path / "run", **{flag: str(given)})) == 2
+        assert "would overwrite the input file" in capsys.readouterr().err
+        assert file.read_bytes() == b"precious" and len(list(file.parent.iterdir())) == 1
+
+
 def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
     shutil.copytree(tiny / "raw", tmp_path / "raw")
     bad = tmp_path / "raw/Dataset901_Liver/imagesTr/c1_0000.nii.gz"
