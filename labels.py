@@ -541,9 +541,7 @@ def meaning_of_name(name: str, classes: tuple[Class, ...], organ: frozenset[str]
     words = name_key(name)
     if words == ("ignore",):
         return Meaning(unknown=everything)
-    indices = match(name, classes) or match_lesion(name, classes, organ)
-    if not indices and words and set(words) < set(name_key(context)):
-        indices = match(context, classes)
+    indices = _match_in_context(name, classes, organ, context)
     if len(indices) == 2 and other_side(indices[0], classes) == indices[1]:
         return Meaning(either={indices})
     if indices:
@@ -556,6 +554,20 @@ def meaning_of_name(name: str, classes: tuple[Class, ...], organ: frozenset[str]
                    if c.lesion and any(classes[i].name in c.parents for i in inside)}
         return Meaning(unknown=inside or everything)
     return Meaning(unknown=inside)
+
+
+def _match_in_context(name: str, classes, organ: frozenset[str], context: str) -> tuple[int, ...]:
+    """The classes that a name denotes in a dataset: by itself, as a lesion of the organ, or as a
+    part of the dataset's name, the context.
+
+    >>> _match_in_context("Vessel", CLASSES, frozenset(), "Hepatic Vessel")     # Hepatic Vessel
+    (14,)
+    """
+    indices = match(name, classes) or match_lesion(name, classes, organ)
+    words = set(name_key(name))
+    if not indices and words and words < set(name_key(context)):
+        indices = match(context, classes)
+    return indices
 
 
 def _organs_in(words: frozenset[str], classes) -> set[int]:
@@ -583,9 +595,7 @@ def _only_organ(names: list[str], classes, context: str) -> frozenset[str]:
     """
     found: set[int] = set()
     for name in names:
-        found.update(match(name, classes) or match_lesion(name, classes))
-        if set(name_key(name)) < set(name_key(context)):
-            found.update(match(context, classes))
+        found.update(_match_in_context(name, classes, frozenset(), context))
     hosts = {parent for k in found if classes[k].lesion for parent in classes[k].parents}
     found = {k for k in range(len(classes)) if classes[k].name in hosts
              or k in found and not classes[k].lesion}
@@ -668,7 +678,7 @@ def build_known(values: list[int], meaning: dict[int, Meaning], regions: np.ndar
 def describe_values(named_values, meaning: dict[int, Meaning], classes) -> list[str]:
     """The meaning of every value in words, one line each; background values share one line.
 
-    "2 liver, cancer -> Liver, Liver Tumor"
+    "2 liver, cancer -> Liver + Liver Tumor"
     """
     names_of_value: dict[int, list[str]] = {}
     for name, values_of_name in named_values:
