@@ -605,6 +605,15 @@ def draw_curve(log: Path, png: Path) -> None:
 
 
 # ---- the run -------------------------------------------------------------------------------------
+def check_output(cfg: Config) -> None:
+    """raises ValueError  if OUT holds a run that is not to be resumed, or a file that is read"""
+    out = Path(cfg.out)
+    given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.extend, cfg.pretrained)
+    data.refuse_overwriting_inputs(filter(None, given), [out / name for name in OUTPUTS], "--out")
+    if (out / "last.pt").exists() and not cfg.resume:
+        raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another --out")
+
+
 def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
@@ -648,13 +657,9 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     torch.manual_seed(cfg.seed)
     check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
+    check_output(cfg)
     out = Path(cfg.out)
-    data.refuse_overwriting_inputs(
-        [file for file in (cfg.text, cfg.clip_weights, cfg.classes, cfg.extend, cfg.pretrained)
-         if file], [out / name for name in OUTPUTS], "--out")
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
-    if last.exists() and not cfg.resume:
-        raise ValueError(f"{last} exists; pass --resume to continue, or another --out")
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
