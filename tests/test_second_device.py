@@ -191,14 +191,15 @@ def relative(got, want):
     pytest.param("swin_unetr", "fast", True, marks=slow),
 ])
 def test_logits_and_gradients_are_those_of_the_cpu(device_for, backbone, form, amp):
-    """Bit for bit in the plain form. PyTorch picks other kernels for attention and, in fast.py, for
-    small convolutions on the CPU, which differ by rounding: 1e-5 in float32, 5e-2 in bf16."""
+    """Bit for bit in the plain U-Net. Elsewhere PyTorch picks other kernels for a tensor subclass (a
+    matrix product of several axes) and, in fast.py, for attention and small convolutions on the CPU.
+    They differ by rounding: 1e-5 in float32, 5e-2 in bf16."""
     device = device_for(form)
     logits, gradients = forward_and_backward(backbone, form, "cpu", amp)
     with device:
         there, gradients_there = forward_and_backward(backbone, form, "meta", amp)
     assert there.dtype == logits.dtype == (torch.bfloat16 if amp else torch.float32)
-    if form == "plain":
+    if (backbone, form) == ("unet", "plain"):
         assert torch.equal(there, logits)
         assert all(map(torch.equal, gradients_there, gradients))
     tolerance = 5e-2 if amp else 1e-5
