@@ -26,6 +26,7 @@ from model import (
     WINDOW,
     Conv,
     ConvNormReLU,
+    DoubleConv,
     GroupNormReLU,
     ResBlock,
     SwinBlock,
@@ -34,7 +35,6 @@ from model import (
     UniversalModel,
     UpConv,
     WindowAttention,
-    check_side,
     run_stage,
     split_theta,
     window_and_shift,
@@ -265,9 +265,21 @@ class FastUNet(UNet):
     inference a large upsampled map exists one half at a time."""
     devices = ("cpu",)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, up: UpConv, merge: DoubleConv, x: Tensor, skip: Tensor) -> Tensor:
         if x.device.type not in self.devices:
-            return super().forward(x)
+            return super().decode(up, merge, x, skip)
+
+        def level(x, skip):
+            if torch.is_grad_enabled() or 2 * x.shape[2] < LEAST_DEPTH_TO_HALVE:
+                y = conv_beside(merge[0].conv, up(x), skip)
+            else:
+                y = conv_of_upsampled(merge[0].conv, up, x, skip)
+            return merge[1](merge[0].normalise(y))
+        return run_stage(level, x, skip, recompute=self.recompute)
+
+    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.device.type not in self.devices:
+            return super().trunk(x)
         x, skips = channels_last(x), []
         for level, down in enumerate(self.down):
             if level > 0:
@@ -275,16 +287,10 @@ class FastUNet(UNet):
                     x = F.max_pool3d(x, 2)
             x = run_stage(down, x, recompute=self.recompute)
             skips.append(x)
-        deep = skips.pop()
-        for up, merge in zip(self.up, self.merge, strict=True):
-            def level(x, skip, up=up, merge=merge):
-                if torch.is_grad_enabled() or 2 * x.shape[2] < LEAST_DEPTH_TO_HALVE:
-                    y = conv_beside(merge[0].conv, up(x), skip)
-                else:
-                    y = conv_of_upsampled(merge[0].conv, up, x, skip)
-                return merge[1](merge[0].normalise(y))
-            x = run_stage(level, x, skips.pop(), recompute=self.recompute)
-        return deep, x
+        deep = x = skips.pop()
+        for up, merge in zip(self.up[:-1], self.merge[:-1], strict=True):
+            x = self.decode(up, merge, x, skips.pop())
+        return deep, x, skips.pop()
 
 
 # ---- Swin UNETR: attention -----------------------------------------------------------------------
@@ -491,18 +497,15 @@ class FastSwinUNETR(SwinUNETR):
     """Channels-last, and without concatenations."""
     devices = ("cpu",)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, up: UpConv, dec: ResBlock, x: Tensor, skip: Tensor) -> Tensor:
         if x.device.type not in self.devices:
-            return super().forward(x)
-        x = channels_last(x)
-        hidden = self.encode(x)
-        skips = [run_stage(enc, h, recompute=self.recompute)
-                 for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True)]
-        skips.append(hidden[3])
-        deep = y = self.bottom(hidden[4])
-        for up, dec in zip(self.up, self.dec, strict=True):
-            y = run_stage(dec, up(y), skips.pop(), recompute=self.recompute)
-        return deep, y
+            return super().decode(up, dec, x, skip)
+        return run_stage(dec, up(x), skip, recompute=self.recompute)
+
+    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.device.type in self.devices:
+            x = channels_last(x)
+        return super().trunk(x)
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -575,15 +578,12 @@ class FastUniversalModel(UniversalModel):
         logits = logits[0][None] if B == 1 else torch.stack(logits)            # (B, K, N)
         return logits.view(B, K, *size)
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        if x.device.type not in FastGroupNormReLU.devices:
-            return super().forward(x, w)
-        check_side(x.shape[2:], self.backbone)
-        deep, fine = self.backbone(x)
-        theta, norm = self.theta(deep, w), self.reduce_norm
-        fine = norm_act(fine, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps,
-                        overwrite=True)
-        return self.heads(self.reduce(fine), theta)
+    def reduction(self, fine: Tensor, norm: GroupNormReLU, reduce: nn.Module) -> Tensor:
+        if fine.device.type in FastGroupNormReLU.devices:
+            fine = norm_act(fine, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps,
+                            overwrite=True)
+            return reduce(fine)
+        return super().reduction(fine, norm, reduce)
 
 
 # ---- swapping ------------------------------------------------------------------------------------

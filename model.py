@@ -13,6 +13,7 @@ N voxels of the input, or tokens of an attention window
 """
 from __future__ import annotations
 
+import copy
 import math
 import re
 from itertools import pairwise
@@ -121,18 +122,31 @@ class UNet(nn.Module):
             DoubleConv(c2 + c1, c1, c1),
         ])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def last_level(self) -> tuple[nn.Module, nn.Module]:
+        """The two modules of the last level of the decoder, the arguments of `decode`."""
+        return self.up[-1], self.merge[-1]
+
+    def decode(self, up: nn.Module, merge: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """One level of the decoder: x, of half the skip's sides -> a map of the skip's sides."""
+        x = torch.cat([up(x), skip], 1)                   # upsampled first, then the skip
+        return run_stage(merge, x, recompute=self.recompute)
+
+    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the last level of the decoder -> deep, and the input (x, skip) of that level."""
         skips = []
         for level, down in enumerate(self.down):
             if level > 0:
                 x = F.max_pool3d(x, 2)
             x = run_stage(down, x, recompute=self.recompute)           # (B, 2^level width, ...)
             skips.append(x)
-        deep = skips.pop()                                # (B, 8 width, D/8, H/8, W/8)
-        fine = deep
-        for up, merge in zip(self.up, self.merge, strict=True):
-            fine = torch.cat([up(fine), skips.pop()], 1)  # upsampled first, then the skip
-            fine = run_stage(merge, fine, recompute=self.recompute)
+        deep = x = skips.pop()                            # (B, 8 width, D/8, H/8, W/8)
+        for up, merge in zip(self.up[:-1], self.merge[:-1], strict=True):
+            x = self.decode(up, merge, x, skips.pop())
+        return deep, x, skips.pop()      # x (B, 2 width, D/2, H/2, W/2), skip (B, width, D, H, W)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        deep, x, skip = self.trunk(x)
+        fine = self.decode(*self.last_level(), x, skip)
         return deep, fine                                 # fine (B, width, D, H, W)
 
 
@@ -385,17 +399,30 @@ class SwinUNETR(nn.Module):
             hidden.append(tokens)
         return [F.layer_norm(h, h.shape[-1:]).permute(0, 4, 1, 2, 3) for h in hidden]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def last_level(self) -> tuple[nn.Module, nn.Module]:
+        """The two modules of the last level of the decoder, the arguments of `decode`."""
+        return self.up[-1], self.dec[-1]
+
+    def decode(self, up: nn.Module, dec: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """One level of the decoder: x, of half the skip's sides -> a map of the skip's sides."""
+        x = torch.cat([up(x), skip], 1)                        # upsampled first, then the skip
+        return run_stage(dec, x, recompute=self.recompute)
+
+    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the last level of the decoder -> deep, and the input (x, skip) of that level."""
         hidden = self.encode(x)
         skips = []                                             # of depth D, D/2, D/4, D/8, D/16
         for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True):
             skips.append(run_stage(enc, h, recompute=self.recompute))
         skips.append(hidden[3])
-        deep = self.bottom(hidden[4])                          # (B, 16 C, D/32, H/32, W/32)
-        fine = deep
-        for up, dec in zip(self.up, self.dec, strict=True):
-            fine = torch.cat([up(fine), skips.pop()], 1)       # upsampled first, then the skip
-            fine = run_stage(dec, fine, recompute=self.recompute)
+        deep = x = self.bottom(hidden[4])                      # (B, 16 C, D/32, H/32, W/32)
+        for up, dec in zip(self.up[:-1], self.dec[:-1], strict=True):
+            x = self.decode(up, dec, x, skips.pop())
+        return deep, x, skips.pop()          # x (B, C, D/2, H/2, W/2), skip (B, C, D, H, W)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        deep, x, skip = self.trunk(x)
+        fine = self.decode(*self.last_level(), x, skip)
         return deep, fine                                      # fine (B, C, D, H, W)
 
 
@@ -428,6 +455,20 @@ def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
     return y.squeeze(2).unflatten(2, feat.shape[2:])
 
 
+@torch.no_grad()
+def initialise_theta(theta: Tensor) -> None:
+    """Fill theta (153,) with the parameters of a head of He initialisation.
+
+    The last bias is -2: at first a head gives every voxel a probability of about 0.12.
+    """
+    theta.zero_()
+    weights, biases = split_theta(theta)               # views: writing to them writes to theta
+    for weight in weights[:-1]:
+        weight.normal_(0, math.sqrt(2 / weight.shape[-1]))             # a ReLU follows
+    weights[-1].normal_(0, math.sqrt(1 / weights[-1].shape[-1]))       # no ReLU follows
+    biases[-1].fill_(-2.0)
+
+
 class Controller(nn.Module):
     """theta_k = Linear(concat(f, ReLU(Linear(w_k)))): the parameters of every head.
 
@@ -438,21 +479,7 @@ class Controller(nn.Module):
         super().__init__()
         self.text = nn.Linear(text_dim, hidden)
         self.out = nn.Linear(image_dim + hidden, THETA_DIM)
-        self.initialise_heads()
-
-    @torch.no_grad()
-    def initialise_heads(self) -> None:
-        """Let the bias of `out` be the parameters of a network with He initialisation.
-
-        `out` starts with small weights, so every head starts near this network. The last bias is
-        -2: at first a head gives every voxel a probability of about 0.12.
-        """
-        self.out.bias.zero_()
-        weights, biases = split_theta(self.out.bias)       # views: writing to them writes to bias
-        for weight in weights[:-1]:
-            weight.normal_(0, math.sqrt(2 / weight.shape[-1]))         # a ReLU follows
-        weights[-1].normal_(0, math.sqrt(1 / weights[-1].shape[-1]))   # no ReLU follows
-        biases[-1].fill_(-2.0)
+        initialise_theta(self.out.bias)    # its weights are small: every head starts near the bias
 
     def forward(self, w: Tensor, f: Tensor) -> Tensor:
         text = F.relu(self.text(w))                                    # (K, 256)
@@ -463,36 +490,51 @@ class Controller(nn.Module):
 
 
 class Extension(nn.Module):
-    """Heads of new classes beside a frozen model (the 2024 extension): one two-layer MLP per class.
+    """New classes beside a frozen model: heads from one two-layer MLP per class (the 2024
+    extension), on a decoder feature of their own.
 
-    w_new  (n, E)  text embeddings of the n new classes. A class of a call is a new one if its
-                   embedding is equal to one of them.
+    The decoder feature of a model does not separate structures that it never saw. So the last
+    level of the decoder and the reduction are copied from the old model and trained for the new
+    classes, which share them.
+
+    w_new       (n, E)  text embeddings of the n new classes
+    last_level  the two modules of the last level of the old model's decoder, and its reduction:
+                reduce_norm and reduce
     """
 
-    def __init__(self, w_new: Tensor, image_dim: int = IMAGE_DIM, hidden: int = 512):
+    def __init__(self, w_new: Tensor, last_level, reduce_norm: nn.Module, reduce: nn.Module,
+                 hidden: int = 512):
         super().__init__()
-        n, width = len(w_new), image_dim + w_new.shape[1]
+        self.level = nn.ModuleList(copy.deepcopy(module) for module in last_level)
+        self.reduce_norm = copy.deepcopy(reduce_norm)
+        self.reduce = copy.deepcopy(reduce)
+        n, width = len(w_new), IMAGE_DIM + w_new.shape[1]
         self.register_buffer("w_new", w_new.clone())
         # The layers of all n MLPs are stacked in one tensor each
         self.w1 = nn.Parameter(torch.randn(n, width, hidden) * math.sqrt(2 / width))
         self.b1 = nn.Parameter(torch.zeros(n, 1, hidden))
-        self.w2 = nn.Parameter(torch.randn(n, hidden, THETA_DIM) / math.sqrt(hidden))
+        self.w2 = nn.Parameter(torch.randn(n, hidden, THETA_DIM) / hidden)
         self.b2 = nn.Parameter(torch.zeros(n, 1, THETA_DIM))
+        for k in range(n):
+            initialise_theta(self.b2[k, 0])    # w2 is small: every head starts near b2
 
-    def find(self, w: Tensor) -> Tensor:
-        """w (K, E) -> (K,) int: the index of the new class, or -1 for a class of the old model."""
-        equal = (w[:, None] == self.w_new).all(2)                      # (K, n)
-        return torch.where(equal.any(1), equal.int().argmax(1), -1)
+    def last_level(self) -> tuple[nn.Module, nn.Module]:
+        return tuple(self.level)
 
-    def forward(self, f: Tensor) -> Tensor:
-        """f (B, 256) -> theta of all new classes (B, n, 153)."""
+    def contains(self, w: Tensor) -> Tensor:
+        """w (K, E) -> (K,) bool: whether an embedding is equal to one of the new classes'."""
+        return (w[:, None] == self.w_new).all(2).any(1)
+
+    def theta(self, w: Tensor, f: Tensor) -> Tensor:
+        """w (K, E) of new classes, f (B, 256) -> the parameters of their heads (B, K, 153)."""
         n, B = len(self.w_new), len(f)
         image = f[None].expand(n, B, -1)                               # (n, B, 256)
         text = self.w_new[:, None].expand(n, B, -1)                    # (n, B, E)
         x = torch.cat([image, text], 2)
         x = F.relu(torch.baddbmm(self.b1, x, self.w1))                 # (n, B, 512)
         x = torch.baddbmm(self.b2, x, self.w2)                         # (n, B, 153)
-        return x.transpose(0, 1)
+        index = (w[:, None] == self.w_new).all(2).int().argmax(1)      # (K,)
+        return x[index].transpose(0, 1)
 
 
 class UniversalModel(nn.Module):
@@ -513,41 +555,82 @@ class UniversalModel(nn.Module):
         # The reduction of the decoder feature to the 8 channels that the heads take
         self.reduce_norm = GroupNormReLU(backbone.fine_channels)
         self.reduce = nn.Conv3d(backbone.fine_channels, HEAD[0], 1)
-        self.extension: Extension | None = None
-
-    def extend(self, w_new: Tensor) -> None:
-        """Freeze all weights and add new classes, given by their text embeddings (n, E)."""
-        if self.extension is not None:
-            raise ValueError("this model was extended before and cannot be extended again")
-        self.requires_grad_(False)
-        self.extension = Extension(w_new).to(self.pool.weight.device)
+        self.extensions = nn.ModuleList()
 
     def image_feature(self, deep: Tensor) -> Tensor:
         """The pooling branch: deep (B, C', ...) -> f (B, 256)."""
         return self.pool(self.pool_norm(deep).mean((2, 3, 4)))
 
-    def theta(self, deep: Tensor, w: Tensor) -> Tensor:
-        """deep (B, C', ...), w (K, E) -> the parameters of every head (B, K, 153)."""
-        f = self.image_feature(deep)                                   # (B, 256)
-        if self.extension is None:
-            return self.controller(w, f)
-        # Both are computed for every class: to pick some would wait for values of the device
-        index = self.extension.find(w)                                 # (K,)
-        old = self.controller(w, f)                                    # (B, K, 153)
-        new = self.extension(f)[:, index.clamp_min(0)]                 # (B, K, 153)
-        return torch.where((index >= 0)[:, None], new, old)
+    def reduction(self, fine: Tensor, norm: nn.Module, reduce: nn.Module) -> Tensor:
+        """fine (B, C, D, H, W) -> (B, 8, D, H, W); a method that a subclass can replace."""
+        return reduce(norm(fine))
 
     def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
         """`apply_heads`, as a method that a subclass can replace."""
         return apply_heads(feat, theta)
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities."""
+    def forward(self, x: Tensor, w: Tensor, part: Tensor | None = None) -> Tensor:
+        """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities.
+
+        part  only for an extended model, see `forward_extended`
+        """
         check_side(x.shape[2:], self.backbone)
+        if len(self.extensions) > 0:
+            return self.forward_extended(x, w, part)
         deep, fine = self.backbone(x)                  # (B, C', D/8 or /32, ...), (B, C, D, H, W)
-        theta = self.theta(deep, w)                    # (B, K, 153)
-        feat = self.reduce(self.reduce_norm(fine))     # (B, 8, D, H, W)
+        f = self.image_feature(deep)                   # (B, 256)
+        theta = self.controller(w, f)                  # (B, K, 153)
+        feat = self.reduction(fine, self.reduce_norm, self.reduce)     # (B, 8, D, H, W)
         return self.heads(feat, theta)                 # (B, K, D, H, W)
+
+    # ---- extensions: new classes beside a frozen model ----
+    def extend(self, w_new: Tensor) -> None:
+        """Freeze all weights and add an extension with new classes, given by their text embeddings
+        (n, E). The backbone must have the methods trunk, decode and last_level."""
+        self.requires_grad_(False)
+        extension = Extension(w_new, self.backbone.last_level(), self.reduce_norm, self.reduce)
+        self.extensions.append(extension.requires_grad_().to(self.pool.weight.device))
+
+    def part_of(self, w: Tensor) -> Tensor:
+        """w (K, E) -> (K,) int, on the CPU: the part of the model that computes each class, 0 for
+        the first model and i for extension i, which knows its classes by their embeddings."""
+        part = torch.zeros(len(w), dtype=torch.long, device=w.device)
+        for i, extension in enumerate(self.extensions, 1):
+            part = torch.where(extension.contains(w), i, part)
+        return part.cpu()
+
+    def forward_extended(self, x: Tensor, w: Tensor, part: Tensor | None) -> Tensor:
+        """As `forward`, every class computed by the part of the model that it belongs to.
+
+        Old and new classes share no operation behind the trunk of the backbone, so the logits of
+        the old ones are bit for bit those of the old model.
+
+        part  (K,) int, on the CPU: what part_of(w) returns. If it is None, it is found out here,
+              for which the CPU waits for a GPU
+        """
+        if part is None:
+            part = self.part_of(w)
+        deep, coarse, skip = self.backbone.trunk(x)
+        f = self.image_feature(deep)                                   # (B, 256)
+        logits, classes = [], []
+        for i in part.unique().tolist():
+            own = torch.nonzero(part == i)[:, 0]                       # (k,) classes of part i
+            if i == 0:
+                theta = self.controller(w[own], f)                     # (B, k, 153)
+                source = self
+                level = self.backbone.last_level()
+            else:
+                source = self.extensions[i - 1]
+                theta = source.theta(w[own], f)                        # (B, k, 153)
+                level = source.last_level()
+            fine = self.backbone.decode(*level, coarse, skip)          # (B, C, D, H, W)
+            feat = self.reduction(fine, source.reduce_norm, source.reduce)     # (B, 8, D, H, W)
+            logits.append(self.heads(feat, theta))                     # (B, k, D, H, W)
+            classes.append(own)
+        if len(logits) == 1:
+            return logits[0]
+        order = torch.cat(classes).argsort()
+        return torch.cat(logits, 1)[:, order]                          # in the order of w
 
 
 def check_side(size, backbone) -> None:
@@ -567,16 +650,17 @@ BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 def build_model(spec: dict) -> UniversalModel:
     """{"backbone": "unet", "width": 64, "text_dim": 512} -> an untrained model.
 
-    The other keys are arguments of the backbone. With "extension": n, all weights are frozen and n
-    classes are added, whose text embeddings are zero until a state dict is loaded.
+    The other keys are arguments of the backbone. With "extensions": [n, ...], all weights are
+    frozen and extensions of n classes each are added, whose text embeddings are zero until a state
+    dict is loaded.
     """
     spec = dict(spec)
     backbone, text_dim = spec.pop("backbone"), spec.pop("text_dim")
-    new_classes = spec.pop("extension", 0)
+    extensions = spec.pop("extensions", [])
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
     model = UniversalModel(BACKBONES[backbone](**spec), text_dim)
-    if new_classes:
+    for new_classes in extensions:
         model.extend(torch.zeros(new_classes, text_dim))
     return model
 
@@ -630,21 +714,18 @@ def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
     if content["format"] not in (FORMAT, *OLDER_FORMATS):
         raise ValueError(f"{path}: a checkpoint of format {content['format']!r}; this version "
                          f"reads {', '.join([*OLDER_FORMATS, FORMAT])}")
+    if "extension" in content.get("spec", ()):
+        raise ValueError(f"{path}: was extended by an earlier version, whose extensions had no "
+                         "decoder level of their own; run train.py --extend again")
     try:
         model = build_model(content["spec"])
-        model.load_state_dict(current_names(content.pop("model")))
+        model.load_state_dict(content.pop("model"))
         w = content["w"]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
     except RuntimeError as e:
         raise ValueError(f"{path}: weights do not fit the model it names: {e}") from None
     return model.eval(), w, content
-
-
-def current_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, with parameters that format 1 named differently renamed."""
-    renamed = {"extension.rows": "extension.w_new"}
-    return {renamed.get(name, name): value for name, value in state.items()}
 
 
 # ---- public weights ----------------------------------------------------------------------------

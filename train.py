@@ -62,7 +62,6 @@ from model import (
     UniversalModel,
     build_model,
     check_side,
-    current_names,
     load_checkpoint,
     load_pretrained,
     read_checkpoint,
@@ -93,8 +92,10 @@ class Config:
                                 ".json beside it says GELU")
     classes: str = setting("", "class table of your own (JSON) instead of the built-in one")
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
+    init: str = setting("", "start from all weights of this checkpoint, of train.py or released, "
+                        "under the class table of this run")
     extend: str = setting("", "add the classes of --classes to this checkpoint, whose weights are "
-                          "frozen")
+                          "frozen: its old classes stay exactly as they are")
     modality: str = setting("", "ct or mri: how grey values are scaled, for all datasets (default: "
                             "as the first channel of each dataset.json says)")
     spacing_mm: float = setting(SPACING_MM, "isotropic spacing to which scans are resampled, in mm "
@@ -154,10 +155,10 @@ class Task:
     """What is to be learned."""
     classes: tuple[labels.Class, ...]
     w: Tensor                      # (K, E) text embeddings, on the device
-    base: UniversalModel | None    # the model that --extend adds classes to
+    base: UniversalModel | None    # the model that --init or --extend starts from
     base_spec: dict                # what build_model needs for it
-    base_trained: list[str]        # names of the classes that it was trained on
-    frozen: int = 0                # how many classes, the first ones, are frozen
+    frozen_trained: list[str]      # names of the frozen classes that it was trained on
+    frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
 
 
 def text_embeddings(cfg: Config, classes) -> Tensor:
@@ -173,25 +174,107 @@ def text_embeddings(cfg: Config, classes) -> Tensor:
     return w
 
 
+def free_onehot_rows(old_w: Tensor, count: int) -> Tensor:
+    """(count, E): one-hot text embeddings that are no row of old_w (n, E).
+
+    The positive ones come first; where they are used up, the negative ones follow.
+    """
+    E = old_w.shape[1]
+    rows = torch.cat([torch.eye(E), -torch.eye(E)]) * ONEHOT_NORM              # (2 E, E)
+    taken = (rows[:, None] == old_w.cpu()).all(2).any(1)                       # (2 E,)
+    return rows[~taken][:count]
+
+
+def embeddings_beside(cfg: Config, classes, old, old_w: Tensor, path: str) -> Tensor:
+    """w (K, E) of classes beside those of a checkpoint, as --text says.
+
+    A one-hot embedding means nothing by itself: a class whose name the checkpoint has keeps the row
+    that it was trained with, the others get rows that no class has.
+    """
+    if cfg.text != "onehot":
+        w = text_embeddings(cfg, classes)
+        if w.shape[1] != old_w.shape[1]:
+            raise ValueError(f"{path}: its text embeddings have {old_w.shape[1]} numbers, those of "
+                             f"--text {cfg.text} have {w.shape[1]}")
+        return w
+    row_of = {c.name: row.cpu() for c, row in zip(old, old_w, strict=True)}
+    new = [c.name for c in classes if c.name not in row_of]
+    free = free_onehot_rows(old_w, len(new))
+    if len(free) < len(new):
+        raise ValueError(f"{path}: has one-hot rows for {len(free)} more classes, "
+                         f"{len(new)} are new ({', '.join(new)}); use --text clip")
+    row_of.update(zip(new, free, strict=True))
+    return torch.stack([row_of[c.name] for c in classes])
+
+
+WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
+
+
 def load_task(cfg: Config) -> Task:
-    """The classes of --classes with their embeddings; with --extend, those of its checkpoint and
-    after them the new ones."""
+    """The classes of --classes and their embeddings, and the model that training starts from."""
+    start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
+    if len(start) > 1:
+        raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
     classes = labels.load_classes(cfg.classes or None)
-    w = text_embeddings(cfg, classes).to(cfg.device)
-    if not cfg.extend:
-        return Task(classes, w, None, {}, [])
-    base, old_w, rest = load_checkpoint(cfg.extend)
+    if not (cfg.init or cfg.extend):
+        check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
+        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [])
+    path = cfg.init or cfg.extend
+    base, old_w, rest = load_checkpoint(path)
+    check_side((cfg.patch,) * 3, base.backbone)
+    spec = spec_of(cfg, base, old_w, rest, path)
     old = labels.classes_of_checkpoint(rest)
-    if cfg.text == "onehot":                       # embeddings that no old class has
-        w = -torch.eye(len(classes), old_w.shape[1]).to(w) * ONEHOT_NORM
+    if cfg.extend:
+        trained = rest.get("trained", [c.name for c in old])
+        return extended_task(cfg, classes, base, spec, old, old_w, trained)
+    return initial_task(cfg, classes, base, spec, old, old_w)
+
+
+def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: str) -> dict:
+    """What build_model needs to make the model of a checkpoint.
+
+    raises ValueError  if --backbone or --width ask for another one
+    """
+    name = next(name for name, kind in BACKBONES.items() if isinstance(base.backbone, kind))
+    width = base.backbone.fine_channels
+    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, name):
+        raise ValueError(f"{path}: its backbone is a {name} of width {width}; --backbone and "
+                         "--width cannot change it, leave them out")
+    released = {"backbone": name, "text_dim": old_w.shape[1], WIDTH_ARGUMENT[name]: width}
+    return rest.get("spec", released)
+
+
+def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
+                 old_w: Tensor) -> Task:
+    """--init: all weights of a checkpoint under a class table of one's own."""
+    w = embeddings_beside(cfg, classes, old, old_w, cfg.init).to(cfg.device)
+    left_out = sum(spec.get("extensions", []))
+    base.extensions = nn.ModuleList()              # each is made for its own classes
+    spec = {key: value for key, value in spec.items() if key != "extensions"}
+    if process_rank() == 0:
+        old_names = [c.name for c in old]
+        shared = [c.name for c in classes if c.name in old_names]
+        new = [c.name for c in classes if c.name not in old_names]
+        print(f"{cfg.init}: all {len(base.state_dict())} tensors of a {spec['backbone']} of width "
+              f"{base.backbone.fine_channels} taken (backbone, pooling branch, controller, "
+              "reduction); optimiser and schedule start anew")
+        print(f"  classes known to it: {', '.join(shared) or 'none'}; "
+              f"new: {', '.join(new) or 'none'}")
+        if left_out:
+            print(f"  not taken: what --extend added to it for {left_out} classes")
+    return Task(classes, w, base.requires_grad_(), spec, [])
+
+
+def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, old_w: Tensor,
+                  trained: list[str]) -> Task:
+    """--extend: the frozen classes of a checkpoint, and after them the new ones."""
     old_names = [c.name for c in old]
-    new = [k for k, c in enumerate(classes) if c.name not in old_names]
-    if not new or w.shape[1] != old_w.shape[1]:
-        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it, "
-                         f"with text embeddings of width {old_w.shape[1]} (--text)")
-    entries = [dataclasses.asdict(c) for c in (*old, *(classes[k] for k in new))]
-    return Task(labels.make_classes(entries), torch.cat([old_w.to(w), w[new]]), base,
-                rest.get("spec", {}), rest.get("trained", old_names), frozen=len(old))
+    new = tuple(c for c in classes if c.name not in old_names)
+    if not new:
+        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it")
+    w = torch.cat([old_w, embeddings_beside(cfg, new, old, old_w, cfg.extend)]).to(cfg.device)
+    table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
+    return Task(table, w, base, spec, trained, frozen=len(old))
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -215,10 +298,10 @@ def split(cfg: Config, scans: list[data.Scan]) -> tuple[list[data.Scan], list[da
 
 
 def covered_classes(task: Task, scans) -> Tensor:
-    """(K,) bool: classes that some training scan annotates, or that a base model was trained on."""
+    """(K,) bool: classes that some training scan annotates, or that were trained and are frozen."""
     covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))
     for k in range(task.frozen):
-        covered[k] = task.classes[k].name in task.base_trained
+        covered[k] = task.classes[k].name in task.frozen_trained
     return covered
 
 
@@ -280,14 +363,14 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
     if task.base is None:
         spec = {"backbone": cfg.backbone, "text_dim": task.w.shape[1]}
         if cfg.width:
-            spec[{"unet": "width", "swin_unetr": "feature_size"}[cfg.backbone]] = cfg.width
+            spec[WIDTH_ARGUMENT[cfg.backbone]] = cfg.width
         network = build_model(spec)
     else:
-        network, w_new = task.base, task.w[task.frozen:].cpu()
-        kind = next(n for n, b in BACKBONES.items() if isinstance(network.backbone, b))
-        spec = task.base_spec or {"backbone": kind, "text_dim": task.w.shape[1]}   # as released
-        spec = {**spec, "extension": len(w_new)}
-        network.extend(w_new)
+        network, spec = task.base, task.base_spec
+        if task.frozen:
+            w_new = task.w[task.frozen:].cpu()
+            network.extend(w_new)
+            spec = {**spec, "extensions": [*spec.get("extensions", []), len(w_new)]}
     if cfg.pretrained:
         filled, left = load_pretrained(network, cfg.pretrained)
         total = len(network.backbone.state_dict())
@@ -302,7 +385,9 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
 
 def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
     """AdamW; what generates the heads may have a learning rate of its own (--head-lr)."""
-    generator = set((network.extension or network.controller).parameters())
+    generator = set(network.controller.parameters())
+    for extension in network.extensions:
+        generator.update((extension.w1, extension.b1, extension.w2, extension.b2))
     by_rate: dict[float, list] = {}
     for p in network.parameters():
         if p.requires_grad:
@@ -341,6 +426,7 @@ class Run:
     spec: dict                     # what build_model needs to make the network again
     trained: list[str]             # classes that some training scan annotates, for infer.py
     modality: str                  # of most training scans: ct or mri
+    part: Tensor | None = None     # (K,) of an extended model, what its part_of(w) returns
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
@@ -411,7 +497,7 @@ def resume(path: Path, run: Run, cfg: Config) -> None:
         print(f"note: {path} was written by an earlier version ({content['format']}). Weights and "
               "optimiser state fit; from here on every scan weighs the same in the loss (before: "
               "every annotated class of a scan), and background crops are centred in the body")
-    run.network.load_state_dict(current_names(content["model"]))
+    run.network.load_state_dict(content["model"])
     run.optimiser.load_state_dict(content["optimizer"])
     run.step, run.best = content["step"], content["best"]
 
@@ -429,13 +515,15 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
     return counted & new
 
 
-def step_loss(net, batch: dict, w: Tensor, *, amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
+              amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The masked step of the paper (Sec. 3.3) -> (loss, its cross-entropy, its Dice loss).
 
     net    (x, w) -> logits
     batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and
            annotated (B, K) bool: the classes that count; on the CPU
     w      (K, E) text embeddings, on the device of net
+    part   (K,) int, on the CPU, if net is an extended model: what its part_of(w) returns
 
     The network computes the union of the classes that the batch's scans annotate; the losses then
     select, for every scan, its own.
@@ -443,11 +531,12 @@ def step_loss(net, batch: dict, w: Tensor, *, amp: bool = False) -> tuple[Tensor
     annotated = batch["annotated"]                                     # (B, K), stays on the CPU
     asked = torch.nonzero(annotated.any(0))[:, 0]                      # (k,)
     if len(asked) == 0:
-        asked = torch.zeros(1, dtype=torch.long)   # a zero gradient, for which DDP would wait
+        asked = torch.tensor([len(w) - 1])         # a zero gradient, for which DDP would wait
     x, label_rows, regions = (batch[name].to(w.device, non_blocking=True)
                               for name in ("image", "label_rows", "regions"))
+    of_extended = () if part is None else (part[asked],)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
-        logits = net(x, w[asked])                                      # (B, k, D, H, W)
+        logits = net(x, w[asked], *of_extended)                        # (B, k, D, H, W)
     y, known = data.targets(label_rows, regions, asked), None          # (B, k, D, H, W) bool
     if not batch["known"][:, :, asked].all():                          # rare, and asked on the CPU
         known = data.targets(label_rows, batch["known"].to(w.device, non_blocking=True), asked)
@@ -608,7 +697,7 @@ def draw_curve(log: Path, png: Path) -> None:
 def check_output(cfg: Config) -> None:
     """raises ValueError  if OUT holds a run that is not to be resumed, or a file that is read"""
     out = Path(cfg.out)
-    given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.extend, cfg.pretrained)
+    given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained)
     data.refuse_overwriting_inputs(filter(None, given), [out / name for name in OUTPUTS], "--out")
     if (out / "last.pt").exists() and not cfg.resume:
         raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another --out")
@@ -618,8 +707,9 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
+    part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              scans=identify_scans(scans, val))
+              part, scans=identify_scans(scans, val))
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
@@ -638,7 +728,7 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
     The only values fetched from the device are one stack of four numbers, before the weights
     change, so that a loss that is not finite leaves them as they were.
     """
-    loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
+    loss, bce, dice = step_loss(net, batch, run.w, part=run.part, amp=amp)
     asked = torch.tensor(float(stop.asked), device=loss.device)
     if process_count() > 1:
         dist.all_reduce(asked)
@@ -656,7 +746,6 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
 def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     torch.manual_seed(cfg.seed)
-    check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
     check_output(cfg)
     out = Path(cfg.out)
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0

@@ -320,7 +320,7 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
         window = torch.from_numpy(image[middle].copy())[None, None]
         with torch.no_grad():
             deep, _ = model.backbone(window)
-            thetas.append(model.theta(deep, w[indices])[0])
+            thetas.append(model.controller(w[indices], model.image_feature(deep))[0])
     return trained, torch.stack(thetas)
 
 
@@ -553,9 +553,12 @@ def change_of_old_logits(old: Path, new: Path) -> float:
 
 @claim
 def transfer(args) -> dict:
-    """A new class (aorta) with few scans, in three ways: as an extension of a model that never saw
-    it, on the backbone of that model with a class table of its own, and from scratch. An extension
-    leaves the logits of the old classes as they were.
+    """A new class (aorta) with few scans, in four ways: as an extension of a model of six classes
+    that never saw it, from all weights of that model, from its backbone, and from scratch. Each is
+    trained for --steps steps and for a quarter of them.
+
+    An extension leaves the logits of the old classes as they were. Further seeds are run for 2 and
+    8 scans and the larger number of steps only.
     """
     root = study(args)
     old_classes = args.out / "old.json"
@@ -566,21 +569,27 @@ def transfer(args) -> dict:
     old_datasets = [root / f"Dataset{name}" for name in (
         "101_PhantomKidney", "102_PhantomLiver", "104_PhantomSpleen")]
     new_dataset = root / "Dataset105_PhantomTrunk"
+    small = {"spacing_mm": 6.0, "patch": 32}
     result = {}
     for seed in range(args.seeds):
-        base = fit(args, "base", old_datasets, seed, classes=str(old_classes))
-        for n in (1, 2, 4, 8):
-            few = first_scans(new_dataset, n, args.out / f"few{n}")
-            for way, flags in (("extended", {"extend": str(base)}),
-                               ("transferred", {"pretrained": str(base)}),
-                               ("from scratch", {})):
-                checkpoint = fit(args, f"{way.replace(' ', '_')}_{n}", [few], seed,
-                                 classes=str(new_classes), steps=max(1, args.steps // 4),
-                                 head_lr=5e-4, **flags)
-                run = score(args, checkpoint, root / phantom.TEST, "--classes", "Aorta")
-                if way == "extended":
-                    run["old logits change by"] = change_of_old_logits(base, checkpoint)
-                result.setdefault(f"{way}, {n} scans", []).append(run)
+        base = fit(args, "base", old_datasets, seed, classes=str(old_classes),
+                   steps=2 * args.steps, **small)
+        ways = {"--extend": {"extend": str(base)}, "--init": {"init": str(base)},
+                "--pretrained": {"pretrained": str(base)}, "from scratch": {}}
+        for steps in (args.steps, max(1, args.steps // 4)):
+            for n in (1, 2, 4, 8):
+                if seed > 0 and (n not in (2, 8) or steps < args.steps):
+                    continue
+                few = first_scans(new_dataset, n, args.out / f"few{n}")
+                for way, flags in ways.items():
+                    name = f"{way.strip('-').replace(' ', '_')}_{n}_{steps}"
+                    checkpoint = fit(args, name, [few], seed, classes=str(new_classes),
+                                     steps=steps, head_lr=5e-4, **small, **flags)
+                    run = score(args, checkpoint, root / phantom.TEST, "--classes", "Aorta")
+                    if way == "--extend":
+                        run["old logits change by"] = change_of_old_logits(base, checkpoint)
+                    scans = "1 scan" if n == 1 else f"{n} scans"
+                    result.setdefault(f"{way}, {scans}, {steps} steps", []).append(run)
     return result
 
 

@@ -1,4 +1,5 @@
 """The network: by hand, stored outputs of the released model, MONAI, plain nn modules, masking."""
+import copy
 import json
 import pickle
 import sys
@@ -505,39 +506,88 @@ def test_wrong_sides_are_named():
 
 
 # ---- extension -----------------------------------------------------------------------------------
-def test_an_extension_leaves_old_logits_bit_identical_and_has_its_own_mlp():
-    """472,217 parameters a class at the paper's size: 768 -> 512 -> 153."""
-    assert sum(p.numel() for p in model.Extension(torch.ones(2, 512)).parameters()) == 2 * 472_217
-    network = tiny_model(text_dim=5).eval()
-    x, old, new = torch.rand(2, 1, 64, 64, 64), torch.randn(3, 5), torch.randn(2, 5)
+def extended(backbone, form):
+    """A model, its extension by two classes, an input, embeddings of old and of new classes."""
+    torch.manual_seed(0)
+    spec = {"unet": {"backbone": "unet", "width": 8},
+            "swin_unetr": {"backbone": "swin_unetr", "feature_size": 12}}[backbone]
+    old = model.build_model({**spec, "text_dim": 5}).eval()
+    new = copy.deepcopy(old)
+    w, w_new = torch.randn(3, 5), torch.randn(2, 5)
+    new.extend(w_new)
+    if form == "fast":
+        fast.accelerate(old), fast.accelerate(new)
+    return old, new, torch.rand(2, 1, 64, 64, 64), w, w_new
+
+
+@pytest.mark.parametrize("backbone", ["unet", "swin_unetr"])
+@pytest.mark.parametrize("form", ["plain", "fast"])
+def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
+    """In any order of the classes, before and after the new weights have changed."""
+    old, new, x, w, w_new = extended(backbone, form)
     with torch.no_grad():
-        before = network(x, old)
-        network.extend(new)
-        assert torch.equal(network(x, old), before)
-        both = network(x, torch.cat([new[1:], old, new[:1]]))            # any order
-        assert torch.allclose(both[:, 1:4], before, atol=1e-5)
-        deep, _ = network.backbone(x)
-        f = network.pool(network.pool_norm(deep).mean((2, 3, 4)))
-        e = network.extension
-        for k in range(2):                                             # by hand
-            h = torch.relu(torch.cat([f, new[k].expand(2, -1)], 1) @ e.w1[k] + e.b1[k])
-            want = h @ e.w2[k] + e.b2[k]
-            assert torch.allclose(network.theta(deep, new)[:, k], want, atol=1e-5)
-    network.train()(x, torch.cat([old, new])).square().mean().backward()
-    assert all(p.grad is None for n, p in network.named_parameters() if "extension" not in n)
-    assert all(p.grad.abs().sum() > 0 for p in network.extension.parameters())
+        before = old(x, w)
+        for p in new.extensions[0].parameters():
+            p += 0.1 * torch.randn_like(p)
+        assert torch.equal(new(x, w), before)
+        both = new(x, torch.cat([w_new[1:], w, w_new[:1]]))
+        assert torch.equal(both[:, 1:4], before)
+        assert torch.equal(both[:, [4, 0]], new(x, w_new))
+        assert not torch.allclose(both[:, 4], both[:, 0])
+    part = new.part_of(torch.cat([w_new[1:], w, w_new[:1]]))
+    assert part.tolist() == [1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("backbone", ["unet", "swin_unetr"])
+def test_only_an_extension_is_trained_and_an_extended_model_can_be_extended_again(backbone):
+    _, network, x, w, first = extended(backbone, "fast")
+    x = x[:1]
+    second = torch.randn(1, 5)
+    with torch.no_grad():
+        before = network(x, torch.cat([first, w]))
+    network.extend(second)
+    assert network.part_of(torch.cat([second, w, first])).tolist() == [2, 0, 0, 0, 1, 1]
+    network(x, torch.cat([w, second, first])).square().mean().backward()
+    for name, p in network.named_parameters():
+        assert (p.grad is not None and p.grad.abs().sum() > 0) == ("extensions.1." in name), name
+    with torch.no_grad():
+        assert torch.equal(network(x, torch.cat([first, w])), before)
+        spec = {"backbone": backbone, "text_dim": 5, "extensions": [2, 1],
+                **({"width": 8} if backbone == "unet" else {"feature_size": 12})}
+        again = fast.accelerate(model.build_model(spec).eval())
+        again.load_state_dict(network.state_dict())
+        assert torch.equal(again(x, torch.cat([first, w, second])),
+                           network(x, torch.cat([first, w, second])))
+
+
+def test_the_heads_of_an_extension_by_hand():
+    """One MLP a class on the image feature and the class's embedding: 472,217 parameters at the
+    paper's size (768 -> 512 -> 153), and a decoder level of 9,112 at width 8."""
+    network = tiny_model(text_dim=512).eval()
+    network.extend(torch.randn(2, 512))
+    sizes = {name: p.numel() for name, p in network.extensions[0].named_parameters()}
+    mlps = sum(sizes.pop(name) for name in ("w1", "b1", "w2", "b2"))
+    assert mlps == 2 * 472_217 and sum(sizes.values()) == 9_112
+    e, f = network.extensions[0], torch.randn(2, 256)
+    with torch.no_grad():
+        got = e.theta(e.w_new[[1, 0]], f)
+        for k in range(2):
+            h = torch.relu(torch.cat([f, e.w_new[k].expand(2, -1)], 1) @ e.w1[k] + e.b1[k])
+            assert torch.allclose(got[:, 1 - k], h @ e.w2[k] + e.b2[k], atol=1e-5)
 
 
 def test_a_checkpoint_of_the_format_before_still_loads(tmp_path):
-    """Its extension calls the new classes' text embeddings `rows`; nothing else differs."""
-    spec = {"backbone": "unet", "width": 8, "text_dim": 5, "extension": 2}
-    network = model.build_model(spec)
-    state = {k.replace("w_new", "rows"): torch.randn_like(v)
-             for k, v in network.state_dict().items()}
-    torch.save({"format": "universal-model/1", "spec": spec, "model": state, "w": torch.eye(5),
-                "classes": []}, tmp_path / "old.pt")
+    """Only what --extend made then cannot be used any more."""
+    spec = {"backbone": "unet", "width": 8, "text_dim": 5}
+    state = {k: torch.randn_like(v) for k, v in model.build_model(spec).state_dict().items()}
+    content = {"format": "universal-model/1", "spec": spec, "model": state, "w": torch.eye(5),
+               "classes": []}
+    torch.save(content, tmp_path / "old.pt")
     loaded, w, _ = model.load_checkpoint(tmp_path / "old.pt")
-    assert torch.equal(loaded.extension.w_new, state["extension.rows"]) and len(w) == 5
+    assert torch.equal(loaded.pool.weight, state["pool.weight"]) and len(w) == 5
+    torch.save({**content, "spec": {**spec, "extension": 2}}, tmp_path / "extended.pt")
+    with pytest.raises(ValueError, match="extended by an earlier version.* run train.py --extend"):
+        model.load_checkpoint(tmp_path / "extended.pt")
     torch.save({"format": "universal-model/9", "spec": spec}, tmp_path / "new.pt")
     with pytest.raises(ValueError, match="a checkpoint of format 'universal-model/9'"):
         model.load_checkpoint(tmp_path / "new.pt")
