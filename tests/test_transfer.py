@@ -1,0 +1,137 @@
+"""--init: all weights of a checkpoint, ours or released, under another class table."""
+import json
+import re
+
+import pytest
+import torch
+from test_model import small_released
+from test_train import config, same, weights
+
+import labels
+import model
+import train
+
+KIDNEYS = [{"name": "Right Kidney", "side": "right"}, {"name": "Left Kidney", "side": "left"}]
+
+
+def table(path, entries):
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    """A U-Net of width 8, trained for two steps on the kidneys with one-hot text embeddings."""
+    root = tmp_path_factory.mktemp("base")
+    train.train(config(tiny, root / "run", data=(str(tiny / "raw/Dataset902_Kidney"),), steps=2,
+                       classes=table(root / "kidneys.json", KIDNEYS)))
+    return root / "run/last.pt"
+
+
+def liver_run(tiny, out, **how):
+    """Settings of a run on the liver in which no weight changes: its learning rate is 0."""
+    how = {"classes": ["Left Kidney", "Liver"], **how}
+    classes = table(out.parent / f"{out.name}.json", how.pop("classes"))
+    return config(tiny, out, data=(str(tiny / "raw/Dataset901_Liver"),), steps=1, lr=0.0,
+                  classes=classes, **how)
+
+
+# ---- one-hot rows --------------------------------------------------------------------------------
+def test_free_onehot_rows_by_hand():
+    """Of the six rows +-e_0, +-e_1, +-e_2, two are taken; positive ones come first."""
+    n = train.ONEHOT_NORM
+    taken = torch.tensor([[0, n, 0], [-n, 0, 0]])
+    free = [[n, 0, 0], [0, 0, n], [0, -n, 0], [0, 0, -n]]
+    assert train.free_onehot_rows(taken, 3).tolist() == torch.tensor(free[:3]).tolist()
+    assert train.free_onehot_rows(taken, 9).tolist() == torch.tensor(free).tolist()
+
+
+# ---- the start of a run --------------------------------------------------------------------------
+def test_all_weights_are_taken_and_a_known_class_keeps_its_row(base, tiny, tmp_path, capsys):
+    """Two classes were trained on e_0 and e_1, so the liver gets -e_0."""
+    train.train(liver_run(tiny, tmp_path / "run", init=str(base)))
+    printed = capsys.readouterr().out
+    assert f"{base}: all {len(weights(base))} tensors of a unet of width 8 taken" in printed
+    assert "classes known to it: Left Kidney; new: Liver" in printed
+    assert same(weights(tmp_path / "run/last.pt"), weights(base))
+    network, w, rest = model.load_checkpoint(tmp_path / "run/last.pt")
+    assert [c["name"] for c in rest["classes"]] == ["Left Kidney", "Liver"]
+    assert w.tolist() == (torch.tensor([[0, 1], [-1, 0]]) * train.ONEHOT_NORM).tolist()
+    assert rest["trained"] == ["Liver"] and rest["step"] == 1
+    assert all(p.requires_grad for p in network.parameters())
+
+
+def test_all_weights_are_trained(base, tiny, tmp_path):
+    cfg = liver_run(tiny, tmp_path / "run", init=str(base))
+    cfg.lr, cfg.steps = 1e-3, 2
+    train.train(cfg)
+    before, after = weights(base), weights(tmp_path / "run/last.pt")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind, patch", [("unet", 32), ("swin_unetr", 64)])
+def test_released_weights_are_taken(tiny, tmp_path, kind, patch):
+    """Five numbers a row would be 512 in the release; the backbone needs no flag."""
+    network, content = small_released(kind)
+    torch.save({"net": content}, tmp_path / "released.pth")
+    rows = torch.rand(2, content["organ_embedding"].shape[1])
+    torch.save(rows, tmp_path / "rows.pth")
+    train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "released.pth"),
+                          text=str(tmp_path / "rows.pth"), patch=patch, width=0))
+    got, w, _ = model.load_checkpoint(tmp_path / "run/last.pt")
+    assert same(got.state_dict(), network.state_dict()) and torch.equal(w, rows)
+
+
+def test_what_extend_added_is_left_out(base, tiny, tmp_path, capsys):
+    train.train(liver_run(tiny, tmp_path / "extended", extend=str(base), classes=["Liver"]))
+    train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "extended/last.pt")))
+    assert "not taken: what --extend added to it for 1 classes" in capsys.readouterr().out
+    assert same(weights(tmp_path / "run/last.pt"), weights(base))
+
+
+def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
+    whole = liver_run(tiny, tmp_path / "whole", init=str(base))
+    whole.lr, whole.steps = 1e-3, 4
+    train.train(whole)
+    part = liver_run(tiny, tmp_path / "part", init=str(base), save_every=2, resume=True)
+    part.lr, part.steps = 1e-3, 4
+
+    class Killed(Exception):
+        pass
+    save = train.save
+
+    def save_and_die(path, run, cfg):
+        save(path, run, cfg)
+        raise Killed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save", save_and_die)
+        with pytest.raises(Killed):
+            train.train(part)
+    train.train(part)
+    assert same(weights(tmp_path / "part/last.pt"), weights(tmp_path / "whole/last.pt"))
+
+
+@pytest.mark.parametrize("how, wanted", [
+    ({"extend": "BASE"}, "--init and --extend exclude each other"),
+    ({"pretrained": "BASE"}, "--init and --pretrained exclude each other"),
+    ({"width": 16}, "last.pt: its backbone is a unet of width 8; --backbone and --width cannot"),
+    ({"backbone": "swin_unetr"}, "its backbone is a unet of width 8"),
+    ({"patch": 40}, "multiples of 16"),
+    ({"text": "ROWS"}, "last.pt: its text embeddings have 2 numbers, those of --text .*rows.pth "
+                       "have 3"),
+    ({"classes": ["Liver", "Spleen", "Aorta"]},
+     "one-hot rows for 2 more classes, 3 are new .Liver, Spleen, Aorta.; use --text clip"),
+    ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+])
+def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
+    torch.save(torch.rand(2, 3), tmp_path / "rows.pth")
+    files = {"BASE": str(base), "ROWS": str(tmp_path / "rows.pth")}
+    how = {key: files.get(value, value) if isinstance(value, str) else value
+           for key, value in how.items()}
+    cfg = liver_run(tiny, tmp_path / "run", **{"init": str(base), "width": 0, **how})
+    assert labels.run(train.main, cfg) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert re.search(wanted, error), error
+    assert not (tmp_path / "run").exists()
