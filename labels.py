@@ -335,13 +335,22 @@ def _is_valid(field_name: str, value) -> bool:
     return isinstance(value, str)
 
 
-def classes_of_checkpoint(content: dict) -> tuple[Class, ...]:
+def classes_of_checkpoint(content: dict, rows: int | None = None,
+                          where: str = "checkpoint") -> tuple[Class, ...]:
     """The class table of a checkpoint, as load_checkpoint returns its content.
 
     A released checkpoint holds no classes: they are the built-in ones. A checkpoint written before
     Class had the fields solid and vessel takes both from the built-in class of the same name.
+
+    rows    how many text embeddings the checkpoint has, if that is to be checked
+    where   the file, for error messages
+    raises  ValueError  if the table is malformed, or has not a class for every text embedding
     """
     if "classes" not in content:
+        if rows not in (None, len(CLASSES)):
+            raise ValueError(f"{where}: {rows} text embeddings and no class names; they are not "
+                             f"the {len(CLASSES)} built-in classes. `train.py --init FILE "
+                             "--classes TABLE` takes the weights for classes of your own")
         return CLASSES
     entries = []
     for entry in content["classes"]:
@@ -350,7 +359,10 @@ def classes_of_checkpoint(content: dict) -> tuple[Class, ...]:
                 if c.name == entry.get("name"):
                     entry = {**entry, "solid": c.solid, "vessel": c.vessel}
         entries.append(entry)
-    return make_classes(entries, where="classes of the checkpoint")
+    classes = make_classes(entries, where="classes of the checkpoint")
+    if rows not in (None, len(classes)):
+        raise ValueError(f"{where}: {rows} text embeddings for {len(classes)} classes")
+    return classes
 
 
 def ancestors(k: int, classes) -> set[int]:

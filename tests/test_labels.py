@@ -444,6 +444,17 @@ def test_a_checkpoint_without_classes_has_the_built_in_ones():
     assert labels.classes_of_checkpoint({}) == labels.CLASSES
 
 
+def test_a_checkpoint_has_a_class_for_every_text_embedding():
+    """A derivative of the release with 25 rows and no names is not the first 25 of the 32."""
+    assert labels.classes_of_checkpoint({}, 32) == labels.CLASSES
+    with pytest.raises(ValueError, match="a.pth: 25 text embeddings and no class names.*--init"):
+        labels.classes_of_checkpoint({}, 25, "a.pth")
+    own = {"classes": ["Femur", "Tibia"]}
+    assert len(labels.classes_of_checkpoint(own, 2)) == 2
+    with pytest.raises(ValueError, match="a.pth: 3 text embeddings for 2 classes"):
+        labels.classes_of_checkpoint(own, 3, "a.pth")
+
+
 def as_old_entries(classes):
     """The fields of Class as a checkpoint kept them before there were solid and vessel."""
     entries = [dataclasses.asdict(c) for c in classes]
