@@ -746,7 +746,7 @@ def public_weights(content: dict, where: str) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: not a checkpoint of this model: {public!r} is "
                              f"{type(value).__name__}, not a tensor")
-        name = our_name(public)
+        name = our_name(str(public))
         if name.endswith(_UNUSED):
             _check_unused(name, value, where)
             continue
@@ -794,7 +794,7 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     swin_first = state.get("backbone.patch.weight")                    # (feature_size, 1, 2, 2, 2)
     text = state.get("controller.text.weight")                         # (256, E)
     first = swin_first if unet_first is None else unet_first
-    if first is None or first.ndim != 5:
+    if first is None or first.ndim == 0:
         raise ValueError(f"{where}: not a released CLIP-driven model: no backbone that this code "
                          f"knows; it has {_first_few(list(state)) or 'no weights'}")
     if text is None or w is None:
@@ -812,8 +812,11 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
         spec = {"backbone": "swin_unetr", "feature_size": len(first)}
     else:
         spec = {"backbone": "unet", "width": 2 * len(first)}
-    with torch.device("meta"):         # without memory: load_state_dict(assign=True) brings it
-        model = build_model({**spec, "text_dim": text.shape[1]})
+    try:
+        with torch.device("meta"):     # without memory: load_state_dict(assign=True) brings it
+            model = build_model({**spec, "text_dim": text.shape[1]})
+    except ValueError as e:
+        raise ValueError(f"{where}: not a released {spec['backbone']}: {e}") from None
     differences = _differences(model.state_dict(), state)
     if differences:
         raise ValueError(f"{where}: does not fit the released {spec['backbone']}: {differences}")

@@ -331,6 +331,10 @@ def test_a_file_with_two_models_is_refused():
     assert torch.equal(model.load_released(settings)[1], state["organ_embedding"])
     with pytest.raises(ValueError, match="no backbone that this code knows; it has a, b, c and 1"):
         model.load_released({k: torch.ones(2) for k in "abcd"})
+    with pytest.raises(ValueError, match="state dict: not a released unet: width"):
+        model.load_released({**state, "backbone.down_tr64.ops.0.conv1.weight": torch.ones(3)})
+    with pytest.raises(ValueError, match="unknown 0"):
+        model.load_released({**state, 0: torch.ones(3)})
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
