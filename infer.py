@@ -956,7 +956,7 @@ def load_job(args: argparse.Namespace) -> Job:
     raises ValueError  if a class is unknown, or the model was not trained on it
     """
     model, w, content = load_checkpoint(args.checkpoint)
-    classes = labels.classes_of_checkpoint(content)
+    classes = labels.classes_of_checkpoint(content, len(w), str(args.checkpoint))
     config = content.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
     trained = content.get("trained", [c.name for c in classes])
     indices = labels.select(args.classes or trained, classes)

@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,8 @@ class Class:
     """One entry of the class table."""
     name: str                          # shown to users and matched against datasets' names
     parents: tuple[str, ...] = ()      # names of the classes that contain this one. Two parents
-                                       # are the right and the left organ: it lies in one of them
+                                       # are the right and the left organ: it lies in one of them,
+                                       # of which a table may hold only one
     side: str = ""                     # "left", "right", or "" for a structure without a side
     lesion: bool = False               # a tumour or cyst: may be absent, and is scored separately
     synonyms: tuple[str, ...] = ()     # other names that public datasets use for it
@@ -167,10 +168,14 @@ CLASSES = (
     Class("Colon Tumor", parents=("Colon",), lesion=True, synonyms=("colon cancer primaries",)),
     Class("Kidney Cyst", parents=_KIDNEYS, lesion=True, synonyms=("renal cyst",)),
 )
+_SIDED_NAMES = {c.name for c in CLASSES if c.side}
 
 
-def load_classes(path: str | Path | None = None) -> tuple[Class, ...]:
+def load_classes(path: str | Path | None = None,
+                 beside: tuple[Class, ...] = ()) -> tuple[Class, ...]:
     """Read a class table: a JSON list of names, or of objects with the fields of Class.
+
+    What make_classes says of bare names and of `beside` holds.
 
     path    None: the built-in table
     raises  ValueError  with the file and the entry, if a field, a name or a parent is wrong
@@ -183,30 +188,116 @@ def load_classes(path: str | Path | None = None) -> tuple[Class, ...]:
         raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
-    return make_classes(entries, where=str(path))
+    return make_classes(entries, where=str(path), beside=beside)
 
 
-def make_classes(entries: list, where: str = "class table") -> tuple[Class, ...]:
+def make_classes(entries: list, where: str = "class table",
+                 beside: tuple[Class, ...] = ()) -> tuple[Class, ...]:
     """Names, or dicts of the fields of Class -> a checked class table.
 
+    A bare name that means a built-in class takes everything else from that class: side, lesion,
+    solid, vessel, prompt, the parents that the table holds, and the synonyms that are free. A dict
+    keeps what it says, and nothing is added to it.
+
     where   what an error message names as the source
+    beside  the classes of a model to which these are added; parents may be among them
     raises  ValueError  if a field, a name or a parent is wrong
+
+    >>> kidney, tumor = make_classes(["kidney_left", "Kidney Tumor"])
+    >>> kidney.side, kidney.sentence("V3"), tumor.lesion
+    ('left', 'A computerized tomography of a Left Kidney', True)
     """
     classes = tuple(_make_class(entry, i, where) for i, entry in enumerate(entries))
-    names = {c.name for c in classes}
     seen: dict[tuple[str, ...], str] = {}
     for c in classes:
         key = name_key(c.name)
         if not key or key in seen:
             raise ValueError(f"{where}: {c.name!r} and {seen.get(key)!r} are the same name")
         seen[key] = c.name
-        if any(parent not in names or parent == c.name for parent in c.parents):
+    bare = [isinstance(entry, str) for entry in entries]
+    classes = _complete_bare_names(classes, bare, beside)
+    names = {c.name for c in (*classes, *beside)}
+    for c in classes:
+        missing = set(c.parents) - names
+        side_is_missing = len(c.parents) == 2 and len(missing) == 1 and missing <= _SIDED_NAMES
+        if c.name in c.parents or missing and not side_is_missing:
             raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be names of "
                              "other classes of the table")
     for k, c in enumerate(classes):
         if k in ancestors(k, classes):
             raise ValueError(f"{where}: {c.name} is its own ancestor")
     return classes
+
+
+def _complete_bare_names(classes: tuple[Class, ...], bare: list[bool],
+                         beside: tuple[Class, ...]) -> tuple[Class, ...]:
+    """Fill the rows of a class table that are bare names of built-in classes, as make_classes says.
+
+    classes   the table, in which a bare name has nothing but its name
+    bare      for every class, whether it is a bare name
+    """
+    table = (*classes, *beside)
+    meant = _built_in_classes([c.name for c in table])
+    rows = {known.name: c.name for known, c in zip(meant, table, strict=True) if known}
+    by_key = {name_key(c.name): c.name for c in table}
+    taken = {name_key(spelling) for c in table for spelling in (c.name, *c.synonyms)}
+    completed = []
+    for i, c in enumerate(classes):
+        known = meant[i]
+        if bare[i] and known:
+            prompt_name = known.prompt_name
+            if c.name != known.name:
+                prompt_name = prompt_name or known.name
+            synonyms = [spelling for spelling in (known.name, *known.synonyms)
+                        if name_key(spelling) not in taken]
+            c = replace(known, name=c.name, parents=_hosts_in_table(known, rows, by_key),
+                        prompt_name=prompt_name, synonyms=tuple(synonyms))
+        completed.append(c)
+    return tuple(completed)
+
+
+def _built_in_classes(names: list[str]) -> list[Class | None]:
+    """The built-in class that each name of a class table means, or None.
+
+    A synonym means the class only if no other name of the table does, so that a table can tell the
+    two apart. A lobe is not its lung, although a dataset's lobes are matched to the lung.
+
+    >>> names = ["aorta", "IVC", "Kidney", "right lung lower lobe", "Intestine", "Small Bowel"]
+    >>> [known and known.name for known in _built_in_classes(names)]
+    ['Aorta', 'Postcava', None, None, 'Intestine', None]
+    """
+    found: list[Class | None] = []
+    for name in names:
+        indices = match(name)
+        whole = len(indices) == 1 and not _is_part(name, CLASSES[indices[0]])
+        found.append(CLASSES[indices[0]] if whole else None)
+    return [known if known and (name_key(name) == name_key(known.name) or found.count(known) == 1)
+            else None for name, known in zip(names, found, strict=True)]
+
+
+def _hosts_in_table(known: Class, rows: dict[str, str], by_key: dict) -> tuple[str, ...]:
+    """The parents of a built-in class under their names in a class table.
+
+    rows     {name of a built-in class: its name in the table}
+    by_key   {name_key of a name in the table: the name}
+
+    | the table holds             | the parents of "Kidney Tumor" are                       |
+    |-----------------------------|---------------------------------------------------------|
+    | both kidneys                | both                                                    |
+    | "Kidney", without a side    | "Kidney"                                                |
+    | only one of the two kidneys | both, for the tumour need not lie in the one that it    |
+    |                             | holds                                                   |
+    | no kidney                   | none                                                    |
+    """
+    hosts = [c for c in CLASSES if c.name in known.parents]
+    held = [c for c in hosts if c.name in rows]
+    if len(held) < len(hosts):
+        whole = [by_key[c.organ] for c in hosts if c.organ in by_key]
+        if whole:
+            return (whole[0],)
+        if not held:
+            return ()
+    return tuple(rows.get(c.name, c.name) for c in hosts)
 
 
 def _make_class(entry, i: int, where: str) -> Class:
@@ -244,13 +335,22 @@ def _is_valid(field_name: str, value) -> bool:
     return isinstance(value, str)
 
 
-def classes_of_checkpoint(content: dict) -> tuple[Class, ...]:
+def classes_of_checkpoint(content: dict, rows: int | None = None,
+                          where: str = "checkpoint") -> tuple[Class, ...]:
     """The class table of a checkpoint, as load_checkpoint returns its content.
 
     A released checkpoint holds no classes: they are the built-in ones. A checkpoint written before
     Class had the fields solid and vessel takes both from the built-in class of the same name.
+
+    rows    how many text embeddings the checkpoint has, if that is to be checked
+    where   the file, for error messages
+    raises  ValueError  if the table is malformed, or has not a class for every text embedding
     """
     if "classes" not in content:
+        if rows not in (None, len(CLASSES)):
+            raise ValueError(f"{where}: {rows} text embeddings and no class names; they are not "
+                             f"the {len(CLASSES)} built-in classes. `train.py --init FILE "
+                             "--classes TABLE` takes the weights for classes of your own")
         return CLASSES
     entries = []
     for entry in content["classes"]:
@@ -259,7 +359,10 @@ def classes_of_checkpoint(content: dict) -> tuple[Class, ...]:
                 if c.name == entry.get("name"):
                     entry = {**entry, "solid": c.solid, "vessel": c.vessel}
         entries.append(entry)
-    return make_classes(entries, where="classes of the checkpoint")
+    classes = make_classes(entries, where="classes of the checkpoint")
+    if rows not in (None, len(classes)):
+        raise ValueError(f"{where}: {rows} text embeddings for {len(classes)} classes")
+    return classes
 
 
 def ancestors(k: int, classes) -> set[int]:
@@ -516,7 +619,7 @@ def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class
             of_value = meaning.setdefault(value, Meaning())
             of_value.sure |= of_name.sure
             of_value.either |= of_name.either
-            of_value.unknown |= of_name.unknown
+            of_value.unknown |= of_name.unknown | possible_hosts(of_name.sure, classes)
     if not annotated.any():
         raise ValueError(f"{where}: none of {[n for n, _ in named_values][:8]} is a class here; "
                          "see `python labels.py`, or pass a class table with --classes")
@@ -610,7 +713,8 @@ def _only_organ(names: list[str], classes, context: str) -> frozenset[str]:
 def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[set, set]:
     """What a value means, with the parents of its classes: a child lies inside its parent.
 
-    A class with two parents lies in one of the two, unless one of them is sure already.
+    A class with two parents lies in one of the two, unless one of them is sure already. If only one
+    of the two is in the table, nothing is added (see possible_hosts).
 
     >>> add_parents({26}, set(), CLASSES)       # Liver Tumor: in the Liver
     ({26, 5}, set())
@@ -623,13 +727,33 @@ def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[
     sure, either = set(sure), set(either)
     todo = list(sure)
     while todo:
-        parents = [index[p] for p in classes[todo.pop()].parents]
+        k = todo.pop()
+        parents = [index[p] for p in classes[k].parents if p in index]
+        if len(parents) < len(classes[k].parents):
+            continue
         if len(parents) == 1 and parents[0] not in sure:
             sure.add(parents[0])
             todo.append(parents[0])
         elif len(parents) == 2 and not sure & set(parents):
             either.add((parents[0], parents[1]))
     return sure, either
+
+
+def possible_hosts(sure: set[int], classes) -> set[int]:
+    """The parents in which a voxel of these classes may lie or not: one of two sides of an organ,
+    of which the other one is not in the table.
+
+    >>> table = make_classes(["Kidney Tumor", "Right Kidney"])
+    >>> add_parents({0}, set(), table), possible_hosts({0}, table)
+    (({0}, set()), {1})
+    """
+    index = {c.name: k for k, c in enumerate(classes)}
+    hosts = set()
+    for k in sure:
+        in_table = {index[p] for p in classes[k].parents if p in index}
+        if len(in_table) < len(classes[k].parents):
+            hosts |= in_table - sure
+    return hosts
 
 
 def build_regions(meaning: dict[int, Meaning], classes) -> tuple[list, np.ndarray, dict]:
@@ -1115,9 +1239,15 @@ def run(main, argv=None) -> int:
 
 
 def _print_table(classes: tuple[Class, ...], template: str) -> None:
-    print(f"{'value':>5}  {'name':29} {'parents':25} prompt")
+    print(f"{'value':>5}  {'name':29} {'properties':18} {'parents':25} {'prompt':62} synonyms")
     for i, c in enumerate(classes, 1):
-        print(f"{i:5}  {c.name:29} {', '.join(c.parents) or '-':25} {c.sentence(template)}")
+        properties = [c.side] if c.side else []
+        properties += ["lesion"] if c.lesion else []
+        properties += ["vessel"] if c.vessel else []
+        properties += [f"solid {c.solid:g}"] if c.solid else []
+        print(f"{i:5}  {c.name:29} {', '.join(properties) or '-':18} "
+              f"{', '.join(c.parents) or '-':25} {c.sentence(template):62} "
+              f"{', '.join(c.synonyms) or '-'}")
 
 
 KEPT = "dataset.original.json"      # the copy of the dataset.json that came with a dataset

@@ -777,15 +777,23 @@ _PUBLIC_NAMES = [
 # Buffers that this code does not need: the released batch norm never uses its running statistics,
 # and the position index is computed
 _UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_position_index")
+# The key under which a public file keeps its weights; some hold nothing else, without a key
+_KEYS_OF_WEIGHTS = ("net", "state_dict", "model", "network")
+# Words that precede the names where a network was saved inside of another module
+_WRAPPERS = r"^((module|model|net|network|_orig_mod)\.)+"
+_WRAPPERS_AND_BACKBONE = r"^((module|model|net|network|_orig_mod|backbone)\.)+"
+NAMES_SHOWN = 3                    # by an error message, of names of which there may be hundreds
 
 
 def our_name(public: str) -> str:
-    """A parameter's name in a public file -> its name here; an unknown name stays as it is.
+    """A parameter's name in a public file -> its name here, whatever words precede it there.
+
+    A name that is not in _PUBLIC_NAMES loses these words, except "backbone".
 
     "module.backbone.down_tr64.ops.0.conv1.weight" -> "backbone.down.0.0.conv.weight"
+    "model.down_tr64.ops.0.conv1.weight"           -> "backbone.down.0.0.conv.weight"
     """
-    public = public.removeprefix("module.")
-    bare = public.removeprefix("backbone.")
+    bare = re.sub(_WRAPPERS_AND_BACKBONE, "", public)
     if bare.startswith(("layers", "patch_embed")):                     # self-supervised files
         bare = "swinViT." + bare
     for start, our_start, replacements in _PUBLIC_NAMES:
@@ -794,7 +802,7 @@ def our_name(public: str) -> str:
             for old, new in replacements.items():
                 remainder = remainder.replace(old, new)
             return our_start + remainder
-    return public
+    return re.sub(_WRAPPERS, "", public)
 
 
 def _check_unused(name: str, value: Tensor, where: str) -> None:
@@ -809,37 +817,55 @@ def _check_unused(name: str, value: Tensor, where: str) -> None:
 def public_weights(content: dict, where: str) -> dict[str, Tensor]:
     """The content of a public file -> {our name: tensor}, without the unused buffers.
 
-    where  the file, for error messages
+    where   the file, for error messages
+    raises  ValueError  if it holds something else, or one parameter twice
     """
-    state = content
-    for key in ("net", "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            state = content[key]
-            break
-    weights = {}
+    state = _state_dict_in(content, where)
+    weights: dict[str, Tensor] = {}
+    public_names: dict[str, str] = {}
     for public, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{where}: not a checkpoint of this model: {public!r} is "
                              f"{type(value).__name__}, not a tensor")
-        name = our_name(public)
+        name = our_name(str(public))
         if name.endswith(_UNUSED):
             _check_unused(name, value, where)
             continue
         if name in ("pool.weight", "controller.out.weight") and value.ndim == 5:
             value = value.flatten(1)                       # released as a 1x1x1 convolution
+        if name in weights:
+            raise ValueError(f"{where}: {public_names[name]} and {public} are the same parameter "
+                             f"of this model, {name}; keep only one of them in the file")
         weights[name] = value
+        public_names[name] = public
     return weights
 
 
+def _state_dict_in(content: dict, where: str) -> dict:
+    """The weights in the content of a public file, which may hold an optimiser and more beside."""
+    found = [key for key in _KEYS_OF_WEIGHTS if isinstance(content.get(key), dict)
+             and any(isinstance(value, Tensor) for value in content[key].values())]
+    if len(found) > 1:
+        raise ValueError(f"{where}: it holds weights under {' and '.join(found)}; save a file with "
+                         "one of them")
+    return content[found[0]] if found else content
+
+
+def _first_few(names: list[str], separator: str = ", ") -> str:
+    """The first names, and how many there are beside them."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return separator.join(names[:NAMES_SHOWN]) + more
+
+
 def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel, Tensor]:
-    """The authors' U-Net or Swin UNETR -> (model in eval mode, w (K, E)).
+    """The authors' U-Net or Swin UNETR, or a derivative -> (model in eval mode, w (K, E)).
 
     Every parameter of the file must be used and none of the model's may be missing.
 
-    source  a path, or the content of the file; its keys are `module.backbone.X` under `net`,
-            `module.X` (an older Swin UNETR file), or bare
+    source  a path, or the content of the file: a state dict, or a dict that holds one under "net",
+            "state_dict", "model" or "network"; for the names in it, see our_name
     where   what error messages call the source if it is no path
-    raises  ValueError  listing every parameter that is missing, unknown or of another shape
+    raises  ValueError  saying which parameters are missing, unknown or of another shape
     """
     if not isinstance(source, dict):
         where, source = str(source), read_checkpoint(source)
@@ -849,27 +875,50 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     swin_first = state.get("backbone.patch.weight")                    # (feature_size, 1, 2, 2, 2)
     text = state.get("controller.text.weight")                         # (256, E)
     first = swin_first if unet_first is None else unet_first
-    if any(t is None or t.ndim < 2 for t in (first, text, w)):
-        raise ValueError(f"{where}: not a released CLIP-driven model: no backbone, "
-                         "text_to_vision or organ_embedding that this code knows")
+    if first is None or first.ndim == 0:
+        raise ValueError(f"{where}: not a released CLIP-driven model: no backbone that this code "
+                         f"knows; it has {_first_few(list(state)) or 'no weights'}")
+    if text is None or w is None:
+        absent = [public for public, value in (("text_to_vision", text), ("organ_embedding", w))
+                  if value is None]
+        known = tuple(our_start for _, our_start, _ in _PUBLIC_NAMES)
+        unknown = [name for name in state if not name.startswith(known)]
+        raise ValueError(f"{where}: it has a backbone, but no {' and no '.join(absent)} "
+                         f"(unknown: {_first_few(unknown) or 'nothing'}); `train.py --pretrained "
+                         "FILE` takes only the backbone of such a file")
+    if text.ndim != 2 or w.ndim != 2 or w.shape[1] != text.shape[1]:
+        raise ValueError(f"{where}: organ_embedding must be (K, E) and text_to_vision (256, E), "
+                         f"got {tuple(w.shape)} and {tuple(text.shape)}")
     if unet_first is None:
         spec = {"backbone": "swin_unetr", "feature_size": len(first)}
     else:
         spec = {"backbone": "unet", "width": 2 * len(first)}
-    with torch.device("meta"):         # without memory: load_state_dict(assign=True) brings it
-        model = build_model({**spec, "text_dim": text.shape[1]})
-    own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unknown {name}" for name in state if name not in own]
-    for name in own:
-        if name in state and own[name].shape != state[name].shape:
-            wrong.append(f"{name} has shape {tuple(state[name].shape)}, "
-                         f"expected {tuple(own[name].shape)}")
-    if wrong:
-        raise ValueError(f"{where}: does not fit the released {spec['backbone']}: "
-                         + "; ".join(wrong))
+    try:
+        with torch.device("meta"):     # without memory: load_state_dict(assign=True) brings it
+            model = build_model({**spec, "text_dim": text.shape[1]})
+    except ValueError as e:
+        raise ValueError(f"{where}: not a released {spec['backbone']}: {e}") from None
+    differences = _differences(model.state_dict(), state)
+    if differences:
+        raise ValueError(f"{where}: does not fit the released {spec['backbone']}: {differences}")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval(), w.float()
+
+
+def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """What keeps a state dict from being loaded into a model with another one; "": nothing."""
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    shapes = [f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+              for name in own if name in state and own[name].shape != state[name].shape]
+    parts = []
+    if missing:
+        parts.append(f"missing {_first_few(missing)}")
+    if unknown:
+        parts.append(f"unknown {_first_few(unknown)}")
+    if shapes:
+        parts.append(_first_few(shapes, separator="; "))
+    return "; ".join(parts)
 
 
 def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:

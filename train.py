@@ -215,15 +215,19 @@ def load_task(cfg: Config) -> Task:
     start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
     if len(start) > 1:
         raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
-    classes = labels.load_classes(cfg.classes or None)
     if not (cfg.init or cfg.extend):
+        classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
         return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [])
     path = cfg.init or cfg.extend
     base, old_w, rest = load_checkpoint(path)
     check_side((cfg.patch,) * 3, base.backbone)
     spec = spec_of(cfg, base, old_w, rest, path)
-    old = labels.classes_of_checkpoint(rest)
+    if cfg.init and "classes" not in rest and len(old_w) != len(labels.CLASSES):
+        old, old_w = (), old_w[:0]                 # embeddings of classes that have no name
+    else:
+        old = labels.classes_of_checkpoint(rest, len(old_w), path)
+    classes = labels.load_classes(cfg.classes or None, beside=old if cfg.extend else ())
     if cfg.extend:
         trained = rest.get("trained", [c.name for c in old])
         return extended_task(cfg, classes, base, spec, old, old_w, trained)

@@ -210,6 +210,17 @@ def test_command_writes_label_names_volumes_and_a_preview(tmp_path, checkpoint, 
     assert set(np.unique(np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj))) <= {0, 2}
 
 
+def test_a_derivative_with_other_classes_than_the_built_in_ones_is_refused(tmp_path, capsys,
+                                                                           monkeypatch):
+    network = build_model({"backbone": "unet", "width": 8, "text_dim": 3})
+    monkeypatch.setattr(infer, "load_checkpoint", lambda path: (network, torch.eye(25, 3), {}))
+    path, _ = sphere_scan(tmp_path)
+    assert command(tmp_path / "x.pth", path, tmp_path / "out", "--classes", "liver") == 2
+    error = capsys.readouterr().err
+    assert "x.pth: 25 text embeddings and no class names" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def command(checkpoint, scan, output, *more):
     return labels.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan),
                                    "--output", str(output), *more])

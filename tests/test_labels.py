@@ -79,7 +79,7 @@ def test_other_side_ignores_case_and_word_order(right, left):
 
 
 def test_other_side_needs_the_side_fields_and_the_same_organ():
-    table = labels.make_classes(["Right Kidney", {"name": "Left Kidney", "side": "left"},
+    table = labels.make_classes([{"name": "Right Kidney"}, {"name": "Left Kidney", "side": "left"},
                                  {"name": "Right Lung", "side": "right"}])
     assert [labels.other_side(k, table) for k in range(3)] == [None] * 3
 
@@ -324,13 +324,135 @@ def test_a_class_table_of_ones_own_replaces_the_built_in_one(tmp_path):
 def test_a_class_table_of_ones_own_sets_solid_and_vessel(tmp_path):
     path = tmp_path / "t.json"
     path.write_text(json.dumps([{"name": "Liver", "solid": 1}, {"name": "Aorta", "vessel": True},
-                                {"name": "Left Lung", "solid": 0.25}, "Spleen"]))
+                                {"name": "Left Lung", "solid": 0.25}, {"name": "Spleen"}]))
     assert [(c.solid, c.vessel) for c in labels.load_classes(path)] == \
         [(1, False), (0, True), (0.25, False), (0, False)]
 
 
+# ---- bare names of built-in classes --------------------------------------------------------------
+def test_a_table_of_the_built_in_names_is_the_built_in_table():
+    names = [c.name for c in labels.CLASSES]
+    assert labels.make_classes(names) == labels.CLASSES
+    assert labels.make_classes(names[::-1]) == labels.CLASSES[::-1]
+
+
+def test_a_bare_name_keeps_its_spelling_and_takes_the_rest():
+    aorta, kidney, femur = labels.make_classes(["aorta", "kidney_left", "Femur"])
+    assert aorta.name == "aorta" and aorta.vessel
+    assert aorta.sentence("V3") == "A computerized tomography of a Arota"       # as trained
+    assert kidney == labels.Class("kidney_left", side="left", solid=1.0, prompt_name="Left Kidney")
+    assert femur == labels.Class("Femur")
+
+
+def test_an_object_with_the_name_of_a_built_in_class_keeps_what_it_says():
+    entries = [{"name": "Right Kidney"}, {"name": "Kidney Tumor", "parents": ["Right Kidney"]}]
+    assert labels.make_classes(entries) == (
+        labels.Class("Right Kidney"), labels.Class("Kidney Tumor", parents=("Right Kidney",)))
+
+
+def test_a_synonym_means_the_class_unless_another_row_does():
+    cava, = labels.make_classes(["IVC"])
+    assert cava.sentence("V3") == "A computerized tomography of a Postcava" and cava.vessel
+    for name in ("IVC", "ivc", "postcava", "inferior vena cava"):
+        assert labels.match(name, (cava,)) == (0,), name
+    celiac, = labels.make_classes(["Celiac Artery"])
+    assert celiac.prompt_name == "Celiac Truck" and labels.match("celiac_trunk", (celiac,)) == (0,)
+    for other in ("Postcava", {"name": "Postcava", "solid": 0.5}):
+        table = labels.make_classes(["IVC", other])
+        assert table[0] == labels.Class("IVC")
+        assert [labels.match(name, table) for name in ("ivc", "postcava")] == [(0,), (1,)]
+
+
+def test_a_synonym_that_is_another_rows_name_is_not_taken():
+    """A lobe is not its lung: its row stays bare, and its name is not the lung's any more."""
+    table = labels.make_classes(["Right Lung", "right lung upper lobe",
+                                 {"name": "Middle", "synonyms": ["right lung middle lobe"]}])
+    assert table[0].synonyms == ("right lung lower lobe",) and table[0].side == "right"
+    assert table[1] == labels.Class("right lung upper lobe")
+    assert [labels.match(f"lung_{part}_lobe_right", table)
+            for part in ("upper", "middle", "lower")] == [(1,), (2,), (0,)]
+
+
+@pytest.mark.parametrize("names, parents", [
+    (["Kidney Tumor", "Left Kidney", "Right Kidney"], ("Right Kidney", "Left Kidney")),
+    (["Kidney Tumor", "kidney_l", "KIDNEY R"], ("KIDNEY R", "kidney_l")),
+    (["Kidney Tumor", "Kidney"], ("Kidney",)),
+    (["Kidney Tumor", "Left Kidney", "Kidney"], ("Kidney",)),
+    (["Kidney Tumor", "kidney right"], ("kidney right", "Left Kidney")),
+    (["Kidney Tumor", "Liver"], ()),
+    (["Colon Tumor", "Large Bowel"], ("Large Bowel",)),
+    (["Liver Tumor", {"name": "liver", "prompt": "a liver"}], ("liver",))])
+def test_parents_of_a_bare_name_are_those_that_the_table_holds(names, parents):
+    table = labels.make_classes(names)
+    assert table[0].parents == parents and table[0].lesion
+    entries = json.loads(json.dumps([dataclasses.asdict(c) for c in table]))    # in a checkpoint
+    assert labels.classes_of_checkpoint({"classes": entries}) == table
+
+
+def test_only_one_side_of_an_organ_may_be_missing_among_the_parents():
+    right = {"name": "Right Kidney"}
+    for parents in (["Left Kidney"], ["Right Kidney", "Left Kidny"], ["Right Kidney", "Liver"]):
+        with pytest.raises(ValueError, match="parents"):
+            labels.make_classes([right, {"name": "Kidney Tumor", "parents": parents}])
+
+
+def test_a_kidney_without_a_side_matches_both_kidneys_of_a_bare_table():
+    """The table of the claim `transfer`, and a dataset that labels "kidney"."""
+    table = labels.make_classes(["Liver", "Liver Tumor", "Spleen", "Right Kidney", "Left Kidney",
+                                 "Kidney Cyst"])
+    label_map = labels.label_map({"kidney": 1, "kidney tumor": 2, "kidney cyst": 3}, table)
+    assert np.flatnonzero(label_map.annotated).tolist() == [3, 4, 5]
+    assert label_map.table == [
+        "1 kidney -> Right Kidney or Left Kidney",
+        "2 kidney tumor -> left out of the loss of Right Kidney, Left Kidney, Kidney Cyst",
+        "3 kidney cyst -> Right Kidney or Left Kidney; Kidney Cyst"]
+
+
+def test_a_tumor_of_a_kidney_whose_side_is_missing_is_not_surely_in_the_other_one():
+    """Values 2 and 4 may lie in the right kidney or not, 3 surely does."""
+    table = labels.make_classes(["Kidney Tumor", "Right Kidney"])
+    meaning = {"right kidney": [1, 3], "kidney tumor": [2, 3], "left kidney tumor": 4}
+    label_map = labels.label_map(meaning, table)
+    assert label_map.values == [0, 1, 2, 3, 4] and not label_map.unsplit
+    assert label_map.regions[:5].tolist() == [[False, False], [False, True], [True, False],
+                                              [True, True], [True, False]]
+    assert label_map.known[:5].tolist() == [[True, True], [True, True], [True, False],
+                                            [True, True], [True, False]]
+    assert label_map.annotated.all()
+    assert labels.ancestors(0, table) == {1}        # in a result, the tumour lies over the kidney
+
+
+def test_a_tumor_lies_in_a_kidney_without_a_side():
+    """KiTS without cysts, in the table that one would write for it."""
+    table = labels.make_classes(["Kidney", "Kidney Tumor"])
+    label_map = labels.label_map({"kidney": 1, "tumor": 2}, table)
+    assert label_map.regions[:3].tolist() == [[False, False], [True, False], [True, True]]
+
+
+def test_parents_may_be_among_the_classes_of_a_model_that_is_extended():
+    old = labels.make_classes(["Right Kidney", "kidney (left)", "Postcava"])
+    new = labels.make_classes(["Kidney Cyst", "IVC"], beside=old)
+    assert new[0].parents == ("Right Kidney", "kidney (left)") and len(new) == 2
+    assert new[1] == labels.Class("IVC")                     # another class than the old Postcava
+    own = [{"name": "Renal Scar", "parents": ["Right Kidney"]}]
+    assert labels.make_classes(own, beside=old)[0].parents == ("Right Kidney",)
+    with pytest.raises(ValueError, match="parents"):
+        labels.make_classes(own)
+
+
 def test_a_checkpoint_without_classes_has_the_built_in_ones():
     assert labels.classes_of_checkpoint({}) == labels.CLASSES
+
+
+def test_a_checkpoint_has_a_class_for_every_text_embedding():
+    """A derivative of the release with 25 rows and no names is not the first 25 of the 32."""
+    assert labels.classes_of_checkpoint({}, 32) == labels.CLASSES
+    with pytest.raises(ValueError, match="a.pth: 25 text embeddings and no class names.*--init"):
+        labels.classes_of_checkpoint({}, 25, "a.pth")
+    own = {"classes": ["Femur", "Tibia"]}
+    assert len(labels.classes_of_checkpoint(own, 2)) == 2
+    with pytest.raises(ValueError, match="a.pth: 3 text embeddings for 2 classes"):
+        labels.classes_of_checkpoint(own, 3, "a.pth")
 
 
 def as_old_entries(classes):
@@ -378,6 +500,17 @@ def test_command_prints_the_table(capsys):
     assert labels.main([]) == 0
     out = capsys.readouterr().out
     assert "Celiac Trunk" in out and "Kidney Cyst" in out and out.count("\n") == 33
+
+
+def test_command_prints_what_bare_names_take(tmp_path, capsys):
+    (tmp_path / "t.json").write_text('["liver cancer", "liver", {"name": "Aorta"}]')
+    assert labels.main(["--classes", str(tmp_path / "t.json")]) == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        "value name properties parents prompt synonyms",
+        "1 liver cancer lesion liver A computerized tomography of a Liver Tumor hepatic tumor",
+        "2 liver solid 1 - A computerized tomography of a Liver -",
+        "3 Aorta - - A computerized tomography of a Aorta -"]
 
 
 # ---- public datasets ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The network: by hand, stored outputs of the released model, MONAI, plain nn modules, masking."""
 import copy
+import functools
 import json
 import pickle
 import sys
@@ -148,6 +149,7 @@ def test_parameter_count_of_the_paper_swin_unetr():
     assert sum(p.numel() for p in network.parameters()) == 62_595_315
 
 
+@functools.cache
 def small_released(kind):
     """A small model's weights under the release's names, made by undoing the renaming."""
     spec = {"unet": {"backbone": "unet", "width": 8},
@@ -222,13 +224,118 @@ def test_released_weights_load_strictly_in_every_layout(kind, tmp_path):
               "unknown surprise.weight": {**state, "surprise.weight": torch.ones(2)},
               r"has shape \(3,\), expected": {**state, other: torch.ones(3)},
               "not a tensor": {**state, other: "text"},
-              "no backbone": {k: v for k, v in state.items() if k != "organ_embedding"}}
+              "a backbone, but no organ_embedding": {k: v for k, v in state.items()
+                                                     if k != "organ_embedding"}}
     for what, content in faults.items():
         with pytest.raises(ValueError, match=what):
             model.load_released(content)
     index = [k for k in state if k.endswith(("running_var", "position_index"))][0]
     with pytest.raises(ValueError, match="position_index|running_var"):
         model.load_released({**state, index: torch.zeros(5, 2)})
+
+
+DERIVATIVES = [       # key of the weights, what precedes the backbone's names, and the others
+    ("net", "module.backbone.", "module."), ("state_dict", "model.backbone.", "model."),
+    ("network", "_orig_mod.module.backbone.", "_orig_mod.module."), ("model", "net.", "net."),
+    ("state_dict", "model.module.backbone.", ""), ("", "module.network.backbone.", "module.")]
+
+
+def derivative(state, key, backbone, others):
+    """A released state dict in a derivative's layout: other words, and a key with an optimiser."""
+    renamed = {backbone + name.removeprefix("backbone.") if name.startswith("backbone.")
+               else others + name: value for name, value in state.items()}
+    return {key: renamed, "optimizer": {"state": {}}, "epoch": 3} if key else renamed
+
+
+@pytest.mark.parametrize("layout", DERIVATIVES, ids=lambda layout: " ".join(layout))
+@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+def test_derivatives_are_recognised_whatever_words_precede_their_names(kind, layout):
+    network, state = small_released(kind)
+    got, w = model.load_released(derivative(state, *layout))
+    assert torch.equal(w, state["organ_embedding"])
+    assert network.state_dict().keys() == got.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(got.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+def test_a_derivative_that_does_not_fit_is_refused_with_what_differs(kind):
+    """One name missing, one too many, one of another shape; text rows of another width."""
+    _, state = small_released(kind)
+    name, ours = {"unet": ("backbone.up_tr64.ops.1.conv1.bias", "backbone.merge.2.1.conv.bias"),
+                  "swin_unetr": ("backbone.swinViT.layers1.0.blocks.0.norm1.bias",
+                                 "backbone.stages.0.blocks.0.norm1.bias")}[kind]
+    size = len(state[name])
+    others = {k: v for k, v in state.items() if k != name}
+    fault = "file.pth: does not fit the released " + kind
+    for content, message in (
+            (others, f"{fault}: missing {ours}"),
+            ({**state, "backbone.out.bias": torch.ones(3)}, f"{fault}: unknown backbone.out.bias"),
+            ({**state, name: torch.ones(size + 1)},
+             f"{fault}: {ours} has shape ({size + 1},), expected ({size},)"),
+            ({**others, "surprise": torch.ones(3)}, f"{fault}: missing {ours}; unknown surprise"),
+            ({**state, "organ_embedding": torch.ones(4, 8)}, "file.pth: organ_embedding must be "
+             "(K, E) and text_to_vision (256, E), got (4, 8) and (256, 7)")):
+        with pytest.raises(ValueError) as e:
+            model.load_released(derivative(content, *DERIVATIVES[1]), where="file.pth")
+        assert str(e.value) == message
+
+
+def test_hundreds_of_differences_are_a_short_line():
+    _, state = small_released("swin_unetr")
+    state = {k.replace("conv_block", "block").replace(".downsample.", ".x."): v[:-1] if k.endswith(
+        "norm1.weight") else v for k, v in state.items()}
+    with pytest.raises(ValueError) as e:
+        model.load_released(state)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 800
+    assert str(e.value).count(" and ") == 3 and str(e.value).count("expected") == 3
+
+
+@pytest.mark.parametrize("head", ["out_tr.final_conv", "out.conv.conv"])
+@pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
+def test_a_model_without_text_is_refused_and_its_backbone_can_be_taken(kind, head, tmp_path):
+    """25 classes from one convolution, as other networks of the same backbones have them."""
+    network, state = small_released(kind)
+    state = {"module." + k: v for k, v in state.items() if k.startswith("backbone.")}
+    state |= {f"module.{head}.weight": torch.ones(25, 8, 1, 1, 1),
+              f"module.{head}.bias": torch.ones(25)}
+    torch.save({"net": state}, tmp_path / "file.pth")
+    what = ("file.pth: it has a backbone, but no text_to_vision and no organ_embedding "
+            rf"\(unknown: {head}.weight, {head}.bias\); .*--pretrained")
+    with pytest.raises(ValueError, match=what):
+        model.load_checkpoint(tmp_path / "file.pth")
+    fresh = model.build_model({"backbone": kind, "text_dim": 7, **(
+        {"width": 8} if kind == "unet" else {"feature_size": 12})})
+    filled, left = model.load_pretrained(fresh, tmp_path / "file.pth")
+    assert len(filled) == len(network.backbone.state_dict()) and len(left) == 2
+    for name, value in network.backbone.state_dict().items():
+        assert torch.equal(fresh.backbone.state_dict()[name], value)
+
+
+def test_a_trained_embedding_instead_of_text_is_refused():
+    """The release's other encoding: a table (K, 256) of learned rows, and no text_to_vision."""
+    _, state = small_released("unet")
+    state = {k: v for k, v in state.items() if "text_to_vision" not in k}
+    state["organ_embedding.weight"] = state.pop("organ_embedding")
+    with pytest.raises(ValueError, match="no text_to_vision and no organ_embedding .unknown: o"):
+        model.load_released(state)
+
+
+def test_a_file_with_two_models_is_refused():
+    _, state = small_released("unet")
+    twice = {f"{word}.{k}": v for word in ("model", "module") for k, v in state.items()}
+    with pytest.raises(ValueError, match="organ_embedding are the same parameter"):
+        model.load_released(twice)
+    with pytest.raises(ValueError, match="weights under net and model"):
+        model.load_released({"model": state, "net": state})
+    settings = {"net": state, "model": {"name": "unet"}}               # no weights: passed over
+    assert torch.equal(model.load_released(settings)[1], state["organ_embedding"])
+    with pytest.raises(ValueError, match="no backbone that this code knows; it has a, b, c and 1"):
+        model.load_released({k: torch.ones(2) for k in "abcd"})
+    with pytest.raises(ValueError, match="state dict: not a released unet: width"):
+        model.load_released({**state, "backbone.down_tr64.ops.0.conv1.weight": torch.ones(3)})
+    with pytest.raises(ValueError, match="unknown 0"):
+        model.load_released({**state, 0: torch.ones(3)})
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
@@ -598,6 +705,9 @@ def test_public_names_by_hand():
             ("module.backbone.down_tr64.ops.0.conv1.weight", "backbone.down.0.0.conv.weight"),
             ("backbone.up_tr128.ops.1.bn1.bias", "backbone.merge.1.1.norm.bias"),
             ("up_tr64.up_conv.bias", "backbone.up.2.bias"),
+            ("_orig_mod.model.backbone.up_tr64.up_conv.bias", "backbone.up.2.bias"),
+            ("net.precls_conv.2.bias", "reduce.bias"), ("network.module.x.y", "x.y"),
+            ("model.backbone.x.y", "backbone.x.y"), ("teacher.GAP.3.bias", "teacher.GAP.3.bias"),
             ("module.layers2.0.blocks.1.mlp.fc2.bias", "backbone.stages.1.blocks.1.mlp.2.bias"),
             ("swinViT.layers4.0.downsample.norm.weight", "backbone.stages.3.merge.norm.weight"),
             ("backbone.encoder10.layer.conv2.conv.weight", "backbone.bottom.conv2.weight"),

@@ -24,13 +24,13 @@ def base(tiny, tmp_path_factory):
     """A U-Net of width 8, trained for two steps on the kidneys with one-hot text embeddings."""
     root = tmp_path_factory.mktemp("base")
     train.train(config(tiny, root / "run", data=(str(tiny / "raw/Dataset902_Kidney"),), steps=2,
-                       classes=table(root / "kidneys.json", KIDNEYS)))
+                       patch=32, classes=table(root / "kidneys.json", KIDNEYS)))
     return root / "run/last.pt"
 
 
 def liver_run(tiny, out, **how):
     """Settings of a run on the liver in which no weight changes: its learning rate is 0."""
-    how = {"classes": ["Left Kidney", "Liver"], **how}
+    how = {"classes": ["Left Kidney", "Liver"], "patch": 32, **how}
     classes = table(out.parent / f"{out.name}.json", how.pop("classes"))
     return config(tiny, out, data=(str(tiny / "raw/Dataset901_Liver"),), steps=1, lr=0.0,
                   classes=classes, **how)
@@ -70,17 +70,19 @@ def test_all_weights_are_trained(base, tiny, tmp_path):
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind, patch", [("unet", 32), ("swin_unetr", 64)])
+@pytest.mark.parametrize("kind, patch", [
+    ("unet", 32), pytest.param("swin_unetr", 64, marks=pytest.mark.slow)])
 def test_released_weights_are_taken(tiny, tmp_path, kind, patch):
-    """Five numbers a row would be 512 in the release; the backbone needs no flag."""
+    """The backbone needs no flag."""
     network, content = small_released(kind)
-    torch.save({"net": content}, tmp_path / "released.pth")
-    rows = torch.rand(2, content["organ_embedding"].shape[1])
-    torch.save(rows, tmp_path / "rows.pth")
+    rows = torch.rand(32, 7)                                           # the built-in classes
+    torch.save({"net": {**content, "organ_embedding": rows}}, tmp_path / "released.pth")
+    torch.save(torch.rand(2, 7), tmp_path / "rows.pth")
     train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "released.pth"),
                           text=str(tmp_path / "rows.pth"), patch=patch, width=0))
     got, w, _ = model.load_checkpoint(tmp_path / "run/last.pt")
-    assert same(got.state_dict(), network.state_dict()) and torch.equal(w, rows)
+    assert same(got.state_dict(), network.state_dict())
+    assert torch.equal(w, torch.load(tmp_path / "rows.pth", weights_only=True))
 
 
 def test_what_extend_added_is_left_out(base, tiny, tmp_path, capsys):
@@ -90,6 +92,7 @@ def test_what_extend_added_is_left_out(base, tiny, tmp_path, capsys):
     assert same(weights(tmp_path / "run/last.pt"), weights(base))
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
     whole = liver_run(tiny, tmp_path / "whole", init=str(base))
     whole.lr, whole.steps = 1e-3, 4
@@ -135,3 +138,16 @@ def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
     assert "\n" not in error
     assert re.search(wanted, error), error
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_without_names_are_taken_for_classes_of_ones_own(tiny, tmp_path, capsys):
+    """A derivative with four text embeddings and no names: its rows belong to no class here."""
+    network, content = small_released("unet")
+    torch.save(content, tmp_path / "derivative.pth")
+    torch.save(torch.rand(2, 7), tmp_path / "rows.pth")
+    how = {"text": str(tmp_path / "rows.pth"), "width": 0}
+    train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "derivative.pth"), **how))
+    assert "classes known to it: none; new: Left Kidney, Liver" in capsys.readouterr().out
+    cfg = liver_run(tiny, tmp_path / "b", extend=str(tmp_path / "derivative.pth"), **how)
+    assert labels.run(train.main, cfg) == 2
+    assert "4 text embeddings and no class names" in capsys.readouterr().err
