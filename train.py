@@ -174,37 +174,47 @@ def text_embeddings(cfg: Config, classes) -> Tensor:
     return w
 
 
-def free_onehot_rows(old_w: Tensor, count: int) -> Tensor:
-    """(count, E): one-hot text embeddings that are no row of old_w (n, E).
+def embeddings_of_width(cfg: Config, classes, width: int, path: str) -> Tensor:
+    """`text_embeddings`, which must be as wide as those of a checkpoint."""
+    w = text_embeddings(cfg, classes)
+    if w.shape[1] != width:
+        raise ValueError(f"{path}: its text embeddings have {width} numbers, those of --text "
+                         f"{cfg.text} have {w.shape[1]}")
+    return w
+
+
+def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
+    """One-hot text embeddings for new classes that are no row of old_w (n, E).
 
     The positive ones come first; where they are used up, the negative ones follow.
     """
     E = old_w.shape[1]
     rows = torch.cat([torch.eye(E), -torch.eye(E)]) * ONEHOT_NORM              # (2 E, E)
-    taken = (rows[:, None] == old_w.cpu()).all(2).any(1)                       # (2 E,)
-    return rows[~taken][:count]
-
-
-def embeddings_beside(cfg: Config, classes, old, old_w: Tensor, path: str) -> Tensor:
-    """w (K, E) of classes beside those of a checkpoint, as --text says.
-
-    A one-hot embedding means nothing by itself: a class whose name the checkpoint has keeps the row
-    that it was trained with, the others get rows that no class has.
-    """
-    if cfg.text != "onehot":
-        w = text_embeddings(cfg, classes)
-        if w.shape[1] != old_w.shape[1]:
-            raise ValueError(f"{path}: its text embeddings have {old_w.shape[1]} numbers, those of "
-                             f"--text {cfg.text} have {w.shape[1]}")
-        return w
-    row_of = {c.name: row.cpu() for c, row in zip(old, old_w, strict=True)}
-    new = [c.name for c in classes if c.name not in row_of]
-    free = free_onehot_rows(old_w, len(new))
+    taken = (rows[:, None] == old_w).all(2).any(1)                             # (2 E,)
+    free = rows[~taken]
     if len(free) < len(new):
         raise ValueError(f"{path}: has one-hot rows for {len(free)} more classes, "
                          f"{len(new)} are new ({', '.join(new)}); use --text clip")
-    row_of.update(zip(new, free, strict=True))
-    return torch.stack([row_of[c.name] for c in classes])
+    return free[:len(new)]
+
+
+def pad_onehot(base: UniversalModel, old_w: Tensor, classes, old) -> Tensor:
+    """One-hot text embeddings of classes for a model that knows the classes `old` (n, E) -> w.
+
+    A class of the same name keeps its embedding. Every new one has an axis of its own, which is
+    appended to all embeddings and to the model. Its weights start at 0, so a new class starts with
+    the head of an empty text: the head of any other axis may have no active unit left to learn.
+    """
+    old_names = [c.name for c in old]
+    new = [c.name for c in classes if c.name not in old_names]
+    text = base.controller.text
+    text.weight = nn.Parameter(nn.functional.pad(text.weight.detach(), (0, len(new))))
+    text.in_features += len(new)
+    rows = dict(zip(old_names, nn.functional.pad(old_w, (0, len(new))), strict=True))
+    for name, axis in zip(new, torch.eye(len(new), text.in_features).roll(old_w.shape[1], 1),
+                          strict=True):
+        rows[name] = axis * ONEHOT_NORM
+    return torch.stack([rows[c.name] for c in classes])
 
 
 WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
@@ -251,10 +261,15 @@ def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: 
 def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
                  old_w: Tensor) -> Task:
     """--init: all weights of a checkpoint under a class table of one's own."""
-    w = embeddings_beside(cfg, classes, old, old_w, cfg.init).to(cfg.device)
-    left_out = sum(spec.get("extensions", []))
-    base.extensions = nn.ModuleList()              # each is made for its own classes
-    spec = {key: value for key, value in spec.items() if key != "extensions"}
+    left_out = sum(spec.get("extensions", []))     # each is made for its own classes
+    old, old_w = old[:len(old) - left_out], old_w[:len(old_w) - left_out]
+    base.extensions = nn.ModuleList()
+    if cfg.text == "onehot":
+        w = pad_onehot(base, old_w, classes, old)
+    else:
+        w = embeddings_of_width(cfg, classes, old_w.shape[1], cfg.init)
+    spec = {**spec, "text_dim": w.shape[1]}
+    spec.pop("extensions", None)
     if process_rank() == 0:
         old_names = [c.name for c in old]
         shared = [c.name for c in classes if c.name in old_names]
@@ -266,7 +281,7 @@ def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
               f"new: {', '.join(new) or 'none'}")
         if left_out:
             print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w, base.requires_grad_(), spec, [])
+    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [])
 
 
 def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, old_w: Tensor,
@@ -276,7 +291,11 @@ def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, o
     new = tuple(c for c in classes if c.name not in old_names)
     if not new:
         raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it")
-    w = torch.cat([old_w, embeddings_beside(cfg, new, old, old_w, cfg.extend)]).to(cfg.device)
+    if cfg.text == "onehot":
+        w = free_onehot_rows(old_w, [c.name for c in new], cfg.extend)
+    else:
+        w = embeddings_of_width(cfg, new, old_w.shape[1], cfg.extend)
+    w = torch.cat([old_w, w]).to(cfg.device)
     table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
     return Task(table, w, base, spec, trained, frozen=len(old))
 
