@@ -1120,6 +1120,58 @@ def _projections(planes: np.ndarray, scale: float) -> list[list[int]]:
     return sorted(min(forward, forward[::-1]) for forward in lists)
 
 
+@dataclass
+class Seen:
+    """The scans that a model's weights were made with.
+
+    complete  False where a checkpoint that the weights come from does not record its scans
+    """
+    training: dict[str, str]         # {fingerprint: name}
+    validation: dict[str, str]
+    complete: bool = True
+
+    def look_up(self, array: np.ndarray) -> tuple[str, str]:
+        """Whether a scan with these voxels is one of them.
+
+        returns  (where, name): "training" or "validation" with the scan's name there, or "no" or
+                 "unknown" with ""
+        """
+        if self.training or self.validation:
+            scan_id = fingerprint(array)
+            if scan_id in self.training:
+                return "training", self.training[scan_id]
+            if scan_id in self.validation:
+                return "validation", self.validation[scan_id]
+        return ("no" if self.complete else "unknown"), ""
+
+
+def seen_scans(training: list[Scan], validation: list[Scan], bases=()) -> Seen:
+    """The scans of a run and of the checkpoints that it started from.
+
+    bases  the content of each of these checkpoints
+    """
+    seen = Seen(*({scan.meta["fingerprint"]: scan.case.name for scan in scans}
+                  for scans in (training, validation)))
+    for base in map(seen_by, bases):
+        seen.training = base.training | seen.training
+        seen.validation = base.validation | seen.validation
+        seen.complete &= base.complete
+    return seen
+
+
+def seen_by(content: dict) -> Seen:
+    """The scans that a checkpoint records; none, incomplete, if it records none as train.py does.
+
+    content  of the checkpoint; a released one and one of an earlier version have no record
+    """
+    record = content.get("seen")
+    if isinstance(record, dict) and record.keys() == {f.name for f in dataclasses.fields(Seen)}:
+        lists = record["training"], record["validation"]
+        if all(isinstance(of_part, dict) for of_part in lists):
+            return Seen(*lists, complete=record["complete"] is True)
+    return Seen({}, {}, complete=False)
+
+
 def _sample_voxels(case: Case, label_rows: np.ndarray, seed: int):
     """Random voxels of each annotated class, to centre crops on without reading the whole label.
 

@@ -360,6 +360,12 @@ def identify_scans(training, validation) -> dict:
     return {"training": len(training), "validation": len(validation), "hash": digest}
 
 
+def seen_scans(cfg: Config, training, validation) -> data.Seen:
+    """The scans that the run's weights will have seen, also in the checkpoints it starts from."""
+    bases = [path for path in (cfg.extend, cfg.pretrained, getattr(cfg, "init", "")) if path]
+    return data.seen_scans(training, validation, map(read_checkpoint, bases))
+
+
 @dataclass
 class Run:
     """A training between two steps: all that a checkpoint holds."""
@@ -373,6 +379,7 @@ class Run:
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
+    seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -386,7 +393,8 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
                "w": run.w.cpu(), "classes": classes, "config": config, "trained": run.trained,
                "modality": run.modality, "optimizer": run.optimiser.state_dict(),
-               "step": run.step, "best": run.best, "scans": run.scans}
+               "step": run.step, "best": run.best, "scans": run.scans,
+               "seen": dataclasses.asdict(run.seen) if run.seen else None}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
@@ -648,7 +656,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              scans=identify_scans(scans, val))
+              scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val))
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)

@@ -13,6 +13,7 @@ import data
 import infer
 import labels
 import metrics
+import model
 import train
 
 
@@ -146,9 +147,9 @@ def test_a_case_whose_own_name_ends_like_a_channel(tmp_path):
 def test_lists_of_the_release(tmp_path, capsys):
     """Tabs, blanks, a byte order mark, Windows line ends and an empty line; names of folders."""
     train_list = split_file(tmp_path / "PAOT_train.txt",
-                            "\ufeff04_LiTS/img/liver_0.nii.gz\t04_LiTS/label/liver_0.nii.gz\r\n\r\n"
-                            "/10_Decathlon/Task03_Liver/imagesTr/liver_7.nii.gz  x/liver_7.nii.gz\n"
-                            "05_KiTS/case 1/imaging.nii.gz\t05_KiTS/case 1/segmentation.nii.gz\n")
+                            "\ufeff04_LiTS/img/liver_0.nii.gz\t04_LiTS/label/liver_0.nii\r\n\r\n"
+                            "/10_Decathlon/Task03_Liver/imagesTr/liver_7.nii.gz  x/liver_7.nii\n"
+                            "05_KiTS/case 1/imaging.nii.gz\t05_KiTS/case 1/segmentation.nii\n")
     val_list = split_file(tmp_path / "PAOT_val.txt", "01_BTCV/img/img0001.nii.gz l/label0001.nii.gz")
     parts = parts_of(["Dataset003_LiTS/liver_0", "Task03_Liver/liver_0", "Task03_Liver/liver_7",
                       "kits/case 1", "BTCV/img0001"], train_list, val_list)
@@ -245,3 +246,245 @@ def test_a_copy_of_a_held_out_scan_is_left_out_and_named(capsys):
     out = capsys.readouterr().out
     assert "1 scans were left out of 'val'" in out and "D2/d = D3/g" in out
     assert "2 scans were left out of 'train'" in out and "D1/a = D3/f, D1/b = D2/e" in out
+
+
+# ---- a run with a split --------------------------------------------------------------------------
+def config(tiny, out, **how):
+    base = {"data": (str(tiny / "raw"),), "out": str(out), "text": "onehot", "spacing_mm": 4.0,
+            "patch": 64, "width": 8, "steps": 1, "batch": 1, "val_fraction": 0.0, "val_scans": 1,
+            "cache": str(tiny / "cache")}
+    return train.Config(**{**base, **how})
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """Runs of this file do not compute: neither steps, nor validations, nor segmentations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", lambda *_: ({"loss": 0.0, "bce": 0.0, "dice": 0.0}, False))
+        patch.setattr(train, "validate", lambda *_: {"D": {"Liver": 0.5}})
+        patch.setattr(train, "draw_curve", lambda *_: None)
+        patch.setattr(infer, "segment", lambda volume, _, w, **__:
+                      infer.Segmentation(volume.array.shape, len(w)))
+        yield
+
+
+def refused(capsys, cfg):
+    assert labels.run(train.main, cfg) == 2
+    return capsys.readouterr().err
+
+
+def test_a_run_trains_on_the_scans_that_the_split_names(tiny, untrained, tmp_path, capsys):
+    """The seeds of the tiny datasets make 901/c1 and 902/c0 the same body: a copy of a validation
+    scan is not trained on. The same scans by another split file are the same run."""
+    split = split_file(tmp_path / "split.json", {
+        "train": ["Dataset901_Liver/c0", "Dataset902_Kidney/c0"], "val": ["Dataset901_Liver/c1"]})
+    cfg = config(tiny, tmp_path / "run", split=(str(split),), val_fraction=0.5)
+    train.train(cfg)
+    out = capsys.readouterr().out
+    assert "1 scans were left out of 'train'" in out
+    assert "Dataset902_Kidney/c0 = Dataset901_Liver/c1" in out
+    assert "Dataset901_Liver: 1 scan + 1 validation" in out
+    assert "not in the split and not used: Dataset902_Kidney/c1" in out
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert content["config"]["split"] == [str(split)]
+    assert list(content["seen"]["training"].values()) == ["Dataset901_Liver/c0"]
+    assert list(content["seen"]["validation"].values()) == ["Dataset901_Liver/c1"]
+
+    folds = [{"train": ["Dataset901_Liver/c1"]},
+             {"train": ["Dataset901_Liver/c0"], "val": ["Dataset901_Liver/c1"]}]
+    lists = split_file(tmp_path / "fold_train.txt", "Dataset901_Liver/c0.nii x")
+    other = split_file(tmp_path / "fold_val.txt", "Dataset901_Liver/c1.nii x")
+    again = config(tiny, tmp_path / "run", resume=True, split=(str(lists), str(other)),
+                   val_fraction=0.5)
+    train.train(again)
+    assert "done: 1 steps" in capsys.readouterr().out
+    swapped = split_file(tmp_path / "swapped.json", {"train": ["Dataset901_Liver/c1"],
+                                                     "val": ["Dataset901_Liver/c0"]})
+    assert "was made with other data" in refused(
+        capsys, train.dataclasses.replace(again, split=(str(swapped),)))
+    final = split_file(tmp_path / "splits_final.json", folds)
+    assert "--fold , now 1" in refused(
+        capsys, train.dataclasses.replace(again, split=(str(final),), fold="1"))
+
+
+def test_a_split_that_does_not_fit_is_refused_before_any_work(tiny, tmp_path, capsys):
+    split = split_file(tmp_path / "split.json", {"train": ["x"], "val": ["Dataset901_Liver/c0"]})
+    cfg = config(tiny, tmp_path / "run", split=(str(split),), cache=str(tmp_path / "cache"))
+    assert "split.json: none of its training scans is in --data" in refused(capsys, cfg)
+    split_file(split, {"train": ["Dataset901_Liver/c0"], "test": ["Dataset901_Liver/c0"]})
+    assert "Dataset901_Liver/c0 is in two parts" in refused(capsys, cfg)
+    assert "has no folds" in refused(capsys, train.dataclasses.replace(cfg, fold="0/5"))
+    alone = train.dataclasses.replace(cfg, split=(), fold="1")
+    error = refused(capsys, alone)
+    assert "--fold is i/k" in error and "--split" in error
+    out = train.dataclasses.replace(cfg, split=(str(tmp_path / "run/config.json"),))
+    split_file(tmp_path / "run/config.json", {"train": ["Dataset901_Liver/c0"]})
+    assert "would overwrite the input file" in refused(capsys, out)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_flags_of_a_split():
+    cfg = train.parse(["--data", "D", "--split", "a_train.txt", "a_val.txt", "--fold", "2"])
+    assert cfg.split == ("a_train.txt", "a_val.txt") and cfg.fold == "2"
+    assert train.parse(["--data", "D"]).split == ()
+
+
+# ---- seen in training ----------------------------------------------------------------------------
+def test_what_a_checkpoint_has_seen_by_hand():
+    """x is trained on now, y was by the base, z is validated now and was trained on by the base."""
+    base = {"seen": {"training": {"y": "B/y", "z": "B/z"}, "validation": {"x": "B/x"},
+                     "complete": True}}
+    seen = data.seen_scans([scan("A/x", "x")], [scan("A/z", "z")], [base])
+    assert seen == data.Seen({"x": "A/x", "y": "B/y", "z": "B/z"}, {"x": "B/x", "z": "A/z"}, True)
+    assert data.seen_scans([scan("A/x", "x")], [], [base, {}]).complete is False
+    assert data.seen_by({"seen": train.dataclasses.asdict(seen)}) == seen
+    for damaged in ({}, {"seen": None}, {"seen": 3}, {"seen": {"training": {}}},
+                    {"seen": {"training": [], "validation": {}, "complete": True}}):
+        assert data.seen_by(damaged) == data.Seen({}, {}, False)
+
+
+def test_a_scan_is_looked_up_by_its_voxels():
+    hu = {name: body(seed)[0] for name, seed in (("a", 1), ("b", 2), ("c", 3), ("both", 4))}
+    scan_id = {name: data.fingerprint(array) for name, array in hu.items()}
+    seen = data.Seen({scan_id[name]: f"D/{name}" for name in ("a", "both")},
+                     {scan_id[name]: f"D/{name}" for name in ("b", "both")})
+    assert seen.look_up(hu["a"][::-1].transpose(1, 2, 0).astype(float)) == ("training", "D/a")
+    assert seen.look_up(hu["b"]) == ("validation", "D/b")
+    assert seen.look_up(hu["both"]) == ("training", "D/both")
+    assert seen.look_up(hu["c"]) == seen.look_up(hu["a"][1:]) == ("no", "")
+    seen.complete = False
+    assert seen.look_up(hu["c"]) == ("unknown", "")
+    assert seen.look_up(hu["a"]) == ("training", "D/a")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, untrained, tmp_path_factory):
+    """A run that trains on 901/c0 and validates 901/c1, and one that extends it, trained on 902/c1,
+    and one whose backbone comes from an earlier version's checkpoint, trained on 902/c1."""
+    out = tmp_path_factory.mktemp("trained")
+    first = split_file(out / "first.json", {"train": ["Dataset901_Liver/c0"],
+                                            "val": ["Dataset901_Liver/c1"]})
+    second = split_file(out / "second.json", {"train": ["Dataset902_Kidney/c1"]})
+    table = split_file(out / "liver.json", ["Liver", "Liver Tumor"])
+    train.train(config(tiny, out / "a", split=(str(first),), classes=str(table),
+                       data=(str(tiny / "raw/Dataset901_Liver"),)))
+    kidneys = split_file(out / "kidneys.json", [{"name": "Right Kidney", "side": "right"},
+                                                {"name": "Left Kidney", "side": "left"}])
+    kidney_data = (str(tiny / "raw/Dataset902_Kidney"),)
+    train.train(config(tiny, out / "b", split=(str(second),), extend=str(out / "a/last.pt"),
+                       classes=str(kidneys), data=kidney_data))
+    content = torch.load(out / "a/last.pt", weights_only=True)
+    del content["seen"]
+    content["step"] = 0
+    torch.save(content, out / "old.pt")
+    train.train(config(tiny, out / "c", split=(str(second),), pretrained=str(out / "old.pt"),
+                       data=kidney_data))
+    return out
+
+
+def test_scans_of_the_base_are_seen_as_well(trained):
+    _, _, rest = model.load_checkpoint(trained / "b/last.pt")
+    seen = data.seen_by(rest)
+    assert sorted(seen.training.values()) == ["Dataset901_Liver/c0", "Dataset902_Kidney/c1"]
+    assert list(seen.validation.values()) == ["Dataset901_Liver/c1"] and seen.complete
+    _, _, rest = model.load_checkpoint(trained / "c/last.pt")
+    seen = data.seen_by(rest)
+    assert list(seen.training.values()) == ["Dataset902_Kidney/c1"] and not seen.complete
+
+
+def test_a_run_of_an_earlier_version_resumes_and_records_its_scans(tiny, trained, tmp_path):
+    shutil.copytree(trained / "a", tmp_path / "a")
+    shutil.copy(trained / "old.pt", tmp_path / "a/last.pt")
+    train.train(config(tiny, tmp_path / "a", split=(str(trained / "first.json"),), resume=True,
+                       classes=str(trained / "liver.json"),
+                       data=(str(tiny / "raw/Dataset901_Liver"),)))
+    _, _, rest = model.load_checkpoint(tmp_path / "a/last.pt")
+    seen = data.seen_by(rest)
+    assert rest["step"] == 1 and seen.complete
+    assert list(seen.training.values()) == ["Dataset901_Liver/c0"]
+
+
+def segment(trained, run, folder, tmp_path, capsys):
+    """Segment a folder -> {name: what its JSON says about having been seen}, the lines printed."""
+    out = tmp_path / "out"
+    infer.main(["--checkpoint", str(trained / run), "--input", str(folder), "--output", str(out),
+                "--classes", "liver", "--overlap", "0", "--no-postprocess"])
+    captured = capsys.readouterr()
+    lines = [line for line in (captured.out + captured.err).splitlines() if "seen in" in line]
+    return {path.stem: json.loads(path.read_text())["seen"] for path in out.glob("*.json")}, lines
+
+
+def write_like(path, source, codes, dtype):
+    """The scan of a file again, with other axes, in another type and another compression."""
+    img = nib.load(source)
+    to = nib.orientations.ornt_transform(nib.io_orientation(img.affine),
+                                         nib.orientations.axcodes2ornt(codes))
+    array = nib.apply_orientation(np.asarray(img.dataobj), to).astype(dtype)
+    write_nifti(path, array, img.affine @ nib.orientations.inv_ornt_aff(to, img.shape))
+
+
+def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_path, capsys):
+    """c0 of the liver, in three forms, and c1, a validation scan; a crop of c0, a shifted copy and
+    another scan were not seen. 902/c0 is the same body as 901/c1."""
+    source = tiny / "raw/Dataset901_Liver/imagesTr/c0_0000.nii.gz"
+    scans = tmp_path / "scans"
+    write_like(scans / "packed.nii.gz", source, "LPS", np.int16)
+    write_like(scans / "unpacked.nii", source, "SAL", np.int32)
+    write_like(scans / "double.nii", source, "IRP", np.float64)
+    shutil.copy(tiny / "raw/Dataset902_Kidney/imagesTr/c0_0000.nii.gz", scans / "val.nii.gz")
+    shutil.copy(tiny / "raw/Dataset902_Kidney/imagesTr/c1_0000.nii.gz", scans / "other.nii.gz")
+    img = nib.load(source)
+    write_nifti(scans / "crop.nii.gz", np.asarray(img.dataobj)[:, :, 1:], img.affine)
+    write_nifti(scans / "shifted.nii.gz", np.roll(np.asarray(img.dataobj), 1, 0), img.affine)
+    seen, lines = segment(trained, "a/last.pt", scans, tmp_path, capsys)
+    assert seen == {"packed": "training", "unpacked": "training", "double": "training",
+                    "val": "validation", "other": "no", "crop": "no", "shifted": "no"}
+    assert sorted(lines) == sorted(
+        [f"{name}: seen in training (as Dataset901_Liver/c0)"
+         for name in ("packed", "unpacked", "double")]
+        + ["val: seen in validation (as Dataset901_Liver/c1)"])
+
+
+def test_a_checkpoint_without_a_record_says_unknown(tiny, trained, tmp_path, capsys):
+    folder = tiny / "raw/Dataset901_Liver/imagesTr"
+    seen, lines = segment(trained, "old.pt", folder, tmp_path, capsys)
+    assert seen == {"c0": "unknown", "c1": "unknown"} and not lines
+
+
+def scored(tmp_path, capsys, seen, monkeypatch):
+    """Score four cases of a liver, Dice 1, 2/3, 0.5 and 0 by hand; seen: what each JSON says."""
+    monkeypatch.setattr(data, "workers_that_fit", lambda *_: 0)
+    ref = np.zeros((4, 4, 4), np.uint8)
+    ref[0, 0] = 6
+    for name, voxels, where in zip("abcd", (4, 2, 12, 0), seen, strict=True):
+        pred = np.zeros((4, 4, 4), np.uint8)
+        pred.ravel()[:voxels] = 6
+        write_nifti(tmp_path / f"pred/{name}.nii.gz", pred, np.eye(4))
+        write_nifti(tmp_path / f"ref/{name}.nii.gz", ref, np.eye(4))
+        record = {"classes": [{"name": "Liver", "value": 6}], "seen": where}
+        if where is None:
+            del record["seen"]
+        (tmp_path / f"pred/{name}.json").write_text(json.dumps(record))
+    assert metrics.main(["--pred", str(tmp_path / "pred"), "--ref", str(tmp_path / "ref"),
+                         "--classes", "liver"]) == 0
+    return json.loads((tmp_path / "pred/metrics.json").read_text()), capsys.readouterr().out
+
+
+def test_metrics_says_which_cases_were_seen(tmp_path, capsys, monkeypatch):
+    """Dice 1 and 2/3 were seen; the mean of the other two, 0.5 and 0, is 0.25."""
+    scores, out = scored(tmp_path, capsys, ["training", "validation", "no", "unknown"], monkeypatch)
+    assert scores["seen"] == {"training": ["a"], "validation": ["b"], "unknown": ["d"]}
+    assert scores["mean"]["organ"] == pytest.approx((1 + 2 / 3 + 0.5 + 0) / 4)
+    assert scores["mean_without_seen"]["organ"] == pytest.approx(0.25)
+    assert [r["seen"] for r in scores["cases"]] == ["training", "validation", "no", "unknown"]
+    assert "seen in training: 1 of 4 cases: a\n" in out
+    assert "seen in validation: 1 of 4 cases: b\n" in out
+    assert "not known whether seen in training: 1 of 4 cases: d\n" in out
+    assert "mean Dice without the cases seen: organs 0.250" in out
+
+
+def test_metrics_says_nothing_where_nothing_was_seen(tmp_path, capsys, monkeypatch):
+    """Also of predictions of other tools, whose JSON may say anything."""
+    scores, out = scored(tmp_path, capsys, ["no", None, 3, ["training"]], monkeypatch)
+    assert scores["seen"] == {"training": [], "validation": [], "unknown": []}
+    assert "seen" not in out.replace(str(tmp_path), "")
