@@ -422,7 +422,7 @@ def score_case(pred_path: Path, ref_path: Path, classes, indices: list[int],
             pred_mask, ref_mask = _masks(structure, pred_side, ref_side)
             scores = _score_structure(pred_mask, ref_mask, [classes[k] for k in structure],
                                       spacing_mm, tolerance)
-            results.append({"case": case, "seen": seen, **scores})
+            results.append({"case": case, **scores, "seen": seen})
     return results
 
 

@@ -147,8 +147,8 @@ def test_a_case_whose_own_name_ends_like_a_channel(tmp_path):
 def test_lists_of_the_release(tmp_path, capsys):
     """Tabs, blanks, a byte order mark, Windows line ends and an empty line; names of folders."""
     train_list = split_file(tmp_path / "PAOT_train.txt",
-                            "\ufeff04_LiTS/img/liver_0.nii.gz\t04_LiTS/label/liver_0.nii\r\n\r\n"
-                            "/10_Decathlon/Task03_Liver/imagesTr/liver_7.nii.gz  x/liver_7.nii\n"
+                            "\ufeff04_LiTS/img/liver_0.nii.gz\t04_LiTS/label/x.nii\r\n\r\n"
+                            "/10_MSD/Task03_Liver/imagesTr/liver_7.nii.gz  x/liver_7.nii\n"
                             "05_KiTS/case 1/imaging.nii.gz\t05_KiTS/case 1/segmentation.nii\n")
     val_list = split_file(tmp_path / "PAOT_val.txt", "01_BTCV/img/img0001.nii.gz l/label0001.nii.gz")
     parts = parts_of(["Dataset003_LiTS/liver_0", "Task03_Liver/liver_0", "Task03_Liver/liver_7",
@@ -194,6 +194,35 @@ def test_folds_of_nnunet(tmp_path):
     assert [first[name] for name in cases] == ["train", "train", "val", "val", "train"]
     second = parts_of(cases[:3], files[0], fold="1")
     assert [second[name] for name in cases[:3]] == ["val", "train", "train"]
+
+
+def test_five_folds_of_six_for_btcv(tmp_path, capsys):
+    """The training scans of BTCV are numbered 1 to 10 and 21 to 40. A second run changes nothing,
+    edited folds are kept, and the command reads what it wrote."""
+    folder = tmp_path / "BTCV"
+    numbers = [f"{i:04}" for i in (*range(1, 11), *range(21, 41))]
+    for number in numbers:
+        for file in (f"img/img{number}.nii.gz", f"label/label{number}.nii.gz"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).touch()
+    for _ in range(2):
+        assert labels.main(["btcv", str(folder), "--folds", "5"]) == 0
+    path = folder / "splits_final.json"
+    held_out = [fold["val"] for fold in json.loads(path.read_text())]
+    assert held_out[0] == ["img0001", "img0002", "img0003", "img0004", "img0005", "img0006"]
+    assert held_out[1] == ["img0007", "img0008", "img0009", "img0010", "img0021", "img0022"]
+    assert sum(held_out, []) == [f"img{number}" for number in numbers]
+    cases = data.read_dataset(folder, labels.CLASSES)
+    parts = data.match_split(data.read_split([path], "4"), cases)
+    assert [name for name, part in parts.items() if part == "val"] \
+        == [f"BTCV/img00{i}" for i in range(35, 41)]
+    assert list(parts.values()).count("train") == 24
+    for k, message in ((3, "has other folds; move it away"), (31, "--folds 31: must be from 2")):
+        assert labels.run(labels.main, ["btcv", str(folder), "--folds", str(k)]) == 2
+        assert message in capsys.readouterr().err
+    assert [fold["val"] for fold in json.loads(path.read_text())] == held_out
+    with pytest.raises(SystemExit):
+        labels.main(["btcv", "--folds", "5"])
 
 
 @pytest.mark.parametrize("name, content, fold, message", [
