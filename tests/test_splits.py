@@ -1,5 +1,6 @@
 """Which scans a run trains on, and whether a model has seen a scan."""
 import hashlib
+import itertools
 import json
 import shutil
 
@@ -88,6 +89,23 @@ def test_scaled_scans_are_told_apart(scale):
     assert data.fingerprint(first) == data.fingerprint(same)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another(seed):
+    """Also in scans of two or three different values, and with sides of one length."""
+    rng = np.random.default_rng(seed)
+    levels = int(rng.choice([2, 3, 20, 3000]))
+    array = rng.integers(-5, levels - 5, rng.integers(2, 6, 3)).astype(np.int16)
+    forms = [array.transpose(order)[flip] for order in itertools.permutations(range(3))
+             for flip in itertools.product((np.s_[::1], np.s_[::-1]), repeat=3)]
+    types = [np.int16, np.float32, np.float64, np.int32]
+    found = {data.fingerprint(form.astype(types[i % 4])) for i, form in enumerate(forms)}
+    assert len(forms) == 48 and len(found) == 1
+    for step in (-1, 1, 2):
+        other = array.copy()
+        other[tuple(rng.integers(0, n) for n in array.shape)] += step
+        assert data.fingerprint(other) not in found
+
+
 def test_the_first_half_is_that_of_earlier_versions():
     """It seeds the crops and orders the random split, and identifies the scans of a resumed run."""
     hu, _ = body(7)
@@ -150,7 +168,7 @@ def test_lists_of_the_release(tmp_path, capsys):
                             "\ufeff04_LiTS/img/liver_0.nii.gz\t04_LiTS/label/x.nii\r\n\r\n"
                             "/10_MSD/Task03_Liver/imagesTr/liver_7.nii.gz  x/liver_7.nii\n"
                             "05_KiTS/case 1/imaging.nii.gz\t05_KiTS/case 1/segmentation.nii\n")
-    val_list = split_file(tmp_path / "PAOT_val.txt", "01_BTCV/img/img0001.nii.gz l/label0001.nii.gz")
+    val_list = split_file(tmp_path / "PAOT_val.txt", "01_BTCV/img/img0001.nii.gz l/label0001.nii")
     parts = parts_of(["Dataset003_LiTS/liver_0", "Task03_Liver/liver_0", "Task03_Liver/liver_7",
                       "kits/case 1", "BTCV/img0001"], train_list, val_list)
     assert parts == {"Dataset003_LiTS/liver_0": "train", "Task03_Liver/liver_7": "train",
@@ -251,6 +269,48 @@ def test_what_is_no_split_is_one_line(tmp_path, name, content, fold, message):
         split_file(path, content)
     with pytest.raises((ValueError, OSError), match=message):
         parts_of(["D1/c", "D2/c"], path, fold=fold)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_case_gets_the_part_that_it_was_written_with(tmp_path, seed, capsys):
+    """Random datasets with cases of the same names, in random forms of writing, over two files."""
+    rng = np.random.default_rng(seed)
+    datasets = ["Dataset001_Liver", "Task03_Spleen", "a/X", "b/X", "kits"]
+    cases = [f"{dataset}/c{i}" for dataset in datasets for i in range(int(rng.integers(1, 6)))]
+    part_of = {name: str(rng.choice([*data.PARTS, "none"])) for name in cases}
+    files = []
+    lists = {"s_train.txt": "train", "s_val.txt": "val", "s_test.txt": "test"}
+    for file, part in lists.items():
+        names = [name for name in cases if part_of[name] == part]
+        rng.shuffle(names)
+        lines = [f"/root/{name.replace('/c', '/imagesTr/c')}{rng.choice(['.nii', '_0000.nii.gz'])}"
+                 + str(rng.choice(["\t", "  "])) + "label.nii.gz" for name in names]
+        files.append(split_file(tmp_path / file, "\n".join(lines)))
+    want = {name: part for name, part in part_of.items() if part != "none"}
+    assert parts_of(cases, *files) == want
+    both = {part: [name for name in cases if part_of[name] == part] for part in data.PARTS}
+    assert parts_of(cases, split_file(tmp_path / "s.json", both)) == want
+    assert "not in --data" not in capsys.readouterr().out
+
+
+def test_mutated_splits_never_give_a_traceback(tmp_path):
+    """Any JSON, and bytes of a good file changed at random."""
+    rng = np.random.default_rng(0)
+    good = json.dumps([{"train": ["D1/a", "b"], "val": ["c"], "test": []}]).encode()
+    outcomes = set()
+    for _ in range(500):
+        raw = bytearray(good)
+        for _ in range(int(rng.integers(1, 4))):
+            raw[rng.integers(len(raw))] = rng.choice(list(b'[]{}",:019aN\\/\x00\xff'))
+        path = tmp_path / str(rng.choice(["m.json", "m_train.txt"]))
+        path.write_bytes(bytes(raw))
+        try:
+            parts_of(["D1/a", "D1/b", "D1/c", "D2/c"], path, fold=str(rng.choice(["", "0"])))
+            outcomes.add("read")
+        except ValueError as error:
+            assert path.name in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_a_list_that_is_not_text_is_one_line(tmp_path):
