@@ -74,6 +74,13 @@ AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
+HISTOGRAM_DIGITS = 20           # of a scan's fingerprint; see fingerprint
+FEW_LEVELS = 16                 # values that span less are not rounded to whole numbers ...
+PROJECTION_BITS = 12            # ... but so that their span has at least 2 ** PROJECTION_BITS steps
+MOST_BITS = 60                  # largest power of 2 by which values are multiplied for that
+LARGEST = 1 << 31               # the largest whole number that a voxel is rounded to
+MOST_LEVELS = 1 << 22           # values that span more are sorted to be counted
+IMAGE_FOLDERS = ("img", "images", "imagestr", "imagests")      # which tell no dataset
 CACHE_VERSION = 2
 SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
 PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
@@ -364,17 +371,19 @@ def _is_same_file(file, path: Path) -> bool:
         return False
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
     """The JSON object in a file.
 
-    raises ValueError  if the file cannot be read or holds anything but an object
+    kinds  what the file may hold: dict, an object, or list, a list
+
+    raises ValueError  if the file cannot be read or holds anything else
     """
     try:
         content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+    if not isinstance(content, kinds):
+        raise ValueError(f"{path}: expected a JSON {'list or ' * (list in kinds)}object")
     return content
 
 
@@ -956,7 +965,8 @@ def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
-    voxels, ranges = _sample_voxels(case, label_rows, seed=int(scan_id, 16))
+    seed = int(scan_id[:HISTOGRAM_DIGITS], 16)
+    voxels, ranges = _sample_voxels(case, label_rows, seed)
     meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
             "spacing_mm": volume.spacing_mm.tolist(), "undecided": undecided}
     _write_entry(entry, image, label_rows, voxels, meta)
@@ -979,7 +989,8 @@ def _key(case: Case, spacing_mm: float) -> str:
 
 
 def _read_meta(entry: Path) -> dict | None:
-    """meta.json of a cache entry; None if the entry is missing, or its files contradict it."""
+    """meta.json of a cache entry; None if the entry is missing, its files contradict it, or an
+    earlier version wrote it, whose fingerprints were hashes of the histogram alone."""
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
         image = np.load(entry / "image.npy", mmap_mode="r")
@@ -987,7 +998,8 @@ def _read_meta(entry: Path) -> dict | None:
         voxels = np.load(entry / "points.npy", mmap_mode="r")
         last_stop = max((stop for _, stop in meta["points"].values()), default=0)
         same_shape = list(image.shape) == list(label_rows.shape) == meta["shape"]
-        return meta if same_shape and len(voxels) == last_stop else None
+        earlier = len(meta.get("fingerprint", "")) == HISTOGRAM_DIGITS
+        return meta if same_shape and len(voxels) == last_stop and not earlier else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 
@@ -1038,16 +1050,126 @@ def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: floa
 
 
 def fingerprint(array: np.ndarray) -> str:
-    """A hash of the histogram and the sorted shape of a scan.
+    """Identify a scan by its voxels: 40 hexadecimal digits.
 
-    It is the same for the same scan in another axis order, compression or integer type, and so
-    finds copies of one scan in several datasets.
+    They are the same for the same scan in another axis order, mirrored along an axis, in another
+    compression or in another type, and so find copies of one scan in several datasets. A crop of a
+    scan and a resampled or shifted scan are other scans.
+
+    The first HISTOGRAM_DIGITS are a hash of the sorted shape and of the histogram of the values,
+    rounded to whole numbers. The others are a hash of the projections: for each axis, the sum of
+    every plane perpendicular to it. Values that span less than FEW_LEVELS, as those of a scan that
+    was scaled to 0..1, or more than LARGEST are rounded to a power of 2 instead for these.
     """
+    # planes along the slowest axis in memory, which are read fastest
+    planes = array.transpose(np.argsort([-abs(stride) for stride in array.strides]))
+    low, high = planes.min().item(), planes.max().item()
+    values, counts = _histogram(planes, low, high)
+    histogram = sorted(array.shape), values, counts
+    scale = 1.0
+    if 0 < high - low < FEW_LEVELS or high - low > LARGEST:
+        scale = 2.0 ** min(PROJECTION_BITS - math.floor(math.log2(high - low)), MOST_BITS)
+    digests = [hashlib.sha256(json.dumps(content).encode()).hexdigest()[:HISTOGRAM_DIGITS]
+               for content in (histogram, _projections(planes, scale))]
+    return "".join(digests)
+
+
+def _whole_numbers(array: np.ndarray) -> np.ndarray:
+    """Values rounded to whole numbers, int64; float ones beyond LARGEST are clipped."""
     if array.dtype.kind == "f":
-        array = np.rint(array).astype(np.int32)
-    values, counts = np.unique(array, return_counts=True)
-    content = sorted(array.shape), values.tolist(), counts.tolist()
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+        array = np.rint(array)
+        np.clip(array, -LARGEST, LARGEST, out=array)
+    return array.astype(np.int64)
+
+
+def _histogram(planes: np.ndarray, low: float, high: float) -> tuple[list[int], list[int]]:
+    """The different values of an array, rounded to whole numbers, and how often each occurs.
+
+    low, high  the smallest and the largest value
+    """
+    first, last = _whole_numbers(np.array([low, high])).tolist()
+    if last - first >= MOST_LEVELS:
+        values, counts = np.unique(_whole_numbers(planes), return_counts=True)
+        return values.tolist(), counts.tolist()
+    counts = np.zeros(last - first + 1, np.int64)
+    for plane in planes:
+        whole = _whole_numbers(plane)
+        whole -= first                                   # in place, which is several times faster
+        counts += np.bincount(whole.ravel(), minlength=len(counts))
+    present = np.flatnonzero(counts)
+    return (present + first).tolist(), counts[present].tolist()
+
+
+def _projections(planes: np.ndarray, scale: float) -> list[list[int]]:
+    """For each axis, the sums of the planes perpendicular to it, of values times `scale`.
+
+    The order of the axes does not matter, nor do their directions: of a list and its reverse, the
+    smaller one is taken, and the three lists are sorted.
+
+    [[[1, 2], [3, 5]]] (1, 2, 2) -> [[4, 7], [3, 8], [11]] -> sorted [[3, 8], [4, 7], [11]]
+    """
+    sums = [np.zeros(n, np.int64) for n in planes.shape]
+    for i, plane in enumerate(planes):
+        if scale != 1:
+            plane = plane * scale
+        whole = _whole_numbers(plane)
+        sums[0][i] = whole.sum()
+        sums[1] += whole.sum(1)
+        sums[2] += whole.sum(0)
+    lists = [of_axis.tolist() for of_axis in sums]
+    return sorted(min(forward, forward[::-1]) for forward in lists)
+
+
+@dataclass
+class Seen:
+    """The scans that a model's weights were made with.
+
+    complete  False where a checkpoint that the weights come from does not record its scans
+    """
+    training: dict[str, str]         # {fingerprint: name}
+    validation: dict[str, str]
+    complete: bool = True
+
+    def look_up(self, array: np.ndarray) -> tuple[str, str]:
+        """Whether a scan with these voxels is one of them.
+
+        returns  (where, name): "training" or "validation" with the scan's name there, or "no" or
+                 "unknown" with ""
+        """
+        if self.training or self.validation:
+            scan_id = fingerprint(array)
+            if scan_id in self.training:
+                return "training", self.training[scan_id]
+            if scan_id in self.validation:
+                return "validation", self.validation[scan_id]
+        return ("no" if self.complete else "unknown"), ""
+
+
+def seen_scans(training: list[Scan], validation: list[Scan], bases=()) -> Seen:
+    """The scans of a run and of the checkpoints that it started from.
+
+    bases  the content of each of these checkpoints
+    """
+    seen = Seen(*({scan.meta["fingerprint"]: scan.case.name for scan in scans}
+                  for scans in (training, validation)))
+    for base in map(seen_by, bases):
+        seen.training = base.training | seen.training
+        seen.validation = base.validation | seen.validation
+        seen.complete &= base.complete
+    return seen
+
+
+def seen_by(content: dict) -> Seen:
+    """The scans that a checkpoint records; none, incomplete, if it records none as train.py does.
+
+    content  of the checkpoint; a released one and one of an earlier version have no record
+    """
+    record = content.get("seen")
+    if isinstance(record, dict) and record.keys() == {f.name for f in dataclasses.fields(Seen)}:
+        lists = record["training"], record["validation"]
+        if all(isinstance(of_part, dict) for of_part in lists):
+            return Seen(*lists, complete=record["complete"] is True)
+    return Seen({}, {}, complete=False)
 
 
 def _sample_voxels(case: Case, label_rows: np.ndarray, seed: int):
@@ -1214,20 +1336,253 @@ def available_memory() -> int:
     return max(0, min(available, default=UNKNOWN_MEMORY))
 
 
+# ---- training, validation and test scans ---------------------------------------------------------
+PARTS = ("train", "val", "test")                         # of a split
+SPLIT_WORD = re.compile(r"(?:^|[\W_])(train|val|test)$")  # at the end of a list's name
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """A scan that a split names.
+
+    04_LiTS/img/liver_0.nii.gz -> name "liver_0", folders ("04_LiTS",)
+    """
+    text: str                        # as it is written in the split
+    where: Path                      # the file of the split
+    part: str                        # "train", "val" or "test"
+    name: str
+    folders: tuple[str, ...]
+
+
+def read_split(paths, fold: str = "") -> list[SplitEntry]:
+    """The scans that the files of --split name, of one or several files:
+
+    NAME.json      {"train": [...], "val": [...], "test": [...]} with names of cases; the last two
+                   may be missing
+    NAME.json      nnU-Net's splits_final.json, a list of such objects of which `fold` is taken, a
+                   number from 0 on
+    NAME_train.txt, NAME_val.txt, NAME_test.txt
+                   the lists of the release: in each line the paths of an image and of its label
+
+    raises ValueError, OSError  if a file cannot be read or is none of these, if it has no fold of
+                                that number, or if no file has folds and one is asked for
+    """
+    entries, folds = [], 0
+    for path in map(Path, paths):
+        if path.suffix.lower() == ".json":
+            content = read_json(path, (dict, list))
+            if isinstance(content, list):
+                content, folds = _choose_fold(path, content, fold), folds + 1
+            named = _named_in_json(path, content)
+        else:
+            named = _named_in_list(path)
+        entries += [_split_entry(text, path, part) for part, text in named]
+    if fold and not folds:
+        raise ValueError(f"--fold {fold}: {', '.join(map(str, paths))} has no folds, as nnU-Net's "
+                         "splits_final.json has; leave --fold out")
+    return entries
+
+
+def _choose_fold(path: Path, folds: list, fold: str) -> dict:
+    """The fold with the number `fold` of a splits_final.json."""
+    if not fold:
+        raise ValueError(f"{path}: has {len(folds)} folds; say which one with --fold, from 0 on")
+    if not fold.isdecimal() or int(fold) >= len(folds):
+        raise ValueError(f"--fold {fold}: {path} has folds 0 to {len(folds) - 1}; with --split, "
+                         "--fold is the number of one of them")
+    chosen = folds[int(fold)]
+    if not isinstance(chosen, dict):
+        raise ValueError(f'{path}: expected a list of {{"train": [...], "val": [...]}}')
+    return chosen
+
+
+def _named_in_json(path: Path, content: dict) -> list[tuple[str, str]]:
+    """(part, name of the case) of every scan in a JSON object."""
+    lists = content.values()
+    texts = [text for names in lists if isinstance(names, list) for text in names]
+    if not ({"train"} <= set(content) <= set(PARTS) and all(isinstance(v, list) for v in lists)
+            and all(isinstance(text, str) for text in texts)):
+        raise ValueError(f'{path}: expected {{"train": [...], "val": [...], "test": [...]}} with '
+                         "lists of case names, of which the last two may be missing")
+    return [(part, text) for part in PARTS for text in content.get(part, [])]
+
+
+def _named_in_list(path: Path) -> list[tuple[str, str]]:
+    """(part, path of the image) of every line of a text file, whose name ends with the part."""
+    word = SPLIT_WORD.search(path.stem)
+    if word is None:
+        raise ValueError(f"{path}: a split is a JSON file, or a list of scans whose name ends with "
+                         "_train, _val or _test, as PAOT_train.txt")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
+    named = []
+    for number, line in enumerate(lines, 1):
+        columns = line.strip().split("\t") if "\t" in line.strip() else line.split()
+        columns = [column.strip() for column in columns if column.strip()]
+        if len(columns) > 2:
+            raise ValueError(f"{path}: line {number}: expected the paths of an image and of its "
+                             f"label, got {line.strip()[:80]!r}")
+        if columns:
+            named.append((word[1], columns[0]))
+    return named
+
+
+def _split_entry(text: str, where: Path, part: str) -> SplitEntry:
+    """A scan as a split writes it: CASE, DATASET/CASE, or the path of its image.
+
+    The names in an nnU-Net file PREPROCESSED/Dataset001_X/splits_final.json are of that dataset.
+    """
+    steps = [step for step in text.strip().replace("\\", "/").split("/") if step not in ("", ".")]
+    if not steps:
+        raise ValueError(f"{where}: an empty name among the scans")
+    for ending in ENDINGS:
+        steps[-1] = steps[-1].removesuffix(ending)
+    if len(steps) > 1 and steps[-1].removesuffix("_0000") in COMMON_NAMES:
+        steps.pop()                                      # named after its folder; see _case_names
+    if re.match(r"(Dataset|Task)\d+_", where.absolute().parent.name):
+        steps.insert(0, where.absolute().parent.name)
+    folders = tuple(step for step in steps[:-1] if step.lower() not in IMAGE_FOLDERS)
+    return SplitEntry(text, where, part, steps[-1], folders)
+
+
+def match_split(entries: list[SplitEntry], cases: list[Case]) -> dict[str, str]:
+    """{name of the case: its part} of the cases that a split names.
+
+    A case is found by its name; where several cases or several entries have this name, by the
+    folders: the case whose dataset's folder is named in the entry. What a split names and is not
+    there, what is there and not named, and what was found by name alone is printed.
+
+    raises ValueError  if an entry may stand for several cases, or a case is in several parts
+    """
+    by_name: dict[str, list[Case]] = {}
+    for case in cases:
+        by_name.setdefault(case.name.split("/")[-1], []).append(case)
+    claims: dict[str, list[tuple[int, SplitEntry]]] = {}       # case -> (agreement, entry), ...
+    absent = []
+    for entry in entries:
+        found = _case_of_entry(entry, by_name)
+        if found is None:
+            absent.append(entry.text)
+        else:
+            name, agreement = found
+            claims.setdefault(name, []).append((agreement, entry))
+    parts, by_name_alone = {}, []
+    for name, claimed in claims.items():
+        highest = max(agreement for agreement, _ in claimed)
+        own = []
+        for agreement, entry in claimed:
+            if agreement < highest and entry.folders:
+                absent.append(entry.text)                # of another dataset with a case so called
+            else:
+                own.append(entry)
+        parts[name] = _common_part(name, own)
+        if highest == 0 and own[0].folders:
+            by_name_alone.append(f"{own[0].text} -> {name}")
+    unnamed = [case.name for case in cases if case.name not in parts]
+    _report_some("scans of the split are not in --data", absent)
+    _report_some("scans of --data are not in the split and not used", unnamed)
+    _report_some("scans of the split were found by their name alone", by_name_alone)
+    return parts
+
+
+def _case_of_entry(entry: SplitEntry, by_name: dict[str, list[Case]]) -> tuple[str, int] | None:
+    """The name of the case that an entry stands for, and their agreement; None: it is not there."""
+    same_name = by_name.get(entry.name) or by_name.get(entry.name.removesuffix("_0000"), [])
+    agreements = {case.name: _agreement(entry, case) for case in same_name}
+    highest = max(agreements.values(), default=0)
+    best = [name for name, agreement in agreements.items() if agreement == highest]
+    if len(best) == 1:
+        return best[0], highest
+    if not best or (highest == 0 and entry.folders):
+        return None
+    raise ValueError(f"{entry.where}: {entry.text} may be {' or '.join(best)}; name the dataset, "
+                     "too: DATASET/CASE")
+
+
+def _common_part(name: str, entries: list[SplitEntry]) -> str:
+    """The part to which all entries that stand for one case assign it."""
+    first = entries[0]
+    for other in entries[1:]:
+        if other.part != first.part:
+            raise ValueError(f"{other.where}: {name} is in two parts of the split, as {first.text} "
+                             f"in {first.part!r} and as {other.text} in {other.part!r}")
+    return first.part
+
+
+def _report_some(what: str, names: list[str]) -> None:
+    """Print how many there are, and the first five names; nothing if there are none."""
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        _report(f"note: {len(names)} {what}: {', '.join(names[:5])}{more}")
+
+
+def _agreement(entry: SplitEntry, case: Case) -> int:
+    """How well the folders that an entry names agree with the names of a case's folders: 2 for
+    each one that is the same, 1 for one that is but for its number, as 04_LiTS and Dataset004_LiTS.
+    """
+    keys = {_folder_key(folder) for folder in entry.folders}
+    points = 0
+    for folder in case.name.split("/")[:-1]:
+        if folder in entry.folders:
+            points += 2
+        elif _folder_key(folder) in keys:
+            points += 1
+    return points
+
+
+def _folder_key(folder: str) -> str:
+    """04_LiTS, Dataset004_LiTS, lits -> "lits"; Dataset004 -> "dataset004" """
+    without_number = re.sub(r"^(dataset|task)?\d+[_-]+", "", folder.casefold())
+    return re.sub(r"[\W_]", "", without_number) or folder
+
+
+def divide_scans(scans: list[Scan], parts: dict[str, str]) -> tuple[list[Scan], list[Scan]]:
+    """(training scans, validation scans) of a split; parts: {name of the case: its part}.
+
+    A scan of which a copy, in another dataset, is in a later part is left out, and both are named:
+    a test scan is never trained on nor validated, and a validation scan is never trained on.
+    """
+    held_out: dict[str, str] = {}                        # fingerprint -> name of a scan
+    chosen: dict[str, list[Scan]] = {}
+    for part in reversed(PARTS):
+        of_part = [scan for scan in scans if parts.get(scan.case.name) == part]
+        chosen[part], twins = [], []
+        for scan in of_part:
+            copy = held_out.get(scan.meta["fingerprint"])
+            if copy is None:
+                chosen[part].append(scan)
+            else:
+                twins.append(f"{scan.case.name} = {copy}")
+        _report_some(f"scans were left out of {part!r}, because a copy of each is in a later part "
+                     "of the split", twins)
+        held_out |= {scan.meta["fingerprint"]: scan.case.name for scan in of_part}
+    return chosen["train"], chosen["val"]
+
+
+def check_fold(fold: str) -> tuple[int, int]:
+    """--fold without a split: "i/k" -> (i, k).   raises ValueError  otherwise"""
+    try:
+        i, k = map(int, fold.split("/"))
+        return range(k)[i], k
+    except (ValueError, IndexError):
+        raise ValueError(f"--fold is i/k with i from 0 to k - 1, got {fold!r}; a plain number is "
+                         "a fold of the file that --split names") from None
+
+
 def split_scans(scans: list[Scan], val_fraction: float, seed: int,
-                fold: str = "") -> tuple[list, list]:
-    """(training scans, validation scans); copies of one scan in several datasets stay together.
+                fold: str = "") -> tuple[list[Scan], list[Scan]]:
+    """(training scans, validation scans), at random; copies of one scan in several datasets stay
+    together.
 
     fold  "i/k" holds out part i of k equal parts, counted from 0, instead of val_fraction
     """
     scan_ids = sorted({scan.meta["fingerprint"] for scan in scans})
     order = np.random.default_rng(seed).permutation(scan_ids).tolist()
     if fold:
-        try:
-            i, k = map(int, fold.split("/"))
-            held_out = set(order[range(k)[i]::k])
-        except (ValueError, IndexError):
-            raise ValueError(f"--fold is i/k with i from 0 to k - 1, got {fold!r}") from None
+        i, k = check_fold(fold)
+        held_out = set(order[i::k])
     else:
         held_out = set(order[:round(val_fraction * len(scan_ids))])
     train = [scan for scan in scans if scan.meta["fingerprint"] not in held_out]

@@ -611,19 +611,20 @@ def finish_result(out_dir: Path, name: str, content: dict) -> None:
 
 def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
                   indices: list[int], made_with: dict | None = None, *, masks: bool, preview: bool,
-                  volume: data.Volume) -> list[dict]:
+                  volume: data.Volume, seen: str = "unknown") -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
 
     classes    the class table; a label map's value is a class's index in it plus 1
     indices    the classes that `seg` holds, in its order
     made_with  the settings that the JSON records
+    seen       whether the model was made with this scan; see data.Seen.look_up
     returns    results: value, name and volume in ml of each class
 
     Probabilities are written if `seg` holds them. The JSON is written last: a scan whose JSON
     exists is complete.
     """
     names = [classes[k].name for k in indices]
-    content = {"scan": str(scan), "classes": [], "made_with": made_with}
+    content = {"scan": str(scan), "seen": seen, "classes": [], "made_with": made_with}
     content["files"] = result_files(name, names, masks=masks, preview=preview,
                                     probabilities=seg.levels is not None)
     begin_result(out_dir, name, content)
@@ -747,6 +748,7 @@ class Job:
     modality: str             # ct or mri
     amp: bool                 # compute in bf16
     settings: dict            # what a result depends on beside its scan; recorded in its JSON
+    seen: data.Seen           # the scans that the model was trained on
 
 
 @dataclass
@@ -974,7 +976,8 @@ def load_job(args: argparse.Namespace) -> Job:
                 "flags": flags, "overlap": args.overlap}
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
-               args.modality or content.get("modality", "ct"), amp, settings)
+               args.modality or content.get("modality", "ct"), amp, settings,
+               data.seen_by(content))
 
 
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
@@ -983,6 +986,9 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     volume = data.load_volume(scan)
     volume.modality = job.modality
     data.check_grey_values(volume, scan)
+    seen, seen_as = job.seen.look_up(volume.array)
+    if seen_as:
+        tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
                       overlap=args.overlap, batch=args.batch, amp=job.amp,
@@ -991,7 +997,7 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
     return write_results(name, args.output, scan, seg, job.classes, job.indices, made_with,
-                         masks=args.masks, preview=args.preview, volume=volume)
+                         masks=args.masks, preview=args.preview, volume=volume, seen=seen)
 
 
 def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> Summary:

@@ -1304,6 +1304,34 @@ def _original_json(path: Path, copy: Path) -> tuple[dict, bool]:
     return content, not copy.is_file()
 
 
+FOLDS_FILE = "splits_final.json"    # as nnU-Net calls it
+
+
+def write_folds(folder: Path, k: int) -> None:
+    """Write splits_final.json for a dataset: k folds, each of which holds out as many consecutive
+    cases in the order of their names.
+
+    5 folds of the 30 training scans of BTCV hold out 6 each, img0001 to img0006 first.
+
+    raises ValueError  if a splits_final.json with other folds is there, or there are fewer cases
+    """
+    import data
+    cases = sorted(case.name.removeprefix(f"{case.dataset}/")
+                   for case in data.read_dataset(folder, CLASSES))
+    if not 2 <= k <= len(cases):
+        raise ValueError(f"--folds {k}: must be from 2 to the number of cases, {len(cases)}")
+    ends = [round(i * len(cases) / k) for i in range(k + 1)]
+    folds = []
+    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+        folds.append({"train": cases[:start] + cases[stop:], "val": cases[start:stop]})
+    path = folder / FOLDS_FILE
+    if path.exists() and data.read_json(path, (dict, list)) != folds:
+        raise ValueError(f"{path}: exists and has other folds; move it away")
+    with data.atomic_write(path) as part:
+        part.write_text(json.dumps(folds, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}, {k} folds, for train.py --split {path} --fold 0 to {k - 1}")
+
+
 def _checksum(content: dict) -> str:
     """A hash of a dataset.json that this command writes, to tell later whether it was edited."""
     rest = {key: value for key, value in content.items() if key != "prepared_by"}
@@ -1345,9 +1373,16 @@ def main(argv=None) -> int:
     ap.add_argument("--prompt-template", default="V3",
                     help="template of the prompts printed: V1, V2 or V3 of the paper, or a text "
                     "with {} for the class name (default: V3)")
+    ap.add_argument("--folds", type=int, metavar="K",
+                    help="also write splits_final.json into the folder: K folds of consecutive "
+                    "scans (BTCV: 5)")
     args = ap.parse_args(argv)
+    if args.folds is not None and args.folder is None:
+        ap.error("--folds needs a dataset and its folder")
     if args.dataset:
         _prepare(args.dataset, args.folder)
+        if args.folds is not None:
+            write_folds(args.folder, args.folds)
     else:
         _print_table(load_classes(args.classes), args.prompt_template)
     return 0

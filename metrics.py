@@ -383,6 +383,8 @@ def _harmonic_mean(a: float, b: float) -> float:
 # everywhere, stored as float64)
 SCORE_MEMORY = 35
 
+SEEN = ("training", "validation", "no", "unknown")       # what infer.py notes in a result's JSON
+
 # NSD tolerance in mm per class; "" stands for every class that a protocol does not name
 _FLARE22 = {2: ("Aorta", "Postcava", "Right Adrenal Gland", "Left Adrenal Gland", "Gall Bladder",
                 "Liver Tumor", "Kidney Tumor", "Pancreas Tumor", "Colon Tumor", "Kidney Cyst",
@@ -411,15 +413,26 @@ def score_case(pred_path: Path, ref_path: Path, classes, indices: list[int],
     pred, ref, spacing_mm = _read_pair(pred_path, ref_path)
     pred_map = _label_map_of(pred_path, pred, case, classes)
     ref_map = _label_map_of(ref_path, ref, case, classes)
+    seen = _seen(pred_path.parent, case)
     pred_side = _side(pred, pred_map, pred_path, split=True)
     ref_side = _side(ref, ref_map, ref_path, split=False)
     results = []
     for structure in _structures(ref_map):
         if all(k in indices and pred_map.annotated[k] for k in structure):
             pred_mask, ref_mask = _masks(structure, pred_side, ref_side)
-            results.append({"case": case, **_score_structure(
-                pred_mask, ref_mask, [classes[k] for k in structure], spacing_mm, tolerance)})
+            scores = _score_structure(pred_mask, ref_mask, [classes[k] for k in structure],
+                                      spacing_mm, tolerance)
+            results.append({"case": case, **scores, "seen": seen})
     return results
+
+
+def _seen(folder: Path, case: str) -> str:
+    """What infer.py noted about a case: whether its model has seen the scan in "training" or
+    "validation", "no", or "unknown"; "" for the prediction of another tool."""
+    import data
+    path = folder / f"{case}.json"
+    seen = data.read_json(path).get("seen") if path.is_file() else ""
+    return seen if seen in SEEN else ""
 
 
 def _read_pair(pred_path: Path, ref_path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -706,6 +719,36 @@ def _print_table(results: list[dict], summary: dict) -> None:
             print(f"detection, {name}: {_detection_line(scores['detection'])}")
 
 
+def _summarise_seen(results: list[dict]) -> dict:
+    """The cases that the model has seen, as far as infer.py noted it, and the means without them.
+
+    returns  {"seen": {"training": [case, ...], "validation": [...], "unknown": [...]},
+             "mean_without_seen": mean Dice of organs and of lesions in the other cases}
+    """
+    seen = {where: sorted({r["case"] for r in results if r["seen"] == where})
+            for where in SEEN if where != "no"}
+    others = [r for r in results if r["seen"] not in ("training", "validation")]
+    return {"seen": seen, "mean_without_seen": _summarise(others)["mean"]}
+
+
+def _print_seen(results: list[dict], summary: dict) -> None:
+    """Say in one line each which cases the model has seen in training and in validation, for which
+    ones nobody knows, and the means without those that it has seen."""
+    total = len({r["case"] for r in results})
+    seen = summary["seen"]
+    for where, cases in seen.items():
+        if cases:
+            what = f"seen in {where}"
+            if where == "unknown":
+                what = "not known whether seen in training"
+            more = ", ..." if len(cases) > 5 else ""
+            print(f"{what}: {len(cases)} of {total} cases: {', '.join(cases[:5])}{more}")
+    if seen["training"] or seen["validation"]:
+        mean = summary["mean_without_seen"]
+        print(f"mean Dice without the cases seen: organs {mean['organ']:.3f}, lesions "
+              f"{mean['lesion']:.3f}")
+
+
 def _worst_case(results: list[dict]) -> str:
     """Score and name of the case with the lowest Dice of one class: "0.533 case_2"."""
     scored = [r for r in results if not math.isnan(r["dice"])]
@@ -780,8 +823,9 @@ def main(argv=None) -> int:
     results = _score_all(pairs, classes, indices, tolerance)
     if not results:
         raise ValueError(f"{args.ref}: no class in common with {args.pred}")
-    summary = _summarise(results)
+    summary = _summarise(results) | _summarise_seen(results)
     _print_table(results, summary)
+    _print_seen(results, summary)
     _write_results(args.pred, args.protocol, results, summary)
     return 0
 

@@ -119,7 +119,12 @@ class Config:
     unmasked: bool = setting(False, "ablation: take what a dataset does not label for background")
     val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
                                   "rounds to 0)")
-    fold: str = setting("", "i/k: hold out part i (0 first) of k equal parts instead of a share")
+    fold: str = setting("", "i/k: hold out part i (0 first) of k equal random parts instead of a "
+                        "share; with --split, a plain number: the fold of splits_final.json")
+    split: tuple[str, ...] = setting((), "which scans to train on, validate and leave for tests: "
+                                     'JSON {"train": [...], "val": [...], "test": [...]} of case '
+                                     "names, nnU-Net's splits_final.json, or lists named as "
+                                     "PAOT_train.txt and PAOT_val.txt (default: at random)")
     val_every: int = setting(1000, "steps between validations")
     val_scans: int = setting(20, "largest number of scans in a validation")
     save_every: int = setting(500, "steps between checkpoints")
@@ -308,15 +313,38 @@ def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
                           quiet=process_rank() > 0)
 
 
-def split(cfg: Config, scans: list[data.Scan]) -> tuple[list[data.Scan], list[data.Scan]]:
-    """-> (training scans, validation scans), the same in every process."""
+def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
+    """-> (the cases that the run needs, {name of the case: its part} of --split).
+
+    raises ValueError  if --split and --fold do not fit or name no training scan of --data
+    """
+    if not cfg.split:
+        if cfg.fold:
+            data.check_fold(cfg.fold)
+        return cases, {}
+    parts = data.match_split(data.read_split(cfg.split, cfg.fold), cases)
+    if "train" not in parts.values():
+        raise ValueError(f"{', '.join(cfg.split)}: none of its training scans is in --data")
+    return [case for case in cases if case.name in parts], parts
+
+
+def split(cfg: Config, scans: list[data.Scan],
+          parts: dict[str, str] | None = None) -> tuple[list[data.Scan], list[data.Scan]]:
+    """-> (training scans, validation scans), the same in every process.
+
+    parts  {name of the case: its part} of --split; none: at random
+    """
     entries = [{scan.entry.name for scan in scans}]
     if dist.is_initialized():                      # --skip-bad may have skipped one here or there
         entries = infer.exchange(entries[0])
     scans = [scan for scan in scans if all(scan.entry.name in own for own in entries)]
-    training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed, cfg.fold)
+    if parts:
+        training, validation = data.divide_scans(scans, parts)
+    else:
+        training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed, cfg.fold)
     if not training:
-        raise ValueError("no scan left to train on; lower --val-fraction")
+        raise ValueError("no scan left to train on; "
+                         + ("see the notes on --split" if parts else "lower --val-fraction"))
     return training, validation
 
 
@@ -432,11 +460,18 @@ def identify_scans(training, validation) -> dict:
         datasets: dict[str, list] = {}
         for scan in scans:
             annotated = np.flatnonzero(scan.case.annotated).tolist()
-            scan_id = [scan.meta["fingerprint"], annotated]
+            histogram = scan.meta["fingerprint"][:data.HISTOGRAM_DIGITS]    # as earlier versions
+            scan_id = [histogram, annotated]
             datasets.setdefault(scan.case.dataset, []).append(scan_id)
         content.append(sorted(sorted(scan_ids) for scan_ids in datasets.values()))
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
     return {"training": len(training), "validation": len(validation), "hash": digest}
+
+
+def seen_scans(cfg: Config, training, validation) -> data.Seen:
+    """The scans that the run's weights will have seen, also in the checkpoints it starts from."""
+    bases = [path for path in (cfg.init, cfg.extend, cfg.pretrained) if path]
+    return data.seen_scans(training, validation, map(read_checkpoint, bases))
 
 
 @dataclass
@@ -453,6 +488,7 @@ class Run:
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
+    seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -461,12 +497,13 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     for c in run.classes:
         entry = dataclasses.asdict(c)
         classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
-    config = {**dataclasses.asdict(cfg), "data": list(cfg.data),
+    config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
     content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
                "w": run.w.cpu(), "classes": classes, "config": config, "trained": run.trained,
                "modality": run.modality, "optimizer": run.optimiser.state_dict(),
-               "step": run.step, "best": run.best, "scans": run.scans}
+               "step": run.step, "best": run.best, "scans": run.scans,
+               "seen": dataclasses.asdict(run.seen) if run.seen else None}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
@@ -720,7 +757,8 @@ def draw_curve(log: Path, png: Path) -> None:
 def check_output(cfg: Config) -> None:
     """raises ValueError  if OUT holds a run that is not to be resumed, or a file that is read"""
     out = Path(cfg.out)
-    given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained)
+    given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained,
+             *cfg.split)
     data.refuse_overwriting_inputs(filter(None, given), [out / name for name in OUTPUTS], "--out")
     if (out / "last.pt").exists() and not cfg.resume:
         raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another --out")
@@ -732,7 +770,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val))
+              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val))
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
@@ -778,13 +816,14 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     task = load_task(cfg)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
                                skip_bad=cfg.skip_bad)
+    cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
         spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
         infer.join_processes(device)
-    scans, val = split(cfg, scans)
+    scans, val = split(cfg, scans, parts)
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     if first:
@@ -842,6 +881,8 @@ def parse(argv=None) -> Config:
             about += f" (default: {f.default})"
         if f.name == "data":
             parser.add_argument(flag, nargs="+", required=True, metavar="DIR", help=about)
+        elif f.name == "split":
+            parser.add_argument(flag, nargs="+", default=(), metavar="FILE", help=about)
         elif f.type.startswith("bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=about)
@@ -850,7 +891,7 @@ def parse(argv=None) -> Config:
             parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices,
                                 help=about)
     cfg = Config(**vars(parser.parse_args(argv)))
-    return dataclasses.replace(cfg, data=tuple(cfg.data))
+    return dataclasses.replace(cfg, data=tuple(cfg.data), split=tuple(cfg.split))
 
 
 def main(argv=None) -> None:
