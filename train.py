@@ -84,7 +84,8 @@ class Config:
                                     "that hold several")
     out: str = setting("run", "folder for checkpoints and the log")
     backbone: str = setting("unet", "backbone network")
-    text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (K, E)")
+    text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (of "
+                        "clip_text.py --out, or one tensor (K, E))")
     prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
                                    "with {} for the class name (release: V3)")
     clip_weights: str = setting("", "file with CLIP weights (default: ViT-B/32, downloaded on "
@@ -164,6 +165,7 @@ class Task:
     base_spec: dict                # what build_model needs for it
     frozen_trained: list[str]      # names of the frozen classes that it was trained on
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
+    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
 def text_embeddings(cfg: Config, classes) -> Tensor:
@@ -173,18 +175,37 @@ def text_embeddings(cfg: Config, classes) -> Tensor:
     if cfg.text == "clip":
         prompts = [c.sentence(cfg.prompt_template) for c in classes]
         return clip_text.encode_classes(prompts, "{}", weights=cfg.clip_weights or None)
-    w = clip_text.read_embeddings(cfg.text)
-    if len(w) != len(classes):
-        raise ValueError(f"{cfg.text}: {len(w)} text embeddings for {len(classes)} classes")
-    return w
+    return clip_text.read_rows(cfg.text, [c.name for c in classes]).w
 
 
-def embeddings_of_width(cfg: Config, classes, width: int, path: str) -> Tensor:
-    """`text_embeddings`, which must be as wide as those of a checkpoint."""
+def text_origin(cfg: Config, classes) -> dict:
+    """Where `text_embeddings` of the classes come from, see clip_text.Rows."""
+    if cfg.text == "onehot":
+        return {"kind": "onehot"}
+    if cfg.text == "clip":
+        template = labels.TEMPLATES.get(cfg.prompt_template, cfg.prompt_template)
+        return clip_text.clip_origin(template, cfg.clip_weights or None)
+    return clip_text.read_rows(cfg.text, [c.name for c in classes]).origin
+
+
+def embeddings_beside(cfg: Config, classes, trained: clip_text.Rows, path: str) -> Tensor:
+    """`text_embeddings` for a model that was trained with others; notes how they differ.
+
+    raises ValueError  if those of --text are of another origin, with the flags that would fit
+    """
+    fitting = {"onehot": "--text onehot", "clip": "--text clip"}
+    kind = "onehot" if clip_text.is_onehot(trained) else trained.origin.get("kind")
+    advice = (f"pass {fitting.get(kind, '--text FILE with text embeddings of that origin')}, or "
+              "another checkpoint")
+    origin = text_origin(cfg, classes)
+    none = clip_text.Rows([], trained.w[:0], origin)
+    clip_text.check_origin(path, trained, none, advice)      # before anything is downloaded
     w = text_embeddings(cfg, classes)
-    if w.shape[1] != width:
-        raise ValueError(f"{path}: its text embeddings have {width} numbers, those of --text "
-                         f"{cfg.text} have {w.shape[1]}")
+    if cfg.text != "onehot":
+        given = clip_text.Rows([c.name for c in classes], w, origin)
+        note = clip_text.check_origin(path, trained, given, advice)
+        if note and process_rank() == 0:
+            print(note)
     return w
 
 
@@ -203,22 +224,21 @@ def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
     return free[:len(new)]
 
 
-def pad_onehot(base: UniversalModel, old_w: Tensor, classes, old) -> Tensor:
-    """One-hot text embeddings of classes for a model that knows the classes `old` (n, E) -> w.
+def pad_onehot(base: UniversalModel, trained: clip_text.Rows, classes) -> Tensor:
+    """One-hot text embeddings of classes for a model that was trained with others (n, E) -> w.
 
     A class of the same name keeps its embedding. Every new one has an axis of its own, which is
     appended to all embeddings and to the model. Its weights start at 0, so a new class starts with
     the head of an empty text: the head of any other axis may have no active unit left to learn.
     """
-    old_names = [c.name for c in old]
-    new = [c.name for c in classes if c.name not in old_names]
+    new = [c.name for c in classes if c.name not in trained.names]
     text = base.controller.text
     text.weight = nn.Parameter(nn.functional.pad(text.weight.detach(), (0, len(new))))
-    text.in_features += len(new)
-    rows = dict(zip(old_names, nn.functional.pad(old_w, (0, len(new))), strict=True))
-    for name, axis in zip(new, torch.eye(len(new), text.in_features).roll(old_w.shape[1], 1),
-                          strict=True):
-        rows[name] = axis * ONEHOT_NORM
+    E, text.in_features = text.in_features, text.in_features + len(new)
+    rows = dict(zip(trained.names, nn.functional.pad(trained.w, (0, len(new))), strict=True))
+    for i, name in enumerate(new):
+        rows[name] = torch.zeros(text.in_features)
+        rows[name][E + i] = ONEHOT_NORM
     return torch.stack([rows[c.name] for c in classes])
 
 
@@ -233,7 +253,8 @@ def load_task(cfg: Config) -> Task:
     if not (cfg.init or cfg.extend):
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [])
+        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [],
+                    text=text_origin(cfg, classes))
     path = cfg.init or cfg.extend
     base, old_w, rest = load_checkpoint(path)
     check_side((cfg.patch,) * 3, base.backbone)
@@ -243,10 +264,10 @@ def load_task(cfg: Config) -> Task:
     else:
         old = labels.classes_of_checkpoint(rest, len(old_w), path)
     classes = labels.load_classes(cfg.classes or None, beside=old if cfg.extend else ())
+    rows = clip_text.Rows([c.name for c in old], old_w, clip_text.origin_of_checkpoint(rest))
     if cfg.extend:
-        trained = rest.get("trained", [c.name for c in old])
-        return extended_task(cfg, classes, base, spec, old, old_w, trained)
-    return initial_task(cfg, classes, base, spec, old, old_w)
+        return extended_task(cfg, classes, base, spec, old, rows, rest.get("trained", rows.names))
+    return initial_task(cfg, classes, base, spec, rows)
 
 
 def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: str) -> dict:
@@ -263,22 +284,24 @@ def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: 
     return rest.get("spec", released)
 
 
-def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
-                 old_w: Tensor) -> Task:
-    """--init: all weights of a checkpoint under a class table of one's own."""
+def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict,
+                 rows: clip_text.Rows) -> Task:
+    """--init: all weights of a checkpoint under a class table of one's own.
+
+    rows  the text embeddings that it was trained with
+    """
     left_out = sum(spec.get("extensions", []))     # each is made for its own classes
-    old, old_w = old[:len(old) - left_out], old_w[:len(old_w) - left_out]
+    kept = len(rows.names) - left_out
+    rows = rows._replace(names=rows.names[:kept], w=rows.w[:kept])
     base.extensions = nn.ModuleList()
+    w = embeddings_beside(cfg, classes, rows, cfg.init)
     if cfg.text == "onehot":
-        w = pad_onehot(base, old_w, classes, old)
-    else:
-        w = embeddings_of_width(cfg, classes, old_w.shape[1], cfg.init)
+        w = pad_onehot(base, rows, classes)
     spec = {**spec, "text_dim": w.shape[1]}
     spec.pop("extensions", None)
     if process_rank() == 0:
-        old_names = [c.name for c in old]
-        shared = [c.name for c in classes if c.name in old_names]
-        new = [c.name for c in classes if c.name not in old_names]
+        shared = [c.name for c in classes if c.name in rows.names]
+        new = [c.name for c in classes if c.name not in rows.names]
         print(f"{cfg.init}: all {len(base.state_dict())} tensors of a {spec['backbone']} of width "
               f"{base.backbone.fine_channels} taken (backbone, pooling branch, controller, "
               "reduction); optimiser and schedule start anew")
@@ -286,23 +309,22 @@ def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
               f"new: {', '.join(new) or 'none'}")
         if left_out:
             print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [])
+    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [],
+                text=text_origin(cfg, classes))
 
 
-def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, old_w: Tensor,
-                  trained: list[str]) -> Task:
+def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
+                  rows: clip_text.Rows, trained: list[str]) -> Task:
     """--extend: the frozen classes of a checkpoint, and after them the new ones."""
-    old_names = [c.name for c in old]
-    new = tuple(c for c in classes if c.name not in old_names)
+    new = tuple(c for c in classes if c.name not in rows.names)
     if not new:
         raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it")
+    w = embeddings_beside(cfg, new, rows, cfg.extend)
     if cfg.text == "onehot":
-        w = free_onehot_rows(old_w, [c.name for c in new], cfg.extend)
-    else:
-        w = embeddings_of_width(cfg, new, old_w.shape[1], cfg.extend)
-    w = torch.cat([old_w, w]).to(cfg.device)
+        w = free_onehot_rows(rows.w, [c.name for c in new], cfg.extend)
+    w = torch.cat([rows.w, w]).to(cfg.device)
     table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
-    return Task(table, w, base, spec, trained, frozen=len(old))
+    return Task(table, w, base, spec, trained, frozen=len(old), text=rows.origin)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -489,6 +511,7 @@ class Run:
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
     seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
+    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -500,10 +523,10 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
     content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
-               "w": run.w.cpu(), "classes": classes, "config": config, "trained": run.trained,
-               "modality": run.modality, "optimizer": run.optimiser.state_dict(),
-               "step": run.step, "best": run.best, "scans": run.scans,
-               "seen": dataclasses.asdict(run.seen) if run.seen else None}
+               "w": run.w.cpu(), "text": run.text, "classes": classes, "config": config,
+               "trained": run.trained, "modality": run.modality,
+               "optimizer": run.optimiser.state_dict(), "step": run.step, "best": run.best,
+               "scans": run.scans, "seen": dataclasses.asdict(run.seen) if run.seen else None}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
@@ -770,7 +793,8 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val))
+              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val),
+              text=task.text)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)

@@ -7,6 +7,7 @@ import torch
 from test_model import small_released
 from test_train import config, same, weights
 
+import clip_text
 import labels
 import model
 import train
@@ -61,10 +62,10 @@ def test_padded_onehot_rows_by_hand():
     x and y start with the same head."""
     network = model.build_model({"backbone": "unet", "width": 8, "text_dim": 3}).eval()
     n, f = train.ONEHOT_NORM, torch.randn(2, 256)
-    old, old_w = labels.make_classes(["a", "b", "c"]), torch.eye(3) * n
+    old = clip_text.Rows(["a", "b", "c"], torch.eye(3) * n, {"kind": "onehot"})
     with torch.no_grad():
-        before = network.controller(old_w[1:2], f)
-        w = train.pad_onehot(network, old_w, labels.make_classes(["x", "b", "y"]), old)
+        before = network.controller(old.w[1:2], f)
+        w = train.pad_onehot(network, old, labels.make_classes(["x", "b", "y"]))
         assert w.tolist() == (torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]])
                               * torch.tensor(n)).tolist()
         theta = network.controller(w, f)
@@ -103,7 +104,7 @@ def test_released_weights_are_taken(tiny, tmp_path, kind, patch):
     network, content = small_released(kind)
     rows = torch.rand(32, 7)                                           # the built-in classes
     torch.save({"net": {**content, "organ_embedding": rows}}, tmp_path / "released.pth")
-    torch.save(torch.rand(2, 7), tmp_path / "rows.pth")
+    torch.save(rows[[2, 5]], tmp_path / "rows.pth")                    # left kidney, liver
     train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "released.pth"),
                           text=str(tmp_path / "rows.pth"), patch=patch, width=0))
     got, w, _ = model.load_checkpoint(tmp_path / "run/last.pt")
@@ -147,8 +148,8 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
     ({"width": 16}, "last.pt: its backbone is a unet of width 8; --backbone and --width cannot"),
     ({"backbone": "swin_unetr"}, "its backbone is a unet of width 8"),
     ({"patch": 40}, "multiples of 16"),
-    ({"text": "ROWS"}, "last.pt: its text embeddings have 2 numbers, those of --text .*rows.pth "
-                       "have 3"),
+    ({"text": "ROWS"}, "last.pt: was trained with one-hot vectors, now there are the text "
+                       "embeddings of rows.pth, which mean nothing to it; pass --text onehot"),
     ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
 ])
 def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
