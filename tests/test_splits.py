@@ -120,6 +120,20 @@ def test_the_first_half_is_that_of_earlier_versions():
     assert data.fingerprint(wide)[:20] == old
 
 
+def test_the_first_half_seeds_the_crops_and_identifies_a_resumed_run(tiny_cases, tmp_path,
+                                                                     monkeypatch):
+    seeds, sample = [], data._sample_voxels
+
+    def record(case, label_rows, seed):
+        seeds.append(seed)
+        return sample(case, label_rows, seed)
+    monkeypatch.setattr(data, "_sample_voxels", record)
+    built = data.build(tiny_cases[0], tmp_path, 4.0)
+    assert seeds == [int(built.meta["fingerprint"][:20], 16)]
+    earlier = data.Scan(built.case, None, {"fingerprint": built.meta["fingerprint"][:20]})
+    assert train.identify_scans([built], []) == train.identify_scans([earlier], [])
+
+
 def test_a_cache_entry_of_an_earlier_version_is_made_again(tiny_cases, tmp_path):
     entry = data.build(tiny_cases[0], tmp_path, 4.0).entry
     meta = json.loads((entry / "meta.json").read_text())
@@ -367,8 +381,10 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, untrained, tmp_pat
     scan is not trained on. The same scans by another split file are the same run."""
     split = split_file(tmp_path / "split.json", {
         "train": ["Dataset901_Liver/c0", "Dataset902_Kidney/c0"], "val": ["Dataset901_Liver/c1"]})
-    cfg = config(tiny, tmp_path / "run", split=(str(split),), val_fraction=0.5)
+    cfg = config(tiny, tmp_path / "run", split=(str(split),), val_fraction=0.5,
+                 cache=str(tmp_path / "cache"))
     train.train(cfg)
+    assert len(list((tmp_path / "cache").glob("*/meta.json"))) == 3     # not the fourth scan
     out = capsys.readouterr().out
     assert "1 scans were left out of 'train'" in out
     assert "Dataset902_Kidney/c0 = Dataset901_Liver/c1" in out
@@ -576,4 +592,5 @@ def test_metrics_says_nothing_where_nothing_was_seen(tmp_path, capsys, monkeypat
     """Also of predictions of other tools, whose JSON may say anything."""
     scores, out = scored(tmp_path, capsys, ["no", None, 3, ["training"]], monkeypatch)
     assert scores["seen"] == {"training": [], "validation": [], "unknown": []}
+    assert [r["seen"] for r in scores["cases"]] == ["no", "", "", ""]
     assert "seen" not in out.replace(str(tmp_path), "")
