@@ -668,6 +668,18 @@ def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path |
         return encoder(tokens)
 
 
+def weights_id(weights: str | Path | None = None) -> str:
+    """What tells CLIP weights, together with their activation, from all others.
+
+    weights  a CLIP file; None: OpenAI's ViT-B/32, which need not be there
+    """
+    if weights is None:
+        return WEIGHTS[1][:16]
+    activation = find_activation(weights)
+    suffix = "" if activation == "quick_gelu" else f"-{activation}"
+    return sha256(weights)[:16] + suffix
+
+
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
                    merges: str | Path | None = None) -> Tensor:
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
@@ -686,10 +698,8 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     prompts = [template.replace("{}", name) for name in names]
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such weights file")
-    digest = WEIGHTS[1] if weights is None else sha256(weights)
     activation = "quick_gelu" if weights is None else find_activation(weights)
-    suffix = "" if activation == "quick_gelu" else f"-{activation}"
-    cache = cache_folder() / f"prompts-{digest[:16]}{suffix}.pt"
+    cache = cache_folder() / f"prompts-{weights_id(weights)}.pt"
     embeddings = _read_prompts(cache)
     if not embeddings.keys() >= set(prompts):
         with _one_process_at_a_time(cache):
@@ -703,13 +713,149 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     return torch.stack([embeddings[prompt] for prompt in prompts])
 
 
-def read_embeddings(path: str | Path) -> Tensor:
-    """A file of text embeddings (the released txt_encoding.pth, or that of --out) -> w (K, E).
+# ---- the origin of text embeddings ---------------------------------------------------------------
+# What a checkpoint and a file of text embeddings record about them, as plain strings, is one of
+#   {"kind": "onehot"}
+#   {"kind": "clip", "weights": weights_id, "template": the text with {} for the class name}
+#   {"kind": "file", "name": "rows.pt", "sha256": "..."}     a file that records no origin
+MIN_COSINE = 0.5            # of two text embeddings of one class in one space. In that of ViT-B/32
+                            # even different classes have more, in different spaces it is near 0
+MAX_NORM_RATIO = 1.5        # of the norms of two such embeddings; the released ones differ by 1.2
 
-    raises  FileNotFoundError, ValueError  in one line with the path
+
+class Rows(NamedTuple):
+    """The text embeddings of classes, and where they come from."""
+    names: list[str]       # of the K classes
+    w: Tensor              # (K, E)
+    origin: dict           # one of the above; {}: not known
+
+
+def clip_origin(template: str, weights: str | Path | None = None) -> dict:
+    return {"kind": "clip", "weights": weights_id(weights), "template": template}
+
+
+def origin_of_checkpoint(content: dict) -> dict:
+    """The origin of the text embeddings of a checkpoint.
+
+    content  the rest that model.load_checkpoint returns; {}, that of a released file: ViT-B/32
     """
+    if not content:
+        return clip_origin(TEMPLATE)
+    if "text" in content:
+        return content["text"]
+    config = content.get("config", {})             # written before checkpoints recorded the origin
+    text = config.get("text", "")
+    if text == "onehot":
+        return {"kind": "onehot"}
+    if text == "clip":
+        origin = clip_origin(config.get("prompt_template", TEMPLATE))
+        if config.get("clip_weights"):
+            del origin["weights"]                  # some others than ViT-B/32
+        return origin
+    return {"kind": "file", "name": Path(text).name} if text else {}
+
+
+def is_onehot(rows: Rows) -> bool:
+    """Whether each text embedding has one number that is not 0, whatever file it comes from."""
+    if len(rows.w) == 0 or rows.origin.get("kind") == "onehot":
+        return rows.origin.get("kind") == "onehot"
+    return bool(((rows.w != 0).sum(1) == 1).all())
+
+
+def describe_origin(rows: Rows) -> str:
+    """In a few words, for notes and error messages."""
+    origin = rows.origin
+    if is_onehot(rows):
+        return "one-hot vectors"
+    if origin.get("kind") == "clip":
+        weights = f"weights {origin['weights']}" if "weights" in origin else "unknown weights"
+        return f"CLIP embeddings ({weights}, template {origin['template']!r})"
+    if origin.get("kind") == "file":
+        return f"the text embeddings of {origin['name']}"
+    return "text embeddings of unknown origin"
+
+
+def check_origin(path: str | Path, trained: Rows, given: Rows, advice: str) -> str:
+    """Whether the network of a checkpoint can be given other text embeddings than its own.
+
+    trained  the text embeddings that the network was trained with
+    given    others. Where both have a class of the same name, its two embeddings are compared
+    advice   what the user can do, for the error message
+    returns  one line for the user, where the two differ; "" where they do not
+    raises   ValueError  if they cannot be of one space: one-hot and not one-hot, CLIP embeddings of
+             different weights, or of a class in both, embeddings of low cosine or different norm
+    """
+    before, now = describe_origin(trained), describe_origin(given)
+    refused = f"{path}: was trained with {before}, now there are {now}"
+    if is_onehot(trained) != is_onehot(given):
+        raise ValueError(f"{refused}, which mean nothing to it; {advice}")
+    if trained.w.shape[1] != given.w.shape[1]:
+        raise ValueError(f"{refused}, of width {given.w.shape[1]} instead of {trained.w.shape[1]}; "
+                         f"{advice}")
+    weights = [rows.origin.get("weights") for rows in (trained, given)]
+    if None not in weights and weights[0] != weights[1]:
+        raise ValueError(f"{refused}: embeddings of other weights mean nothing to it; {advice}")
+
+    shared = [name for name in given.names if name in trained.names]
+    if not shared:
+        if None not in weights or is_onehot(trained):
+            return ""
+        return (f"note: {path}: was trained with {before}, now there are {now}; no class has both, "
+                "so they cannot be compared")
+    old = torch.stack([trained.w[trained.names.index(name)] for name in shared]).double().cpu()
+    new = torch.stack([given.w[given.names.index(name)] for name in shared]).double().cpu()
+    if torch.equal(old, new):
+        return ""
+    cosines = nn.functional.cosine_similarity(old, new)                # (shared,)
+    ratios = new.norm(dim=1) / old.norm(dim=1)
+    for name, value, ratio in zip(shared, cosines.tolist(), ratios.tolist(), strict=True):
+        if not value >= MIN_COSINE or not 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO:
+            raise ValueError(f"{refused}: those of {name!r} have cosine {value:.2f} and norms in "
+                             f"the ratio {ratio:.2f}, so they mean something else to it; {advice}")
+    changed = int((old != new).any(1).sum())
+    lowest = int(cosines.argmin())
+    return (f"note: {path}: was trained with {before}, now there are {now}; {changed} of "
+            f"{len(shared)} classes have another one than in training, {shared[lowest]!r} the most "
+            f"different (cosine {cosines[lowest]:.2f})")
+
+
+# ---- files of text embeddings --------------------------------------------------------------------
+def save_rows(rows: Rows, path: str | Path) -> None:
+    content = {"w": rows.w.clone(), "names": list(rows.names), "text": rows.origin}
+    _save(content, Path(path))
+
+
+def read_rows(path: str | Path, names: list[str]) -> Rows:
+    """The text embeddings of classes from a file: that of --out, or one with a single tensor (K, E)
+    in the order of the names, such as the released txt_encoding.pth.
+
+    raises  FileNotFoundError, ValueError  in one line with the path, and which class is missing
+    """
+    content = _load_rows(path)
+    if isinstance(content, Tensor):
+        if len(content) != len(names):
+            raise ValueError(f"{path}: {len(content)} text embeddings for {len(names)} classes")
+        digest = sha256(path)
+        return Rows(names, content.float(), {"kind": "file", "name": Path(path).name,
+                                             "sha256": digest})
+    missing = [name for name in names if name not in content["names"]]
+    if missing:
+        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of "
+                         f"{content['names']}")
+    w = content["w"][[content["names"].index(name) for name in names]]
+    return Rows(names, w.float(), content["text"])
+
+
+def read_embeddings(path: str | Path) -> Tensor:
+    """All text embeddings (K, E) of a file, in its order (see read_rows)."""
+    content = _load_rows(path)
+    return (content if isinstance(content, Tensor) else content["w"]).float()
+
+
+def _load_rows(path: str | Path) -> Tensor | dict:
+    """The content of a file of text embeddings: a tensor, or the dict of save_rows."""
     try:
-        w = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file of text embeddings") from None
     except OSError as e:
@@ -717,10 +863,16 @@ def read_embeddings(path: str | Path) -> Tensor:
     except Exception as e:
         raise ValueError(f"{path}: not a readable file of text embeddings: "
                          f"{_why_unreadable(path, e)}") from None
+    w, names = content, None
+    if isinstance(content, dict) and content.keys() >= {"w", "names", "text"}:
+        w, names = content["w"], content["names"]
     if not isinstance(w, Tensor) or w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"{path}: expected one tensor of text embeddings (K, E), got a "
                          f"{type(w).__name__} {tuple(getattr(w, 'shape', ()))}")
-    return w.float()
+    if names is not None and (not isinstance(content["text"], dict) or len(names) != len(w)):
+        raise ValueError(f"{path}: not a whole file of text embeddings: {len(names)} names for "
+                         f"{len(w)} of them")
+    return content
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -786,6 +938,7 @@ def _report_similarity(classes, w: Tensor, png: str) -> None:
 
 def main(argv=None) -> int:
     import data
+    import labels
     ap = argparse.ArgumentParser(
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
@@ -800,7 +953,9 @@ def main(argv=None) -> int:
                     "open_clip_config.json beside it says that it has GELU")
     ap.add_argument("--rows", metavar="FILE",
                     help="read the text embeddings from this file instead of encoding prompts")
-    ap.add_argument("--out", metavar="FILE", help="write the text embeddings (K, E) to this file")
+    ap.add_argument("--out", metavar="FILE",
+                    help="write the text embeddings (K, E), the names of their classes and their "
+                    "origin to this file")
     ap.add_argument("--similarity", action="store_true",
                     help="print the cosine similarities and draw them to similarity.png")
     args = ap.parse_args(argv)
@@ -810,18 +965,20 @@ def main(argv=None) -> int:
         outputs.append("similarity.png")
     data.refuse_overwriting_inputs(inputs, outputs, "--out")
     classes = _classes_of(args.classes)
+    names = [c.name for c in classes]
     if args.rows:
-        w = read_embeddings(args.rows)
+        rows = read_rows(args.rows, names)
     else:
         prompts = [c.sentence(args.template) for c in classes]
         w = encode_classes(prompts, "{}", weights=args.clip_weights)
-    if len(w) != len(classes):
-        raise ValueError(f"{args.rows}: {len(w)} text embeddings for {len(classes)} classes")
+        template = labels.TEMPLATES.get(args.template, args.template)
+        rows = Rows(names, w, clip_origin(template, args.clip_weights))
+    w = rows.w
     norms = w.norm(dim=1)
     print(f"{len(w)} text embeddings of width {w.shape[1]}, norms {norms.min():.2f} to "
           f"{norms.max():.2f}")
     if args.out:
-        _save(w.clone(), Path(args.out))
+        save_rows(rows, args.out)
     if args.similarity:
         _report_similarity(classes, w, "similarity.png")
     return 0

@@ -164,6 +164,7 @@ class Task:
     base_spec: dict                # what build_model needs for it
     frozen_trained: list[str]      # names of the frozen classes that it was trained on
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
+    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
 def text_embeddings(cfg: Config, classes) -> Tensor:
@@ -173,18 +174,39 @@ def text_embeddings(cfg: Config, classes) -> Tensor:
     if cfg.text == "clip":
         prompts = [c.sentence(cfg.prompt_template) for c in classes]
         return clip_text.encode_classes(prompts, "{}", weights=cfg.clip_weights or None)
-    w = clip_text.read_embeddings(cfg.text)
-    if len(w) != len(classes):
-        raise ValueError(f"{cfg.text}: {len(w)} text embeddings for {len(classes)} classes")
-    return w
+    return clip_text.read_rows(cfg.text, [c.name for c in classes]).w
 
 
-def embeddings_of_width(cfg: Config, classes, width: int, path: str) -> Tensor:
-    """`text_embeddings`, which must be as wide as those of a checkpoint."""
+def text_origin(cfg: Config, classes) -> dict:
+    """Where `text_embeddings` of the classes come from, see clip_text.Rows."""
+    if cfg.text == "onehot":
+        return {"kind": "onehot"}
+    if cfg.text == "clip":
+        template = labels.TEMPLATES.get(cfg.prompt_template, cfg.prompt_template)
+        return clip_text.clip_origin(template, cfg.clip_weights or None)
+    return clip_text.read_rows(cfg.text, [c.name for c in classes]).origin
+
+
+def check_text(cfg: Config, classes, w: Tensor, path: str, trained: clip_text.Rows) -> str:
+    """Compare the text embeddings of --text with those of the checkpoint of --init or --extend.
+
+    returns  a note for the user, or ""
+    raises   ValueError  if they are of another origin, with the flags that fit the checkpoint
+    """
+    flags = {"onehot": "--text onehot", "clip": "--text clip"}
+    kind = "onehot" if clip_text.is_onehot(trained) else trained.origin.get("kind")
+    fitting = flags.get(kind, "--text FILE with text embeddings of that origin")
+    given = clip_text.Rows([c.name for c in classes], w, text_origin(cfg, classes))
+    return clip_text.check_origin(path, trained, given, f"pass {fitting}, or another checkpoint")
+
+
+def embeddings_beside(cfg: Config, classes, old, old_w: Tensor, origin: dict, path: str) -> Tensor:
+    """`text_embeddings`, which must be of the origin of those of a checkpoint, old_w (n, E)."""
     w = text_embeddings(cfg, classes)
-    if w.shape[1] != width:
-        raise ValueError(f"{path}: its text embeddings have {width} numbers, those of --text "
-                         f"{cfg.text} have {w.shape[1]}")
+    trained = clip_text.Rows([c.name for c in old], old_w, origin)
+    note = check_text(cfg, classes, w, path, trained)
+    if note and process_rank() == 0:
+        print(note)
     return w
 
 
@@ -199,7 +221,7 @@ def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
     free = rows[~taken]
     if len(free) < len(new):
         raise ValueError(f"{path}: has one-hot rows for {len(free)} more classes, "
-                         f"{len(new)} are new ({', '.join(new)}); use --text clip")
+                         f"{len(new)} are new ({', '.join(new)}); use --init")
     return free[:len(new)]
 
 
@@ -233,7 +255,8 @@ def load_task(cfg: Config) -> Task:
     if not (cfg.init or cfg.extend):
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [])
+        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [],
+                    text=text_origin(cfg, classes))
     path = cfg.init or cfg.extend
     base, old_w, rest = load_checkpoint(path)
     check_side((cfg.patch,) * 3, base.backbone)
@@ -243,10 +266,14 @@ def load_task(cfg: Config) -> Task:
     else:
         old = labels.classes_of_checkpoint(rest, len(old_w), path)
     classes = labels.load_classes(cfg.classes or None, beside=old if cfg.extend else ())
+    origin = clip_text.origin_of_checkpoint(rest)
+    if cfg.text in ("clip", "onehot"):         # before anything else, as CLIP may need a download
+        rows = clip_text.Rows([c.name for c in old], old_w, origin)
+        check_text(cfg, (), old_w[:0], path, rows)
     if cfg.extend:
         trained = rest.get("trained", [c.name for c in old])
-        return extended_task(cfg, classes, base, spec, old, old_w, trained)
-    return initial_task(cfg, classes, base, spec, old, old_w)
+        return extended_task(cfg, classes, base, spec, old, old_w, origin, trained)
+    return initial_task(cfg, classes, base, spec, old, old_w, origin)
 
 
 def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: str) -> dict:
@@ -263,16 +290,19 @@ def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: 
     return rest.get("spec", released)
 
 
-def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
-                 old_w: Tensor) -> Task:
-    """--init: all weights of a checkpoint under a class table of one's own."""
+def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, old_w: Tensor,
+                 origin: dict) -> Task:
+    """--init: all weights of a checkpoint under a class table of one's own.
+
+    origin  of old_w, the text embeddings that it was trained with
+    """
     left_out = sum(spec.get("extensions", []))     # each is made for its own classes
     old, old_w = old[:len(old) - left_out], old_w[:len(old_w) - left_out]
     base.extensions = nn.ModuleList()
     if cfg.text == "onehot":
         w = pad_onehot(base, old_w, classes, old)
     else:
-        w = embeddings_of_width(cfg, classes, old_w.shape[1], cfg.init)
+        w = embeddings_beside(cfg, classes, old, old_w, origin, cfg.init)
     spec = {**spec, "text_dim": w.shape[1]}
     spec.pop("extensions", None)
     if process_rank() == 0:
@@ -286,11 +316,12 @@ def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
               f"new: {', '.join(new) or 'none'}")
         if left_out:
             print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [])
+    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [],
+                text=text_origin(cfg, classes))
 
 
 def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, old_w: Tensor,
-                  trained: list[str]) -> Task:
+                  origin: dict, trained: list[str]) -> Task:
     """--extend: the frozen classes of a checkpoint, and after them the new ones."""
     old_names = [c.name for c in old]
     new = tuple(c for c in classes if c.name not in old_names)
@@ -299,10 +330,10 @@ def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old, o
     if cfg.text == "onehot":
         w = free_onehot_rows(old_w, [c.name for c in new], cfg.extend)
     else:
-        w = embeddings_of_width(cfg, new, old_w.shape[1], cfg.extend)
+        w = embeddings_beside(cfg, new, old, old_w, origin, cfg.extend)
     w = torch.cat([old_w, w]).to(cfg.device)
     table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
-    return Task(table, w, base, spec, trained, frozen=len(old))
+    return Task(table, w, base, spec, trained, frozen=len(old), text=origin)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -489,6 +520,7 @@ class Run:
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
     seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
+    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -500,9 +532,10 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
     content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
-               "w": run.w.cpu(), "classes": classes, "config": config, "trained": run.trained,
-               "modality": run.modality, "optimizer": run.optimiser.state_dict(),
-               "step": run.step, "best": run.best, "scans": run.scans,
+               "w": run.w.cpu(), "text": run.text, "classes": classes, "config": config,
+               "trained": run.trained, "modality": run.modality,
+               "optimizer": run.optimiser.state_dict(), "step": run.step, "best": run.best,
+               "scans": run.scans,
                "seen": dataclasses.asdict(run.seen) if run.seen else None}
     with data.atomic_write(path) as part:
         torch.save(content, part)
@@ -770,7 +803,8 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val))
+              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val),
+              text=task.text)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
