@@ -716,7 +716,8 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
 # ---- the origin of text embeddings ---------------------------------------------------------------
 # What a checkpoint and a file of text embeddings record about them, as plain strings, is one of
 #   {"kind": "onehot"}
-#   {"kind": "clip", "weights": weights_id, "template": the text with {} for the class name}
+#   {"kind": "clip", "weights": weights_id, "template": the text with {} for the class name, or ""
+#                                            where each class has a prompt of its own}
 #   {"kind": "file", "name": "rows.pt", "sha256": "..."}     a file that records no origin
 MIN_COSINE = 0.5            # of two text embeddings of one class in one space. In that of ViT-B/32
                             # even different classes have more, in different spaces it is near 0
@@ -769,7 +770,8 @@ def describe_origin(rows: Rows) -> str:
         return "one-hot vectors"
     if origin.get("kind") == "clip":
         weights = f"weights {origin['weights']}" if "weights" in origin else "unknown weights"
-        return f"CLIP embeddings ({weights}, template {origin['template']!r})"
+        template = f", template {origin['template']!r}" if origin.get("template") else ""
+        return f"CLIP embeddings ({weights}{template})"
     if origin.get("kind") == "file":
         return f"the text embeddings of {origin['name']}"
     return "text embeddings of unknown origin"

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+import clip_text
 import data
 import fast
 import labels
@@ -773,6 +774,13 @@ def parse(argv=None) -> argparse.Namespace:
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", metavar="NAME",
                     help="segment only these classes (default: all that the model was trained on)")
+    ap.add_argument("--text", metavar="FILE", type=Path,
+                    help="ask for classes with other text embeddings than those of training: a "
+                         "JSON file {class: prompt}, whose prompts are encoded with CLIP, or a "
+                         "file of embeddings (clip_text.py --out); they must be of the same origin")
+    ap.add_argument("--clip-weights", metavar="FILE",
+                    help="the CLIP weights that encode the prompts of --text (default: ViT-B/32, "
+                         "downloaded on first use)")
     ap.add_argument("--masks", action="store_true",
                     help="also write one binary mask per class; masks may overlap")
     ap.add_argument("--probabilities", action="store_true",
@@ -806,13 +814,17 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """raises ValueError  if a number is out of range, --output a file, or a package missing"""
+    """raises ValueError  if a number is out of range, --output a file, a package missing, or a flag
+    of no use
+    """
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if not 0 <= args.overlap < 1:
         raise ValueError(f"--overlap {args.overlap}: must be at least 0 and below 1")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output}: is a file; name a folder for the results")
+    if args.clip_weights and (args.text is None or args.text.suffix != ".json"):
+        raise ValueError("--clip-weights encodes prompts; give them with --text FILE.json")
     if args.preview:
         data.new_figure(1, 1)                # needs matplotlib
 
@@ -952,6 +964,66 @@ def file_identity(path: Path) -> dict | None:
     return {"path": os.path.realpath(path), "size": found.st_size, "changed": found.st_mtime_ns}
 
 
+def read_prompts(path: Path, classes) -> dict[str, str]:
+    """A JSON file {"aorta": "A CT of the main artery"} -> {name in the class table: prompt}.
+
+    raises ValueError  in one line with the path
+    """
+    try:
+        content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not a readable JSON file of prompts: {e}") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f'{path}: expected prompts such as {{"Liver": "A CT of a liver"}}')
+    prompts: dict[str, str] = {}
+    for given, prompt in content.items():
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{path}: {given}: a prompt is a text, got {prompt!r}")
+        try:
+            found = [classes[k].name for k in labels.select([given], classes)]
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+        if len(found) > 1 or found[0] in prompts:
+            raise ValueError(f"{path}: {given!r} stands for {' and '.join(found)}; give one prompt "
+                             "for each class of the checkpoint")
+        prompts[found[0]] = prompt
+    return prompts
+
+
+def read_text(args: argparse.Namespace, classes, trained: clip_text.Rows,
+              part: Tensor) -> tuple[Tensor, dict]:
+    """The text embeddings of --text, in place of those of training for the classes that it names.
+
+    part     (K,) int: for each class the part of the model that computes it, see model.part_of
+    returns  w (K, E), and what the JSON of a result records
+    raises   ValueError  if they mean nothing to the network
+    """
+    advice = "leave out --text, or name a checkpoint that was trained with such embeddings"
+    record = {"file": file_identity(args.text)}
+    if args.text.suffix == ".json":
+        prompts = read_prompts(args.text, classes)
+        origin = clip_text.clip_origin("", args.clip_weights)
+        none = clip_text.Rows([], trained.w[:0], origin)
+        clip_text.check_origin(args.checkpoint, trained, none, advice)   # before CLIP is downloaded
+        w = clip_text.encode_classes(list(prompts.values()), "{}", weights=args.clip_weights)
+        given = clip_text.Rows(list(prompts), w, origin)
+        record["prompts"] = prompts
+    else:
+        given = clip_text.read_rows(args.text, trained.names)
+    record["origin"] = given.origin
+    note = clip_text.check_origin(args.checkpoint, trained, given, advice)
+    if note and process_rank() == 0:
+        print(note)
+    w = trained.w.clone()
+    for name, row in zip(given.names, given.w, strict=True):
+        k = trained.names.index(name)
+        if part[k] > 0 and not torch.equal(row, w[k]):
+            raise ValueError(f"{args.text}: {name!r} was added by --extend and answers to its own "
+                             "text embedding only; leave it out")
+        w[k] = row
+    return w, record
+
+
 def load_job(args: argparse.Namespace) -> Job:
     """Read the checkpoint and decide what to segment, and how.
 
@@ -966,6 +1038,10 @@ def load_job(args: argparse.Namespace) -> Job:
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
+    text = None
+    if args.text:
+        rows = clip_text.Rows([c.name for c in classes], w, clip_text.origin_of_checkpoint(content))
+        w, text = read_text(args, classes, rows, model.part_of(w))
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
@@ -974,6 +1050,8 @@ def load_job(args: argparse.Namespace) -> Job:
              args.probabilities]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
                 "flags": flags, "overlap": args.overlap}
+    if text:
+        settings["text"] = text
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
                args.modality or content.get("modality", "ct"), amp, settings,
@@ -1058,7 +1136,8 @@ def main(argv=None) -> int:
     scans = name_scans(find_scans(args.input), args.input)
     job = load_job(args)
     outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
-    data.refuse_overwriting_inputs([*scans.values(), args.checkpoint], outputs, "--output")
+    inputs = [file for file in (args.checkpoint, args.text, args.clip_weights) if file]
+    data.refuse_overwriting_inputs([*scans.values(), *inputs], outputs, "--output")
     refuse_losing_files(scans, job, args)
     join_processes(torch.device("cpu"))                  # which only exchange their summaries
     summary = join_summaries(exchange(segment_all(scans, job, args)))

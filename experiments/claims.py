@@ -2,6 +2,7 @@
 
     python -m experiments.claims partial-labels --seeds 3
     python -m experiments.claims text --rows txt_encoding.pth
+    python -m experiments.claims words --seeds 1 --rows txt_encoding.pth
     python -m experiments.claims transfer --seeds 1
 
 Each claim writes CLAIM.json with its numbers per class, and CLAIM.md, the table of them that
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip_text
 import data
+import fast
 import infer
 import labels
 import metrics
@@ -158,6 +160,7 @@ def training_cost(log: Path) -> dict:
 # ---- a table -----------------------------------------------------------------------------------
 MEASURES = (            # key in the JSON, name in the table, decimal places
     ("Dice loss, middle third", "Dice loss, middle third", 3),
+    ("cosine", "cosine to the trained row", 2),
     ("nearest is kin", "nearest is kin", 2),
     ("by chance", "by chance", 2),
     ("old logits change by", "old logits change by", 0),
@@ -403,6 +406,164 @@ def text(args) -> dict:
                                    **nearest_is_kin(trained, theta)})
     draw_theta(args.out / "theta.png", maps)
     return result
+
+
+# ---- words -------------------------------------------------------------------------------------
+COSINES = (0.98, 0.95, 0.88, 0.8, 0.7)     # of a text embedding to the trained one of its class
+DRAWS = 2                                  # other text embeddings per class, kind and cosine
+ROWS_AT_ONCE = 64                          # text embeddings in one call of infer.segment
+SYNONYMS = {                               # names to put into the template in place of the trained
+    "Spleen": ("spleen", "splenic organ", "Spelen"),
+    "Right Kidney": ("right kidney", "kidney on the right side", "Right Kindey"),
+    "Left Kidney": ("left kidney", "kidney on the left side", "Left Kindey"),
+    "Gall Bladder": ("gallbladder", "bile sac", "Gall Blader"),
+    "Liver": ("liver", "hepatic organ", "Livre"),
+    "Stomach": ("stomach", "gastric organ", "Stomack"),
+    "Aorta": ("Aorta", "abdominal aorta", "Aotra"),
+    "Postcava": ("postcava", "inferior vena cava", "Poscava"),
+    "Pancreas": ("pancreas", "pancreatic gland", "Pancraes"),
+    "Right Lung": ("right lung", "lung on the right side", "Rigth Lung"),
+    "Left Lung": ("left lung", "lung on the left side", "Left Lugn"),
+    "Liver Tumor": ("liver tumour", "hepatic lesion", "Liver Tumro"),
+    "Kidney Cyst": ("kidney cyst", "renal cyst", "Kidney Cist"),
+}
+
+
+def turned(row: torch.Tensor, direction: torch.Tensor, cosine: float) -> torch.Tensor:
+    """The text embedding (E,) of this norm and this cosine to `row` that lies towards a direction.
+
+    With another row as the direction it is row + t (other - row), scaled to the norm of row.
+    """
+    unit = row / row.norm()
+    side = direction - (direction @ unit) * unit
+    return row.norm() * (cosine * unit + (1 - cosine ** 2) ** 0.5 * side / side.norm())
+
+
+def other_rows(w: torch.Tensor, trained: list[int], seed: int) -> dict:
+    """Text embeddings with which the trained classes are asked for.
+
+    w        (K, E) text embeddings of all classes
+    trained  indices of the trained classes
+    returns  {kind: [(class index, text embedding), ...]}. "random" goes from the trained one in a
+             random direction of the space that the differences of all rows span; "towards" a class
+             goes to its row, as far as the cosine is not below that of the two rows
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spread = w - w.mean(0)                                             # (K, E)
+    cosine = clip_text.cosine(w)
+    others = {"a class not trained": [k for k in range(len(w)) if k not in trained],
+              "another trained class": trained}
+    asked: dict[str, list] = {"its own row": [(k, w[k]) for k in trained]}
+    for c in COSINES:
+        random = asked[f"random, {c}"] = []
+        for k in trained:
+            for _ in range(DRAWS):
+                direction = torch.randn(len(w), generator=generator) @ spread
+                random.append((k, turned(w[k], direction, c)))
+    for kind, indices in others.items():
+        for c in (*COSINES, None):                 # None: the row of the other class itself
+            found = []
+            for k in trained:
+                far = [j for j in indices if j != k and (c is None or cosine[k, j] < c)]
+                order = torch.randperm(len(far), generator=generator)[:DRAWS].tolist()
+                for j in order:
+                    found.append((k, w[far[j]] if c is None else turned(w[k], w[far[j]], c)))
+            if len({k for k, _ in found}) == len(trained):       # a mean over all of the classes
+                asked[f"row of {kind}" if c is None else f"towards {kind}, {c}"] = found
+    asked["mean of all rows"] = [(k, w.mean(0)) for k in trained]
+    return asked
+
+
+def synonym_rows(args, trained: list[int]) -> dict:
+    """As other_rows, from real prompts. Empty where CLIP's weights are not in its cache."""
+    if not any(clip_text.cache_folder().glob("ViT-B-32*")):
+        print(f"synonyms: skipped, no CLIP weights in {clip_text.cache_folder()}")
+        return {}
+    sentences: dict[str, list] = {"other case or spelling": [], "synonym": [], "typing error": []}
+    for k in trained:
+        names = SYNONYMS[labels.CLASSES[k].name]
+        for kind, name in zip(sentences, names, strict=True):
+            sentences[kind].append((k, clip_text.TEMPLATE.replace("{}", name)))
+    for template in ("V1", "V2"):
+        sentences[f"template {template}"] = [(k, labels.CLASSES[k].sentence(template))
+                                             for k in trained]
+    asked = {}
+    for kind, pairs in sentences.items():
+        w = clip_text.encode_classes([sentence for _, sentence in pairs], "{}")
+        asked[kind] = [(k, row) for (k, _), row in zip(pairs, w, strict=True)]
+    return asked
+
+
+def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
+    """The Dice of a class that is asked for with a text embedding, averaged over the test scans.
+
+    pairs    [(class index, text embedding), ...]
+    returns  a number for each pair. It is that of the mask of the class alone: no other class takes
+             voxels from it, and nothing is post-processed
+    """
+    model, _, content = load_checkpoint(checkpoint)
+    fast.accelerate(model)
+    config = content["config"]
+    label_map = labels.label_map(data.read_json(test / "dataset.json")["labels"], labels.CLASSES,
+                                 str(test))
+    scores: list[list[float]] = [[] for _ in pairs]
+    for scan in infer.find_scans(test / "imagesTs"):
+        volume = data.load_volume(scan)
+        file = test / "labelsTs" / f"{data.case_name(scan)}.nii.gz"
+        label_rows = label_map.to_label_rows(data.load_volume(file).array, str(file))
+        for first in range(0, len(pairs), ROWS_AT_ONCE):
+            part = pairs[first:first + ROWS_AT_ONCE]
+            seg = infer.segment(volume, model, torch.stack([row for _, row in part]),
+                                spacing_mm=config["spacing_mm"], patch=config["patch"],
+                                overlap=0.25)
+            for i, (k, _) in enumerate(part):
+                dice = metrics.dice(seg.masks.get(i), label_map.regions[:, k][label_rows])
+                scores[first + i].append(dice)
+    return [float(np.nanmean(of_pair)) for of_pair in scores]
+
+
+@claim
+def words(args) -> dict:
+    """A class asked for with another text embedding than the one that it was trained with.
+
+    The model is trained with the file of --rows. Real prompts are encoded where CLIP's weights are
+    in its cache. Dice is that of each class's own mask.
+    """
+    if not args.rows:
+        raise ValueError("words needs --rows FILE, CLIP text embeddings of the 32 classes (the "
+                         "released txt_encoding.pth)")
+    root = study(args)
+    result: dict[str, list] = {}
+    for seed in range(args.seeds):
+        checkpoint = fit(args, "words", [root], seed, text=str(args.rows), patch=48)
+        _, w, content = load_checkpoint(checkpoint)
+        trained = [k for k, c in enumerate(labels.CLASSES) if c.name in content["trained"]]
+        asked = {**other_rows(w, trained, seed), **synonym_rows(args, trained)}
+        pairs = [pair for own in asked.values() for pair in own]
+        start = time.perf_counter()
+        dice = iter(dice_of_rows(checkpoint, root / phantom.TEST, pairs))
+        seconds = time.perf_counter() - start
+        for kind, own in asked.items():
+            run = mean_of_pairs(own, [next(dice) for _ in own])
+            run["cosine"] = statistics.mean(
+                clip_text.cosine(torch.stack([w[k], row]))[0, 1].item() for k, row in own)
+            run["seconds"] = seconds * len(own) / len(pairs)
+            result.setdefault(kind, []).append(run)
+    return result
+
+
+def mean_of_pairs(pairs: list, dice: list[float]) -> dict:
+    """Dice per class, averaged over its text embeddings, and the means over organs and lesions."""
+    of_class: dict[str, list[float]] = {}
+    for (k, _), value in zip(pairs, dice, strict=True):
+        of_class.setdefault(labels.CLASSES[k].name, []).append(value)
+    classes = {name: {"dice": statistics.mean(values)} for name, values in of_class.items()}
+    lesions = {c.name for c in labels.CLASSES if c.lesion}
+    means = {}
+    for kind, is_lesion in (("organ", False), ("lesion", True)):
+        own = [c["dice"] for name, c in classes.items() if (name in lesions) == is_lesion]
+        means[kind] = statistics.mean(own) if own else None
+    return {"classes": classes, "mean": means}
 
 
 # ---- false positives ---------------------------------------------------------------------------
@@ -663,7 +824,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--test-scans", type=int, default=6,
                         help="scans in each test set of the phantom (default 6)")
     parser.add_argument("--rows", metavar="FILE",
-                        help="file of CLIP text embeddings, for the claim text "
+                        help="file of CLIP text embeddings, for the claims text and words "
                              "(the released txt_encoding.pth)")
     parser.add_argument("--real", metavar="DIR", type=Path,
                         help="folder that holds Dataset001 to Dataset004, for the claim real-scans")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SHARED
 
 import labels
@@ -60,6 +61,29 @@ def test_real_scans_without_their_folder_is_one_line_that_names_the_flag(tmp_pat
     assert len(error.splitlines()) == 1 and "--real DIR" in error
 
 
+def test_a_row_turned_towards_another_by_hand():
+    """From (5, 0) towards (3, 3): cosine 0.8 is (4, 3), of the same norm 5."""
+    row = claims.turned(torch.tensor([5., 0.]), torch.tensor([3., 3.]), 0.8)
+    assert row.tolist() == pytest.approx([4, 3])
+
+
+def test_other_rows_have_the_cosine_and_norm_that_they_are_named_after():
+    """Six classes, four of them trained: every kind holds each trained class, except those kinds
+    whose cosine not every pair of rows reaches."""
+    w = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) + 2
+    asked = claims.other_rows(w, [0, 1, 3, 5], seed=0)
+    assert asked["random, 0.7"] and asked["row of another trained class"]
+    for kind, pairs in asked.items():
+        assert [k for k in dict.fromkeys(k for k, _ in pairs)] == [0, 1, 3, 5]
+        for k, row in pairs:
+            if kind[-1].isdigit():
+                assert row.norm().item() == pytest.approx(w[k].norm().item(), rel=1e-5)
+                cosine = torch.nn.functional.cosine_similarity(row, w[k], 0).item()
+                assert cosine == pytest.approx(float(kind.split(", ")[1]), abs=1e-5)
+    assert all(any(torch.equal(row, w[j]) for j in (2, 4))
+               for _, row in asked["row of a class not trained"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_a_claim_writes_its_numbers(name, tmp_path, capsys):
@@ -69,7 +93,9 @@ def test_a_claim_writes_its_numbers(name, tmp_path, capsys):
         if not REAL.is_dir():
             pytest.skip("real scans absent")
         args += ["--real", str(REAL)]
-    if name == "text" and EMBEDDINGS.is_file():
+    if name == "words" and not EMBEDDINGS.is_file():
+        pytest.skip("released text embeddings absent")
+    if name in ("text", "words") and EMBEDDINGS.is_file():
         args += ["--rows", str(EMBEDDINGS)]
     assert claims.main(args) == 0
     content = json.loads((tmp_path / f"{name}.json").read_text())
