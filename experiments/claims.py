@@ -409,8 +409,8 @@ def text(args) -> dict:
 
 
 # ---- words -------------------------------------------------------------------------------------
-COSINES = (0.98, 0.95, 0.88, 0.8, 0.7)     # of a text embedding to the trained one of its class
-DRAWS = 2                                  # other text embeddings per class, kind and cosine
+COSINES = (0.99, 0.98, 0.95, 0.88, 0.8)    # of a text embedding to the trained one of its class
+DRAWS = 4                                  # other text embeddings per class, kind and cosine
 ROWS_AT_ONCE = 64                          # text embeddings in one call of infer.segment
 SYNONYMS = {                               # names to put into the template in place of the trained
     "Spleen": ("spleen", "splenic organ", "Spelen"),
