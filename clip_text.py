@@ -811,7 +811,7 @@ def check_origin(path: str | Path, trained: Rows, given: Rows, advice: str) -> s
     cosines = nn.functional.cosine_similarity(old, new)                # (shared,)
     ratios = new.norm(dim=1) / old.norm(dim=1)
     for name, value, ratio in zip(shared, cosines.tolist(), ratios.tolist(), strict=True):
-        if not value >= MIN_COSINE or not 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO:
+        if value < MIN_COSINE or not 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO:
             raise ValueError(f"{refused}: those of {name!r} have cosine {value:.2f} and norms in "
                              f"the ratio {ratio:.2f}, so they mean something else to it; {advice}")
     changed = int((old != new).any(1).sum())
@@ -871,9 +871,11 @@ def _load_rows(path: str | Path) -> Tensor | dict:
     if not isinstance(w, Tensor) or w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"{path}: expected one tensor of text embeddings (K, E), got a "
                          f"{type(w).__name__} {tuple(getattr(w, 'shape', ()))}")
-    if names is not None and (not isinstance(content["text"], dict) or len(names) != len(w)):
-        raise ValueError(f"{path}: not a whole file of text embeddings: {len(names)} names for "
-                         f"{len(w)} of them")
+    if names is not None:
+        is_whole = isinstance(names, list) and isinstance(content["text"], dict)
+        if not is_whole or len(names) != len(w):
+            raise ValueError(f"{path}: not a whole file of text embeddings: {len(w)} of them, the "
+                             f"names {names!r:.80}, the origin {content['text']!r:.80}")
     return content
 
 

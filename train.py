@@ -84,7 +84,8 @@ class Config:
                                     "that hold several")
     out: str = setting("run", "folder for checkpoints and the log")
     backbone: str = setting("unet", "backbone network")
-    text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (K, E)")
+    text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (of "
+                        "clip_text.py --out, or one tensor (K, E))")
     prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
                                    "with {} for the class name (release: V3)")
     clip_weights: str = setting("", "file with CLIP weights (default: ViT-B/32, downloaded on "
