@@ -147,8 +147,8 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
     ({"width": 16}, "last.pt: its backbone is a unet of width 8; --backbone and --width cannot"),
     ({"backbone": "swin_unetr"}, "its backbone is a unet of width 8"),
     ({"patch": 40}, "multiples of 16"),
-    ({"text": "ROWS"}, "last.pt: its text embeddings have 2 numbers, those of --text .*rows.pth "
-                       "have 3"),
+    ({"text": "ROWS"}, "last.pt: was trained with one-hot vectors, now there are the text "
+                       "embeddings of rows.pth, .*pass --text onehot"),
     ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
 ])
 def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
