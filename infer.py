@@ -1013,7 +1013,7 @@ def read_text(args: argparse.Namespace, classes, trained: clip_text.Rows,
     record["origin"] = given.origin
     note = clip_text.check_origin(args.checkpoint, trained, given, advice)
     if note and process_rank() == 0:
-        print(note)
+        print(f"{note}; results may be far worse than with the text of training")
     w = trained.w.clone()
     for name, row in zip(given.names, given.w, strict=True):
         k = trained.names.index(name)

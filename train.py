@@ -220,7 +220,7 @@ def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
     free = rows[~taken]
     if len(free) < len(new):
         raise ValueError(f"{path}: has one-hot rows for {len(free)} more classes, "
-                         f"{len(new)} are new ({', '.join(new)}); use --text clip")
+                         f"{len(new)} are new ({', '.join(new)}); use --init")
     return free[:len(new)]
 
 
