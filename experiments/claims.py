@@ -718,8 +718,8 @@ def transfer(args) -> dict:
     that never saw it, from all weights of that model, from its backbone, and from scratch. Each is
     trained for --steps steps and for a quarter of them.
 
-    An extension leaves the logits of the old classes as they were. Further seeds are run for 2 and
-    8 scans and the larger number of steps only.
+    An extension leaves the logits of the old classes as they were. Further seeds are run for three
+    of the eight combinations of scans and steps only.
     """
     root = study(args)
     old_classes = args.out / "old.json"
@@ -731,26 +731,27 @@ def transfer(args) -> dict:
         "101_PhantomKidney", "102_PhantomLiver", "104_PhantomSpleen")]
     new_dataset = root / "Dataset105_PhantomTrunk"
     small = {"spacing_mm": 6.0, "patch": 32}
+    long, short = args.steps, max(1, args.steps // 4)
+    combinations = [(steps, n) for steps in (long, short) for n in (1, 2, 4, 8)]
     result = {}
     for seed in range(args.seeds):
+        if seed > 0:
+            combinations = [(long, 2), (long, 8), (short, 1)]
         base = fit(args, "base", old_datasets, seed, classes=str(old_classes),
                    steps=2 * args.steps, **small)
         ways = {"--extend": {"extend": str(base)}, "--init": {"init": str(base)},
                 "--pretrained": {"pretrained": str(base)}, "from scratch": {}}
-        for steps in (args.steps, max(1, args.steps // 4)):
-            for n in (1, 2, 4, 8):
-                if seed > 0 and (n not in (2, 8) or steps < args.steps):
-                    continue
-                few = first_scans(new_dataset, n, args.out / f"few{n}")
-                for way, flags in ways.items():
-                    name = f"{way.strip('-').replace(' ', '_')}_{n}_{steps}"
-                    checkpoint = fit(args, name, [few], seed, classes=str(new_classes),
-                                     steps=steps, head_lr=5e-4, **small, **flags)
-                    run = score(args, checkpoint, root / phantom.TEST, "--classes", "Aorta")
-                    if way == "--extend":
-                        run["old logits change by"] = change_of_old_logits(base, checkpoint)
-                    scans = "1 scan" if n == 1 else f"{n} scans"
-                    result.setdefault(f"{way}, {scans}, {steps} steps", []).append(run)
+        for steps, n in combinations:
+            few = first_scans(new_dataset, n, args.out / f"few{n}")
+            for way, flags in ways.items():
+                name = f"{way.strip('-').replace(' ', '_')}_{n}_{steps}"
+                checkpoint = fit(args, name, [few], seed, classes=str(new_classes), steps=steps,
+                                 head_lr=5e-4, **small, **flags)
+                run = score(args, checkpoint, root / phantom.TEST, "--classes", "Aorta")
+                if way == "--extend":
+                    run["old logits change by"] = change_of_old_logits(base, checkpoint)
+                scans = "1 scan" if n == 1 else f"{n} scans"
+                result.setdefault(f"{way}, {scans}, {steps} steps", []).append(run)
     return result
 
 

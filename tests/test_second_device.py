@@ -382,10 +382,15 @@ def test_swin_unetr_trains_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path,
     assert_same_run(tmp_path / "there", tmp_path / "cpu", form, amp)
 
 
-@pytest.mark.parametrize("form", ["plain", pytest.param("gpu", marks=slow),
-                                  pytest.param("fast", marks=slow)])
+@pytest.mark.parametrize("form, flag", [
+    ("plain", "extend"),
+    ("plain", "init"),
+    pytest.param("gpu", "extend", marks=slow),
+    pytest.param("fast", "extend", marks=slow),
+    pytest.param("gpu", "init", marks=slow),
+])
 def test_new_classes_train_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path, monkeypatch,
-                                                                 device_for, form):
+                                                                 device_for, form, flag):
     """The kidneys are learned on the CPU; the liver is then added on either device."""
     def folder(name):
         return str(tiny / "raw" / name)
@@ -395,11 +400,12 @@ def test_new_classes_train_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path,
     train.train(config(tiny, tmp_path / "base", form, data=(folder("Dataset902_Kidney"),), steps=1,
                        val_fraction=0.0, classes=str(tmp_path / "old.json")))
     how = {"data": (folder("Dataset901_Liver"),), "classes": str(tmp_path / "new.json"),
-           "extend": str(tmp_path / "base/last.pt"), "steps": 2, "val_fraction": 0.5}
+           flag: str(tmp_path / "base/last.pt"), "steps": 2, "val_fraction": 0.5}
     device = device_for(form)
     train.train(config(tiny, tmp_path / "cpu", form, **how))
     steps = train_on_device(config(tiny, tmp_path / "there", form, **how), device, monkeypatch)
-    assert content(tmp_path / "there")["model"]["extensions.0.b1"].abs().sum() > 0
+    if flag == "extend":
+        assert content(tmp_path / "there")["model"]["extensions.0.b1"].abs().sum() > 0
     assert_same_run(tmp_path / "there", tmp_path / "cpu", form)
     assert len(steps) == 2 and all(len(fetched) <= 1 for fetched in steps), steps
 
