@@ -264,9 +264,12 @@ def load_task(cfg: Config) -> Task:
     else:
         old = labels.classes_of_checkpoint(rest, len(old_w), path)
     classes = labels.load_classes(cfg.classes or None, beside=old if cfg.extend else ())
-    rows = clip_text.Rows([c.name for c in old], old_w, clip_text.origin_of_checkpoint(rest))
+    spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
+    names = [spelling.get(labels.name_key(c.name), c.name) for c in old]
+    rows = clip_text.Rows(names, old_w, clip_text.origin_of_checkpoint(rest))
     if cfg.extend:
-        return extended_task(cfg, classes, base, spec, old, rows, rest.get("trained", rows.names))
+        trained = rest.get("trained", [c.name for c in old])
+        return extended_task(cfg, classes, base, spec, old, rows, trained)
     return initial_task(cfg, classes, base, spec, rows)
 
 

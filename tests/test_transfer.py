@@ -88,6 +88,16 @@ def test_all_weights_are_taken_and_a_known_class_keeps_its_row(base, tiny, tmp_p
     assert all(p.requires_grad for p in network.parameters())
 
 
+def test_a_class_is_known_in_another_spelling(base, tiny, tmp_path, capsys):
+    """The row of "Left Kidney" is that of "kidney_left", and --extend has no class to add."""
+    cfg = liver_run(tiny, tmp_path / "run", init=str(base), classes=["kidney_left", "Liver"])
+    assert torch.equal(train.load_task(cfg).w[0, :2], torch.tensor([0, train.ONEHOT_NORM]))
+    assert "classes known to it: kidney_left; new: Liver" in capsys.readouterr().out
+    cfg = liver_run(tiny, tmp_path / "run", extend=str(base), classes=["kidney_left"])
+    with pytest.raises(ValueError, match="must name a class that is not in it"):
+        train.load_task(cfg)
+
+
 def test_all_weights_are_trained(base, tiny, tmp_path):
     cfg = liver_run(tiny, tmp_path / "run", init=str(base))
     cfg.lr, cfg.steps = 1e-3, 2
