@@ -165,6 +165,7 @@ class Task:
     base_spec: dict                # what build_model needs for it
     frozen_trained: list[str]      # names of the frozen classes that it was trained on
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
+    base_spacing_mm: float = 0.0   # at which the base model was trained
     text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
@@ -269,8 +270,11 @@ def load_task(cfg: Config) -> Task:
     rows = clip_text.Rows(names, old_w, clip_text.origin_of_checkpoint(rest))
     if cfg.extend:
         trained = rest.get("trained", [c.name for c in old])
-        return extended_task(cfg, classes, base, spec, old, rows, trained)
-    return initial_task(cfg, classes, base, spec, rows)
+        task = extended_task(cfg, classes, base, spec, old, rows, trained)
+    else:
+        task = initial_task(cfg, classes, base, spec, rows)
+    task.base_spacing_mm = rest.get("config", {}).get("spacing_mm", SPACING_MM)
+    return task
 
 
 def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: str) -> dict:
@@ -328,6 +332,23 @@ def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
     w = torch.cat([rows.w, w]).to(cfg.device)
     table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
     return Task(table, w, base, spec, trained, frozen=len(old), text=rows.origin)
+
+
+def check_spacing(cfg: Config, task: Task) -> None:
+    """Compare the spacing of this run with that of the checkpoint of --init or --extend.
+
+    raises ValueError  if it differs for --extend, because old classes need the spacing that they
+                       were trained at
+    """
+    before = task.base_spacing_mm
+    if task.base is None or before == cfg.spacing_mm:
+        return
+    path = cfg.init or cfg.extend
+    if cfg.extend:
+        raise ValueError(f"{path}: was trained at {before:g} mm, now --spacing-mm is "
+                         f"{cfg.spacing_mm:g}; its old classes need --spacing-mm {before:g}")
+    if process_rank() == 0:
+        print(f"note: {path}: was trained at {before:g} mm, now --spacing-mm is {cfg.spacing_mm:g}")
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -847,6 +868,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     if not cfg.spacing_mm:
         spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
+    check_spacing(cfg, task)
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
         infer.join_processes(device)

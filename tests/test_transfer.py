@@ -98,6 +98,16 @@ def test_a_class_is_known_in_another_spelling(base, tiny, tmp_path, capsys):
         train.load_task(cfg)
 
 
+def test_another_spacing_is_a_note_for_init_and_an_error_for_extend(base, tiny, tmp_path, capsys):
+    cfg = liver_run(tiny, tmp_path / "run", init=str(base), spacing_mm=8.0, dry_run=True)
+    train.train(cfg)
+    note = f"note: {base}: was trained at 4 mm, now --spacing-mm is 8"
+    assert note in capsys.readouterr().out
+    cfg = liver_run(tiny, tmp_path / "run", extend=str(base), spacing_mm=8.0)
+    with pytest.raises(ValueError, match="its old classes need --spacing-mm 4"):
+        train.train(cfg)
+
+
 def test_all_weights_are_trained(base, tiny, tmp_path):
     cfg = liver_run(tiny, tmp_path / "run", init=str(base))
     cfg.lr, cfg.steps = 1e-3, 2
