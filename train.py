@@ -329,6 +329,11 @@ def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
     w = embeddings_beside(cfg, new, rows, cfg.extend)
     if cfg.text == "onehot":
         w = free_onehot_rows(rows.w, [c.name for c in new], cfg.extend)
+    for k, c in enumerate(new):
+        if (torch.cat([rows.w, w[:k].cpu()]) == w[k].cpu()).all(1).any():
+            raise ValueError(f"--extend {cfg.extend}: the text embedding of {c.name!r} is that of "
+                             "another class, too, so the two cannot be told apart; give it another "
+                             "prompt in --classes or another row in --text")
     w = torch.cat([rows.w, w]).to(cfg.device)
     table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
     return Task(table, w, base, spec, trained, frozen=len(old), text=rows.origin)

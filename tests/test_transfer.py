@@ -139,6 +139,23 @@ def test_what_extend_added_is_left_out(base, tiny, tmp_path, capsys):
     assert same(weights(tmp_path / "run/last.pt"), widened(base))
 
 
+@pytest.mark.parametrize("rows, name", [
+    ([[1.0, 0], [2, 3]], "Liver"),             # the first row is also that of the right kidney
+    ([[2.0, 3], [2, 3]], "Spleen"),            # both new classes have the same
+])
+def test_extend_refuses_an_embedding_that_two_classes_have(base, tiny, tmp_path, rows, name):
+    """An extension knows its classes by their embeddings: an old class with the same one would be
+    computed by it, too."""
+    content = model.read_checkpoint(base)
+    content |= {"text": {}, "w": torch.tensor([[1.0, 0], [1, 1]])}
+    torch.save(content, tmp_path / "base.pt")
+    torch.save(torch.tensor(rows), tmp_path / "rows.pt")
+    cfg = liver_run(tiny, tmp_path / "run", extend=str(tmp_path / "base.pt"), width=0,
+                    classes=["Liver", "Spleen"], text=str(tmp_path / "rows.pt"))
+    with pytest.raises(ValueError, match=f"the text embedding of '{name}' is that of another"):
+        train.load_task(cfg)
+
+
 @pytest.mark.slow
 def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
     whole = liver_run(tiny, tmp_path / "whole", init=str(base))
