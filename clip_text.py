@@ -743,7 +743,9 @@ def origin_of_checkpoint(content: dict) -> dict:
     if not content:
         return clip_origin(TEMPLATE)
     if "text" in content:
-        return content["text"]
+        origin = content["text"]
+        is_whole = isinstance(origin, dict) and (origin.get("kind") != "file" or "name" in origin)
+        return origin if is_whole else {}
     config = content.get("config", {})             # written before checkpoints recorded the origin
     text = config.get("text", "")
     if text == "onehot":

@@ -317,3 +317,8 @@ def test_the_json_of_a_result_says_which_words_were_used(tmp_path, tiny, spoken,
     words.write_text('{"Liver": "The liver"}')
     assert labels.run(infer.main, command) == 0
     assert "there already" not in capsys.readouterr().out
+
+
+def test_an_origin_that_train_py_cannot_have_written_is_unknown():
+    for text in (5, None, {"kind": "file"}):
+        assert clip_text.origin_of_checkpoint({"text": text}) == {}
