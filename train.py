@@ -612,6 +612,8 @@ def resume(path: Path, run: Run, cfg: Config) -> None:
     run.network.load_state_dict(content["model"])
     run.optimiser.load_state_dict(content["optimizer"])
     run.step, run.best = content["step"], content["best"]
+    if content.get("seen"):                        # also if --init is not given again
+        run.seen = data.seen_by(content)
 
 
 # ---- one step ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from test_model import small_released
 from test_train import config, same, weights
 
 import clip_text
+import data
 import labels
 import model
 import train
@@ -154,6 +155,33 @@ def test_extend_refuses_an_embedding_that_two_classes_have(base, tiny, tmp_path,
                     classes=["Liver", "Spleen"], text=str(tmp_path / "rows.pt"))
     with pytest.raises(ValueError, match=f"the text embedding of '{name}' is that of another"):
         train.load_task(cfg)
+
+
+def test_a_class_in_another_spelling_is_the_same_class(base, tiny, tmp_path, capsys):
+    """The checkpoint calls it "Left Kidney", its second class."""
+    classes = ["kidney_left", "Liver"]
+    cfg = liver_run(tiny, tmp_path / "a", init=str(base), classes=classes, width=0)
+    task = train.load_task(cfg)
+    assert "classes known to it: kidney_left; new: Liver" in capsys.readouterr().out
+    assert task.w.tolist() == (torch.tensor([[0, 1, 0], [0, 0, 1]]) * train.ONEHOT_NORM).tolist()
+    cfg = liver_run(tiny, tmp_path / "b", extend=str(base), classes=classes, width=0)
+    task = train.load_task(cfg)
+    assert [c.name for c in task.classes] == ["Right Kidney", "Left Kidney", "Liver"]
+
+
+def test_a_resumed_run_remembers_the_scans_of_its_init(base, tiny, tmp_path):
+    """Also if --init is left out, which is possible where the class table is the same."""
+    how = {"classes": KIDNEYS + [{"name": "Liver"}], "val_fraction": 0.0}
+    train.train(liver_run(tiny, tmp_path / "run", init=str(base), **how))
+    before = model.read_checkpoint(tmp_path / "run/last.pt")
+    assert len(before["seen"]["training"]) > before["scans"]["training"]
+    run = train.Run(model.build_model(before["spec"]), None, (), None, {}, [], "ct",
+                    seen=data.Seen({}, {}))
+    run.optimiser = train.make_optimiser(run.network, train.Config(data=()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "check_same_run", lambda *_: None)
+        train.resume(tmp_path / "run/last.pt", run, train.Config(data=()))
+    assert run.seen.training == before["seen"]["training"]
 
 
 @pytest.mark.slow
