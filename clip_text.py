@@ -743,9 +743,7 @@ def origin_of_checkpoint(content: dict) -> dict:
     if not content:
         return clip_origin(TEMPLATE)
     if "text" in content:
-        origin = content["text"]
-        is_whole = isinstance(origin, dict) and (origin.get("kind") != "file" or "name" in origin)
-        return origin if is_whole else {}
+        return content["text"] if _is_origin(content["text"]) else {}
     config = content.get("config", {})             # written before checkpoints recorded the origin
     text = config.get("text", "")
     if text == "onehot":
@@ -758,11 +756,16 @@ def origin_of_checkpoint(content: dict) -> dict:
     return {"kind": "file", "name": Path(text).name} if text else {}
 
 
+def _is_origin(origin) -> bool:
+    """Whether something read from a file has the form of an origin."""
+    return isinstance(origin, dict) and (origin.get("kind") != "file" or "name" in origin)
+
+
 def is_onehot(rows: Rows) -> bool:
     """Whether each text embedding has one number that is not 0, whatever file it comes from."""
-    if len(rows.w) == 0 or rows.origin.get("kind") == "onehot":
-        return rows.origin.get("kind") == "onehot"
-    return bool(((rows.w != 0).sum(1) == 1).all())
+    if rows.origin.get("kind") == "onehot":
+        return True
+    return len(rows.w) > 0 and bool(((rows.w != 0).sum(1) == 1).all())
 
 
 def describe_origin(rows: Rows) -> str:
@@ -874,7 +877,7 @@ def _load_rows(path: str | Path) -> Tensor | dict:
         raise ValueError(f"{path}: expected one tensor of text embeddings (K, E), got a "
                          f"{type(w).__name__} {tuple(getattr(w, 'shape', ()))}")
     if names is not None:
-        is_whole = isinstance(names, list) and isinstance(content["text"], dict)
+        is_whole = isinstance(names, list) and _is_origin(content["text"])
         if not is_whole or len(names) != len(w):
             raise ValueError(f"{path}: not a whole file of text embeddings: {len(w)} of them, the "
                              f"names {names!r:.80}, the origin {content['text']!r:.80}")

@@ -380,6 +380,8 @@ def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
     """
     try:
         content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, kinds):
@@ -1145,7 +1147,7 @@ class Seen:
         return ("no" if self.complete else "unknown"), ""
 
 
-def seen_scans(training: list[Scan], validation: list[Scan], bases=()) -> Seen:
+def record_seen(training: list[Scan], validation: list[Scan], bases=()) -> Seen:
     """The scans of a run and of the checkpoints that it started from.
 
     bases  the content of each of these checkpoints
@@ -1167,9 +1169,15 @@ def seen_by(content: dict) -> Seen:
     record = content.get("seen")
     if isinstance(record, dict) and record.keys() == {f.name for f in dataclasses.fields(Seen)}:
         lists = record["training"], record["validation"]
-        if all(isinstance(of_part, dict) for of_part in lists):
+        if all(_are_strings(of_part) for of_part in lists):
             return Seen(*lists, complete=record["complete"] is True)
     return Seen({}, {}, complete=False)
+
+
+def _are_strings(names) -> bool:
+    """Whether something is a dict of strings."""
+    return isinstance(names, dict) and all(
+        isinstance(part, str) for pair in names.items() for part in pair)
 
 
 def _sample_voxels(case: Case, label_rows: np.ndarray, seed: int):

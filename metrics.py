@@ -745,8 +745,11 @@ def _print_seen(results: list[dict], summary: dict) -> None:
             print(f"{what}: {len(cases)} of {total} cases: {', '.join(cases[:5])}{more}")
     if seen["training"] or seen["validation"]:
         mean = summary["mean_without_seen"]
-        print(f"mean Dice without the cases seen: organs {mean['organ']:.3f}, lesions "
-              f"{mean['lesion']:.3f}")
+        if len(seen["training"]) + len(seen["validation"]) == total:
+            print("mean Dice without the cases seen: no case is left")
+        else:
+            print(f"mean Dice without the cases seen: organs {mean['organ']:.3f}, lesions "
+                  f"{mean['lesion']:.3f}")
 
 
 def _worst_case(results: list[dict]) -> str:

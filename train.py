@@ -257,6 +257,9 @@ def load_task(cfg: Config) -> Task:
         return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [],
                     text=text_origin(cfg, classes))
     path = cfg.init or cfg.extend
+    if cfg.resume and not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; a resumed run needs the file of "
+                                "--init or --extend, too")
     base, old_w, rest = load_checkpoint(path)
     check_side((cfg.patch,) * 3, base.backbone)
     spec = spec_of(cfg, base, old_w, rest, path)
@@ -306,7 +309,8 @@ def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict,
         w = pad_onehot(base, rows, classes)
     spec = {**spec, "text_dim": w.shape[1]}
     spec.pop("extensions", None)
-    if process_rank() == 0:
+    resumed = cfg.resume and (Path(cfg.out) / "last.pt").exists()      # its weights replace these
+    if process_rank() == 0 and not resumed:
         shared = [c.name for c in classes if c.name in rows.names]
         new = [c.name for c in classes if c.name not in rows.names]
         print(f"{cfg.init}: all {len(base.state_dict())} tensors of a {spec['backbone']} of width "
@@ -522,7 +526,7 @@ def identify_scans(training, validation) -> dict:
 def seen_scans(cfg: Config, training, validation) -> data.Seen:
     """The scans that the run's weights will have seen, also in the checkpoints it starts from."""
     bases = [path for path in (cfg.init, cfg.extend, cfg.pretrained) if path]
-    return data.seen_scans(training, validation, map(read_checkpoint, bases))
+    return data.record_seen(training, validation, map(read_checkpoint, bases))
 
 
 @dataclass

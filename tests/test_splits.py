@@ -439,12 +439,13 @@ def test_what_a_checkpoint_has_seen_by_hand():
     """x is trained on now, y was by the base, z is validated now and was trained on by the base."""
     base = {"seen": {"training": {"y": "B/y", "z": "B/z"}, "validation": {"x": "B/x"},
                      "complete": True}}
-    seen = data.seen_scans([scan("A/x", "x")], [scan("A/z", "z")], [base])
+    seen = data.record_seen([scan("A/x", "x")], [scan("A/z", "z")], [base])
     assert seen == data.Seen({"x": "A/x", "y": "B/y", "z": "B/z"}, {"x": "B/x", "z": "A/z"}, True)
-    assert data.seen_scans([scan("A/x", "x")], [], [base, {}]).complete is False
+    assert data.record_seen([scan("A/x", "x")], [], [base, {}]).complete is False
     assert data.seen_by({"seen": train.dataclasses.asdict(seen)}) == seen
     for damaged in ({}, {"seen": None}, {"seen": 3}, {"seen": {"training": {}}},
-                    {"seen": {"training": [], "validation": {}, "complete": True}}):
+                    {"seen": {"training": [], "validation": {}, "complete": True}},
+                    {"seen": {"training": {"x": None}, "validation": {}, "complete": True}}):
         assert data.seen_by(damaged) == data.Seen({}, {}, False)
 
 

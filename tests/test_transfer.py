@@ -185,7 +185,7 @@ def test_a_resumed_run_remembers_the_scans_of_its_init(base, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
+def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys):
     whole = liver_run(tiny, tmp_path / "whole", init=str(base))
     whole.lr, whole.steps = 1e-3, 4
     train.train(whole)
@@ -203,7 +203,9 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
         patch.setattr(train, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(part)
+    capsys.readouterr()
     train.train(part)
+    assert "tensors of a unet" not in capsys.readouterr().out      # last.pt replaces them
     assert same(weights(tmp_path / "part/last.pt"), weights(tmp_path / "whole/last.pt"))
 
 
@@ -216,6 +218,7 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
     ({"text": "ROWS"}, "last.pt: was trained with one-hot vectors, now there are the text "
                        "embeddings of rows.pth, which mean nothing to it; pass --text onehot"),
     ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+    ({"init": "nowhere.pt", "resume": True}, "a resumed run needs the file of --init or --extend"),
 ])
 def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
     torch.save(torch.rand(2, 3), tmp_path / "rows.pth")
