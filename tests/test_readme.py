@@ -111,7 +111,8 @@ def test_the_snippets_run_as_they_stand(name, monkeypatch, tmp_path):
 
 # Beginnings of the commands that cannot run here: no network, no public dataset.
 LACKING = {"clip_text.py --out rows.pt", "clip_text.py --classes liver",
-           "train.py --data /data/btcv", "labels.py kits DIR"}
+           "train.py --data /data/btcv", "labels.py kits DIR", "labels.py btcv DIR --folds 5",
+           "labels.py --classes FILE"}
 EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
 
 
