@@ -591,6 +591,13 @@ class UniversalModel(nn.Module):
         extension = Extension(w_new, self.backbone.last_level(), self.reduce_norm, self.reduce)
         self.extensions.append(extension.requires_grad_().to(self.pool.weight.device))
 
+    # What the classes of the first model take, under the names that it has in an Extension
+    def last_level(self) -> tuple[nn.Module, nn.Module]:
+        return self.backbone.last_level()
+
+    def theta(self, w: Tensor, f: Tensor) -> Tensor:
+        return self.controller(w, f)
+
     def part_of(self, w: Tensor) -> Tensor:
         """w (K, E) -> (K,) int, on the CPU: the part of the model that computes each class, 0 for
         the first model and i for extension i, which knows its classes by their embeddings."""
@@ -615,15 +622,9 @@ class UniversalModel(nn.Module):
         logits, classes = [], []
         for i in part.unique().tolist():
             own = torch.nonzero(part == i)[:, 0]                       # (k,) classes of part i
-            if i == 0:
-                theta = self.controller(w[own], f)                     # (B, k, 153)
-                source = self
-                level = self.backbone.last_level()
-            else:
-                source = self.extensions[i - 1]
-                theta = source.theta(w[own], f)                        # (B, k, 153)
-                level = source.last_level()
-            fine = self.backbone.decode(*level, coarse, skip)          # (B, C, D, H, W)
+            source = (self, *self.extensions)[i]
+            theta = source.theta(w[own], f)                            # (B, k, 153)
+            fine = self.backbone.decode(*source.last_level(), coarse, skip)    # (B, C, D, H, W)
             feat = self.reduction(fine, source.reduce_norm, source.reduce)     # (B, 8, D, H, W)
             logits.append(self.heads(feat, theta))                     # (B, k, D, H, W)
             classes.append(own)
