@@ -969,13 +969,8 @@ def read_prompts(path: Path, classes) -> dict[str, str]:
 
     raises ValueError  in one line with the path
     """
-    try:
-        content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not a readable JSON file of prompts: {e}") from None
-    if not isinstance(content, dict) or not content:
+    content = data.read_json(path)
+    if not content:
         raise ValueError(f'{path}: expected prompts such as {{"Liver": "A CT of a liver"}}')
     prompts: dict[str, str] = {}
     for given, prompt in content.items():

@@ -259,7 +259,7 @@ def test_prompts_for_a_one_hot_model_are_refused_before_clip_is_needed(tmp_path,
 
 
 @pytest.mark.parametrize("content, words", [
-    ("[1]", "expected prompts"), ("{", "not a readable JSON"), ("{}", "expected prompts"),
+    ("[1]", "expected a JSON object"), ("{", "not readable JSON"), ("{}", "expected prompts"),
     ('{"Liver": 3}', "Liver: a prompt is a text, got 3"), ('{"Heart": "A heart"}', "no class is"),
     ('{"Liver": " "}', "a prompt is a text"), ('{"Liver": "a", "liver": "b"}', "one prompt for"),
 ])
