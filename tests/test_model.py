@@ -639,7 +639,7 @@ def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
         assert torch.equal(new(x, w), before)
         both = new(x, torch.cat([w_new[1:], w, w_new[:1]]))
         assert torch.equal(both[:, 1:4], before)
-        assert torch.equal(both[:, [4, 0]], new(x, w_new))
+        assert torch.allclose(both[:, [4, 0]], new(x, w_new), atol=1e-5)
         assert not torch.allclose(both[:, 4], both[:, 0])
     part = new.part_of(torch.cat([w_new[1:], w, w_new[:1]]))
     assert part.tolist() == [1, 0, 0, 0, 1]
@@ -663,8 +663,8 @@ def test_only_an_extension_is_trained_and_an_extended_model_can_be_extended_agai
                 **({"width": 8} if backbone == "unet" else {"feature_size": 12})}
         again = fast.accelerate(model.build_model(spec).eval())
         again.load_state_dict(network.state_dict())
-        assert torch.equal(again(x, torch.cat([first, w, second])),
-                           network(x, torch.cat([first, w, second])))
+        every = torch.cat([first, w, second])
+        assert torch.allclose(again(x, every), network(x, every), atol=1e-5)
 
 
 def test_the_heads_of_an_extension_by_hand():
