@@ -71,7 +71,8 @@ def test_padded_onehot_rows_by_hand():
                               * torch.tensor(n)).tolist()
         theta = network.controller(w, f)
     assert torch.allclose(theta[:, 1:2], before, atol=1e-5)
-    assert torch.allclose(theta[:, 0], theta[:, 2], atol=1e-5) and network.controller.text.in_features == 5
+    assert torch.allclose(theta[:, 0], theta[:, 2], atol=1e-5)
+    assert network.controller.text.in_features == 5
 
 
 # ---- the start of a run --------------------------------------------------------------------------
