@@ -189,8 +189,9 @@ def text_origin(cfg: Config, classes) -> dict:
     return clip_text.read_rows(cfg.text, [c.name for c in classes]).origin
 
 
-def embeddings_beside(cfg: Config, classes, trained: clip_text.Rows, path: str) -> Tensor:
-    """`text_embeddings` for a model that was trained with others; notes how they differ.
+def rows_beside(cfg: Config, classes, trained: clip_text.Rows, path: str) -> clip_text.Rows:
+    """`text_embeddings`, with their origin, for a model that was trained with others; notes how
+    they differ.
 
     raises ValueError  if those of --text are of another origin, with the flags that would fit
     """
@@ -201,13 +202,12 @@ def embeddings_beside(cfg: Config, classes, trained: clip_text.Rows, path: str) 
     origin = text_origin(cfg, classes)
     none = clip_text.Rows([], trained.w[:0], origin)
     clip_text.check_origin(path, trained, none, advice)      # before anything is downloaded
-    w = text_embeddings(cfg, classes)
+    given = clip_text.Rows([c.name for c in classes], text_embeddings(cfg, classes), origin)
     if cfg.text != "onehot":
-        given = clip_text.Rows([c.name for c in classes], w, origin)
         note = clip_text.check_origin(path, trained, given, advice)
         if note and process_rank() == 0:
             print(note)
-    return w
+    return given
 
 
 def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
@@ -304,9 +304,8 @@ def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict,
     kept = len(rows.names) - left_out
     rows = rows._replace(names=rows.names[:kept], w=rows.w[:kept])
     base.extensions = nn.ModuleList()
-    w = embeddings_beside(cfg, classes, rows, cfg.init)
-    if cfg.text == "onehot":
-        w = pad_onehot(base, rows, classes)
+    given = rows_beside(cfg, classes, rows, cfg.init)
+    w = pad_onehot(base, rows, classes) if cfg.text == "onehot" else given.w
     spec = {**spec, "text_dim": w.shape[1]}
     spec.pop("extensions", None)
     resumed = cfg.resume and (Path(cfg.out) / "last.pt").exists()      # its weights replace these
@@ -320,8 +319,7 @@ def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict,
               f"new: {', '.join(new) or 'none'}")
         if left_out:
             print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [],
-                text=text_origin(cfg, classes))
+    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [], text=given.origin)
 
 
 def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
@@ -330,7 +328,7 @@ def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
     new = tuple(c for c in classes if c.name not in rows.names)
     if not new:
         raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it")
-    w = embeddings_beside(cfg, new, rows, cfg.extend)
+    w = rows_beside(cfg, new, rows, cfg.extend).w
     if cfg.text == "onehot":
         w = free_onehot_rows(rows.w, [c.name for c in new], cfg.extend)
     for k, c in enumerate(new):
