@@ -166,6 +166,7 @@ class Task:
     frozen_trained: list[str]      # names of the frozen classes that it was trained on
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
     base_spacing_mm: float = 0.0   # at which the base model was trained
+    base_seen: dict = dataclasses.field(default_factory=dict)  # "seen" of its checkpoint, if any
     text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
@@ -277,6 +278,7 @@ def load_task(cfg: Config) -> Task:
     else:
         task = initial_task(cfg, classes, base, spec, rows)
     task.base_spacing_mm = rest.get("config", {}).get("spacing_mm", SPACING_MM)
+    task.base_seen = {"seen": rest.get("seen")}
     return task
 
 
@@ -521,10 +523,14 @@ def identify_scans(training, validation) -> dict:
     return {"training": len(training), "validation": len(validation), "hash": digest}
 
 
-def seen_scans(cfg: Config, training, validation) -> data.Seen:
-    """The scans that the run's weights will have seen, also in the checkpoints it starts from."""
-    bases = [path for path in (cfg.init, cfg.extend, cfg.pretrained) if path]
-    return data.record_seen(training, validation, map(read_checkpoint, bases))
+def seen_scans(cfg: Config, task: Task, training, validation) -> data.Seen:
+    """The scans that the run's weights will have seen, also in the checkpoint it starts from."""
+    bases = []
+    if task.base is not None:
+        bases.append(task.base_seen)
+    if cfg.pretrained:
+        bases.append(read_checkpoint(cfg.pretrained))
+    return data.record_seen(training, validation, bases)
 
 
 @dataclass
@@ -826,7 +832,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, scans, val),
+              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, task, scans, val),
               text=task.text)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
