@@ -793,22 +793,30 @@ def check_origin(path: str | Path, trained: Rows, given: Rows, advice: str) -> s
              different weights, or of a class in both, embeddings of low cosine or different norm
     """
     before, now = describe_origin(trained), describe_origin(given)
-    refused = f"{path}: was trained with {before}, now there are {now}"
+    both = f"{path}: was trained with {before}, now there are {now}"
     if is_onehot(trained) != is_onehot(given):
-        raise ValueError(f"{refused}, which mean nothing to it; {advice}")
+        raise ValueError(f"{both}, which mean nothing to it; {advice}")
     if trained.w.shape[1] != given.w.shape[1]:
-        raise ValueError(f"{refused}, of width {given.w.shape[1]} instead of {trained.w.shape[1]}; "
+        raise ValueError(f"{both}, of width {given.w.shape[1]} instead of {trained.w.shape[1]}; "
                          f"{advice}")
     weights = [rows.origin.get("weights") for rows in (trained, given)]
     if None not in weights and weights[0] != weights[1]:
-        raise ValueError(f"{refused}: embeddings of other weights mean nothing to it; {advice}")
+        raise ValueError(f"{both}: embeddings of other weights mean nothing to it; {advice}")
 
     shared = [name for name in given.names if name in trained.names]
     if not shared:
         if None not in weights or is_onehot(trained):
             return ""
-        return (f"note: {path}: was trained with {before}, now there are {now}; no class has both, "
-                "so they cannot be compared")
+        return f"note: {both}; no class has both, so they cannot be compared"
+    return _compare_classes(both, trained, given, shared, advice)
+
+
+def _compare_classes(both: str, trained: Rows, given: Rows, shared: list[str], advice: str) -> str:
+    """The last step of check_origin: compare the two embeddings of every class that has both.
+
+    both    the beginning of the line for the user, which names the checkpoint and the two origins
+    shared  names of the classes that have both
+    """
     old = torch.stack([trained.w[trained.names.index(name)] for name in shared]).double().cpu()
     new = torch.stack([given.w[given.names.index(name)] for name in shared]).double().cpu()
     if torch.equal(old, new):
@@ -817,13 +825,12 @@ def check_origin(path: str | Path, trained: Rows, given: Rows, advice: str) -> s
     ratios = new.norm(dim=1) / old.norm(dim=1)
     for name, value, ratio in zip(shared, cosines.tolist(), ratios.tolist(), strict=True):
         if value < MIN_COSINE or not 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO:
-            raise ValueError(f"{refused}: those of {name!r} have cosine {value:.2f} and norms in "
+            raise ValueError(f"{both}: those of {name!r} have cosine {value:.2f} and norms in "
                              f"the ratio {ratio:.2f}, so they mean something else to it; {advice}")
     changed = int((old != new).any(1).sum())
     lowest = int(cosines.argmin())
-    return (f"note: {path}: was trained with {before}, now there are {now}; {changed} of "
-            f"{len(shared)} classes have another one than in training, {shared[lowest]!r} the most "
-            f"different (cosine {cosines[lowest]:.2f})")
+    return (f"note: {both}; {changed} of {len(shared)} classes have another one than in training, "
+            f"{shared[lowest]!r} the most different (cosine {cosines[lowest]:.2f})")
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
