@@ -46,7 +46,10 @@ CHANNELS_LAST = torch.channels_last_3d
 NORM_BLOCK = {"cpu": 1 << 18}                          # activations
 HEAD_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 23}         # voxels times classes
 ATTENTION_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}    # attention weights
-LEAST_DEPTH_TO_HALVE = 48      # planes of an upsampled map; smaller ones save too little memory
+# A decoder level composes its upsampling and convolution if x has this many voxels per channel. The
+# composed kernel costs 216 products per pair of channels and each voxel saves 8 x 19 of them, so
+# that it takes 1.4 voxels per channel to save anything
+LEAST_VOXELS_PER_CHANNEL = 8
 
 
 def block_size(sizes: dict[str, int], device: torch.device) -> int:
@@ -183,40 +186,112 @@ class FastGroupNormReLU(GroupNormReLU):
 SLOW_SINGLE_INPUT = 20_480     # C * D * H up to which PyTorch's CPU code picks its slow kernel
 
 
-def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3x3 or 1x1x1 convolution that keeps the size of its input.
+def padded_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution padded with half its kernel: 3x3x3 or 1x1x1, which keeps the size of its input,
+    or 2x2x2, whose output has one more voxel along every axis.
 
     On the CPU, PyTorch falls back to a kernel up to 15 times slower for a single small input. Such
     an input goes as a batch of two overlapping halves: the same numbers.
     """
-    (B, C, D, H, _), p = x.shape, weight.shape[2] // 2
+    (B, C, D, H, _), kernel = x.shape, weight.shape[2]
+    p = kernel // 2
     weight = weight.contiguous(memory_format=CHANNELS_LAST)
-    if x.device.type != "cpu" or B > 1 or D % 2 or C * D * H > SLOW_SINGLE_INPUT:
+    if x.device.type != "cpu" or B > 1 or C * D * H > SLOW_SINGLE_INPUT:
         return F.conv3d(x, weight, bias, padding=p)
     x = F.pad(x, (0, 0, 0, 0, p, p))
-    halves = torch.cat([x[:, :, :D // 2 + 2 * p], x[:, :, D // 2:]])       # (2, C, D/2 + 2p, H, W)
+    planes = x.shape[2] - kernel + 1                           # of the output
+    half = (planes + 1) // 2
+    halves = torch.cat([x[:, :, :half + kernel - 1], x[:, :, planes - half:]])
     y = F.conv3d(halves.contiguous(memory_format=CHANNELS_LAST), weight, bias, padding=(0, p, p))
-    return torch.cat(y.split(1), 2)
+    first, second = y.split(1)
+    return torch.cat([first, second[:, :, 2 * half - planes:]], 2)
 
 
 def conv_beside(conv: Conv, x: Tensor, skip: Tensor) -> Tensor:
     """conv of x and a skip beside it, which are never concatenated."""
     of_x, of_skip = conv.weight.split((x.shape[1], skip.shape[1]), 1)
-    return same_conv(x, of_x, conv.bias).add_(same_conv(skip, of_skip, None))
+    return padded_conv(x, of_x, conv.bias).add_(padded_conv(skip, of_skip, None))
+
+
+def upsampled_weight(up: UpConv, weight: Tensor) -> Tensor:
+    """The 2x2x2 kernel that makes conv(up(x)) from x, (8 c_out, c_in, 2, 2, 2).
+
+    weight  (c_out, c_up, 3, 3, 3), of the convolution
+
+    Along one axis, input voxel i becomes voxels 2i and 2i + 1 (children 0 and 1) of up(x). Output
+    voxel 2i is made from children 2i - 1, 2i, 2i + 1, so from input voxels i - 1 and i; output
+    voxel 2i + 1 from i and i + 1. So either parity of the output is a convolution of x with a
+    kernel of two taps, and both together are
+
+        place 2 tap + parity of 4   0               1                2               3
+        child 0 meets conv tap                      0                1               2
+        child 1 meets conv tap      0               1                2
+
+    A bias of `up` is the weight of one more input channel, which is 1 in all of x.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        of_up = up.weight.flatten(2).permute(1, 2, 0)                          # (c_up, 8, c_in)
+        if up.bias is not None:
+            of_up = torch.cat([of_up, up.bias[:, None, None].expand(-1, 8, 1)], 2)
+        of_conv = weight.permute(2, 3, 4, 0, 1)                                # (3, 3, 3, o, c_up)
+        products = of_conv.reshape(-1, len(of_up)) @ of_up.flatten(1)
+    kernel = products.view(*of_conv.shape[:4], 2, 2, 2, -1)        # taps, c_out, children, c_in
+    for axis in range(3):
+        child_0, child_1 = kernel.unbind(4)
+        before = (0, 0) * (child_0.dim() - 1 - axis)               # F.pad begins at the last axis
+        kernel = F.pad(child_0, (*before, 1, 0)) + F.pad(child_1, (*before, 0, 1))
+    c_out, c_in = kernel.shape[3:]
+    kernel = kernel.view(2, 2, 2, 2, 2, 2, c_out, c_in)            # tap and parity of each axis
+    kernel = kernel.permute(1, 3, 5, 6, 0, 2, 4, 7).reshape(8 * c_out, 2, 2, 2, c_in)
+    return kernel.permute(0, 4, 1, 2, 3)
+
+
+class _AddParities(torch.autograd.Function):
+    """y (B, C, 2D, 2H, 2W) += the eight parities (B, 8 C, D + 1, H + 1, W + 1) of its voxels.
+
+    Along an axis, an output voxel of parity 1 belongs to the place after that of parity 0.
+    """
+
+    @staticmethod
+    def pairs(y: Tensor, parities: Tensor):
+        """Of each parity, the view of y and the view of the parities that belong together."""
+        B, C, D, H, W = y.shape
+        fine = y.permute(0, 2, 3, 4, 1).view(B, D // 2, 2, H // 2, 2, W // 2, 2, C)
+        coarse = parities.permute(0, 2, 3, 4, 1).unflatten(4, (2, 2, 2, C))
+        for a, b, c in itertools.product((0, 1), repeat=3):
+            at = coarse[:, a:a + D // 2, b:b + H // 2, c:c + W // 2, a, b, c]
+            yield fine[:, :, a, :, b, :, c], at
+
+    @staticmethod
+    def forward(ctx, y, parities):
+        for at, own in _AddParities.pairs(y, parities):
+            at += own
+        ctx.mark_dirty(y)
+        ctx.size = parities.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous(memory_format=CHANNELS_LAST)
+        of_parities = channels_last(grad.new_zeros(1).expand(ctx.size))
+        for at, own in _AddParities.pairs(grad, of_parities):
+            own.copy_(at)
+        return grad, of_parities
 
 
 def conv_of_upsampled(conv: Conv, up: UpConv, x: Tensor, skip: Tensor) -> Tensor:
-    """conv of up(x) and a skip beside it, for inference: up(x) exists one half at a time.
+    """conv, 3x3x3, of up(x) and a skip beside it.
 
-    Each half is upsampled with one more plane of x, because the convolution looks one voxel over
-    the cut; what it says of the additional planes is dropped.
+    On a large map up(x) is never made: upsampling and convolution are composed into one of eight
+    2x2x2 kernels on x, which takes 8 products instead of 27 per output voxel and pair of channels.
     """
-    half = x.shape[2] // 2
-    of_x, of_skip = conv.weight.split((x.shape[1], skip.shape[1]), 1)
-    y = same_conv(skip, of_skip, conv.bias)
-    y[:, :, :2 * half] += same_conv(up(x[:, :, :half + 1]), of_x, None)[:, :, :-2]
-    y[:, :, 2 * half:] += same_conv(up(x[:, :, half - 1:]), of_x, None)[:, :, 2:]
-    return y
+    if x[:, 0].numel() < LEAST_VOXELS_PER_CHANNEL * x.shape[1]:
+        return conv_beside(conv, up(x), skip)
+    of_x, of_skip = conv.weight.split((up.out_channels, skip.shape[1]), 1)
+    y = padded_conv(skip, of_skip, conv.bias)
+    if up.bias is not None:
+        x = channels_last(torch.cat([x, x.new_ones(len(x), 1, *x.shape[2:])], 1))
+    return _AddParities.apply(y, padded_conv(x, upsampled_weight(up, of_x), None))
 
 
 class FastConv(Conv):
@@ -226,7 +301,18 @@ class FastConv(Conv):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in self.devices:
             return super().forward(x)
-        return same_conv(x, self.weight, self.bias)
+        return padded_conv(x, self.weight, self.bias)
+
+
+def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 2x2x2 transposed convolution of stride 2, with weight (C, c_out, 2, 2, 2)."""
+    B, C, D, H, W = x.shape
+    weight = weight.permute(0, 2, 3, 4, 1).reshape(C, -1)                      # (C, 8 c_out)
+    bias = None if bias is None else bias.repeat(8)
+    tokens = x.permute(0, 2, 3, 4, 1).reshape(-1, C)                           # (B D H W, C)
+    y = F.linear(tokens, weight.t(), bias).view(B, D, H, W, 2, 2, 2, -1)
+    y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)                                      # (B, D, 2, H, 2, ..)
+    return y.reshape(B, 2 * D, 2 * H, 2 * W, -1).permute(0, 4, 1, 2, 3)
 
 
 class FastUpConv(UpConv):
@@ -237,13 +323,7 @@ class FastUpConv(UpConv):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in self.devices:
             return super().forward(x)
-        B, C, D, H, W = x.shape
-        weight = self.weight.permute(0, 2, 3, 4, 1).reshape(C, -1)             # (C, 8 c_out)
-        bias = None if self.bias is None else self.bias.repeat(8)
-        tokens = x.permute(0, 2, 3, 4, 1).reshape(-1, C)                       # (B D H W, C)
-        y = F.linear(tokens, weight.t(), bias).view(B, D, H, W, 2, 2, 2, -1)
-        y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)                                  # (B, D, 2, H, 2, ..)
-        return y.reshape(B, 2 * D, 2 * H, 2 * W, -1).permute(0, 4, 1, 2, 3)
+        return up_conv(x, self.weight, self.bias)
 
 
 # ---- U-Net ---------------------------------------------------------------------------------------
@@ -261,8 +341,8 @@ class FastConvNormReLU(ConvNormReLU):
 
 
 class FastUNet(UNet):
-    """Channels-last, without concatenations; pools in bf16 where autocast would go to float32. In
-    inference a large upsampled map exists one half at a time."""
+    """Channels-last, without concatenations and large upsampled maps; pools in bf16 where autocast
+    would go to float32."""
     devices = ("cpu",)
 
     def decode(self, up: UpConv, merge: DoubleConv, x: Tensor, skip: Tensor) -> Tensor:
@@ -270,10 +350,7 @@ class FastUNet(UNet):
             return super().decode(up, merge, x, skip)
 
         def level(x, skip):
-            if torch.is_grad_enabled() or 2 * x.shape[2] < LEAST_DEPTH_TO_HALVE:
-                y = conv_beside(merge[0].conv, up(x), skip)
-            else:
-                y = conv_of_upsampled(merge[0].conv, up, x, skip)
+            y = conv_of_upsampled(merge[0].conv, up, x, skip)
             return merge[1](merge[0].normalise(y))
         return run_stage(level, x, skip, recompute=self.recompute)
 
@@ -477,30 +554,39 @@ class FastSwinBlock(SwinBlock):
 
 # ---- Swin UNETR: the network ---------------------------------------------------------------------
 class FastResBlock(ResBlock):
-    """Exact statistics, norm and activation in one pass; takes a skip without concatenation."""
+    """Exact statistics, norm and activation in one pass."""
     devices = ("cpu",)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.device.type not in self.devices:
-            return super().forward(x if skip is None else torch.cat([x, skip], 1))
+            return super().forward(x)
+        shortcut = None if self.conv3 is None else self.conv3(x)
+        return self.finish(x, self.conv1(x), shortcut)
 
-        def convolve(conv):
-            return conv(x) if skip is None else conv_beside(conv, x, skip)
-        y = norm_act(convolve(self.conv1), slope=0.01, overwrite=True)
+    def merge(self, up: UpConv, x: Tensor, skip: Tensor) -> Tensor:
+        """The block for up(x), where `up` has no bias, and a skip beside it, on the CPU."""
+        of_x, of_skip = self.conv3.weight.split((up.out_channels, skip.shape[1]), 1)
+        of_x = torch.einsum("iudhw,ou->iodhw", up.weight, of_x.flatten(1))     # (c_in, c_out, 2...)
+        shortcut = up_conv(x, of_x, None).add_(padded_conv(skip, of_skip, None))
+        return self.finish(None, conv_of_upsampled(self.conv1, up, x, skip), shortcut)
+
+    def finish(self, x: Tensor | None, y: Tensor, shortcut: Tensor | None) -> Tensor:
+        """From conv1's output y and conv3's, or the input x where there is no conv3."""
+        y = norm_act(y, slope=0.01, overwrite=True)
         y = norm_act(self.conv2(y), slope=None, overwrite=True)
-        if self.conv3 is not None:
-            x = norm_act(convolve(self.conv3), slope=None, overwrite=True)
+        if shortcut is not None:
+            x = norm_act(shortcut, slope=None, overwrite=True)
         return F.leaky_relu(y + x, 0.01)
 
 
 class FastSwinUNETR(SwinUNETR):
-    """Channels-last, and without concatenations."""
+    """Channels-last, without concatenations and large upsampled maps."""
     devices = ("cpu",)
 
     def decode(self, up: UpConv, dec: ResBlock, x: Tensor, skip: Tensor) -> Tensor:
         if x.device.type not in self.devices:
             return super().decode(up, dec, x, skip)
-        return run_stage(dec, up(x), skip, recompute=self.recompute)
+        return run_stage(dec.merge, up, x, skip, recompute=self.recompute)
 
     def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.device.type in self.devices:

@@ -1,5 +1,6 @@
 """Every subclass of fast.py against its plain class: values and gradients."""
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -225,30 +226,60 @@ def test_the_layout_of_a_window_is_numpy_and_hides_wrapped_tokens():
     assert fast.window_layout((1, 1, 7), ((0,), (0,), tuple(range(7))), (False,) * 3)[2] is None
 
 
-def test_a_convolution_of_what_is_upsampled_is_the_same_in_halves():
-    """Both edges of the cut, an odd depth, a skip of another width."""
+def test_the_kernel_of_upsampling_and_convolution_by_hand():
+    """Along D, children 1 and 2 meet taps 1, 10, 100: 2, 1 + 20, 10 + 200, 100 at the places
+    2 tap + parity. Along the other axes, only the middle tap counts, so an output voxel of parity 0
+    is made from the input voxel at tap 1, and one of parity 1 from that at tap 0."""
+    up, weight = model.UpConv(1, 1, bias=False), torch.zeros(1, 1, 3, 3, 3)
+    up.weight.data = torch.ones(1, 1, 2, 2, 2)
+    up.weight.data[:, :, 1] = 2
+    weight[0, 0, :, 1, 1] = torch.tensor([1.0, 10, 100])
+    kernel = fast.upsampled_weight(up, weight).view(2, 2, 2, 2, 2, 2)      # parities, then taps
+    for h, w in itertools.product((0, 1), repeat=2):
+        assert kernel[:, h, w, :, 1 - h, 1 - w].tolist() == [[2, 210], [21, 100]]
+    assert kernel.sum() == 4 * (2 + 210 + 21 + 100)
+
+
+@pytest.mark.parametrize("least", [0, 10 ** 6])
+@pytest.mark.parametrize("bias", [False, True])
+def test_upsampling_and_convolution_composed_are_the_same_convolution(least, bias, monkeypatch):
+    """Composed (least = 0) and not: values and all gradients, with a skip of another width. The
+    border shows whether the bias of the upsampling ends where the map does."""
+    monkeypatch.setattr(fast, "LEAST_VOXELS_PER_CHANNEL", least)
     torch.manual_seed(0)
-    conv, up = model.Conv(5 + 3, 4).double(), model.UpConv(5, 5).double()
-    x = torch.randn(2, 5, 49, 4, 3, dtype=torch.double)
-    skip = torch.randn(2, 3, 98, 8, 6, dtype=torch.double)
+    conv, up = model.Conv(5 + 3, 4).double(), model.UpConv(6, 5, bias=bias).double()
+    x = torch.randn(2, 6, 2, 4, 3, dtype=torch.double, requires_grad=True)
+    skip = torch.randn(2, 3, 4, 8, 6, dtype=torch.double, requires_grad=True)
+    wanted = [x, skip, *conv.parameters(), *up.parameters()]
     want = F.conv3d(torch.cat([up(x), skip], 1), conv.weight, conv.bias, padding=1)
-    with torch.no_grad():
-        assert torch.allclose(fast.conv_of_upsampled(conv, up, x, skip), want, atol=1e-12)
-        assert torch.allclose(fast.conv_beside(conv, up(x), skip), want, atol=1e-12)
+    weighting = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, wanted, weighting)
+    got = fast.conv_of_upsampled(conv, up, x, skip)
+    assert torch.allclose(got, want, atol=1e-12)
+    grads = torch.autograd.grad(got, wanted, weighting)
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(grads, want_grads, strict=True))
 
 
-def test_a_unet_upsamples_in_halves_only_without_gradients(monkeypatch):
-    calls, halves = [], fast.conv_of_upsampled
-    monkeypatch.setattr(fast, "conv_of_upsampled",
-                        lambda *a: calls.append(a[2].shape[2]) or halves(*a))
+@pytest.mark.parametrize("least", [0, 10 ** 6])
+def test_a_block_of_an_upsampled_map_and_a_skip_is_the_plain_block(least, monkeypatch):
+    monkeypatch.setattr(fast, "LEAST_VOXELS_PER_CHANNEL", least)
     torch.manual_seed(0)
-    plain = model.UNet(width=8)
-    quick, x = fast.accelerate(copy.deepcopy(plain)), torch.randn(1, 1, 64, 32, 32)
-    quick(x)
-    assert calls == []
-    with torch.no_grad():
-        assert (quick(x)[1] - plain(x)[1]).abs().max() < 1e-4
-    assert calls == [32]                                       # 64 planes; not 32 and 16
+    plain, up = model.ResBlock(10, 5).double(), model.UpConv(6, 5, bias=False).double()
+    x = torch.randn(1, 6, 4, 3, 5, dtype=torch.double)
+    skip = torch.randn(1, 5, 8, 6, 10, dtype=torch.double)
+    want = plain(torch.cat([up(x), skip], 1))
+    got = fast.accelerate(copy.deepcopy(plain)).merge(up, x, skip)
+    assert torch.allclose(got, want, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("depth", [5, 6])
+def test_a_small_input_goes_as_two_halves(kernel, depth):
+    """An even number of planes and an odd one; the two halves overlap by as many as they need."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 3, depth, 4, 5), torch.randn(2, 3, kernel, kernel, kernel)
+    want = F.conv3d(x, weight, padding=kernel // 2)
+    assert torch.allclose(fast.padded_conv(x, weight, None), want, atol=1e-5)
 
 
 def test_the_heads_work_on_blocks_of_voxels(monkeypatch):
