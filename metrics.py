@@ -197,6 +197,9 @@ def surface_areas(spacing_mm) -> np.ndarray:
 
 
 # ---- distances between surfaces ----------------------------------------------------------------
+REACH = 2              # how far around an element its neighbours are looked at, in voxels
+
+
 class Surfaces(NamedTuple):
     """Distances in mm (n,) to the other surface, and areas in mm2 (n,) of the elements."""
     pred_mm: np.ndarray
@@ -219,53 +222,69 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
     """
     pred, ref = _as_masks(pred, ref)
     box = _bounding_box(pred | ref)
-    pred, ref = pred[box], ref[box]
     spacing = np.asarray(spacing_mm, float)
     areas = surface_areas(spacing_mm)
-    pred_places, pred_area = _surface(pred, areas)
-    ref_places, ref_area = _surface(ref, areas)
-    return Surfaces(_nearest(pred_places, ref_places, spacing, limit_mm), pred_area,
-                    _nearest(ref_places, pred_places, spacing, limit_mm), ref_area)
+    pred_grid, pred_area = _surface(pred[box], areas)
+    ref_grid, ref_area = _surface(ref[box], areas)
+    return Surfaces(_nearest(pred_grid, ref_grid, spacing, limit_mm), pred_area,
+                    _nearest(ref_grid, pred_grid, spacing, limit_mm), ref_area)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box that holds every true voxel; the whole array if there is none."""
+    plane = mask.any(0)
     box = []
-    for axis in range(mask.ndim):
-        other_axes = tuple(a for a in range(mask.ndim) if a != axis)
-        hits = np.flatnonzero(mask.any(axis=other_axes))
+    for line in (mask.any((1, 2)), plane.any(1), plane.any(0)):
+        hits = np.flatnonzero(line)
         box.append(slice(hits[0], hits[-1] + 1) if len(hits) else slice(None))
     return tuple(box)
 
 
 def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places (n, 3) int of the surface elements and their areas (n,).
+    """Where the surface elements are, a grid of bool, and their areas (n,) in the grid's order.
 
-    What lies beyond the array counts as outside the mask.
+    What lies beyond the array counts as outside the mask. Around it, the grid has a margin of
+    REACH blocks without an element.
     """
-    padded = np.pad(mask, 1).view(np.uint8)
-    code = np.zeros([n - 1 for n in padded.shape], np.uint8)
-    for i, corner in enumerate(_CORNERS):
-        window = tuple(slice(c, n - 1 + c) for c, n in zip(corner, padded.shape, strict=True))
-        code |= padded[window] << i
-    on_surface = np.nonzero((code != 0) & (code != 255))
-    return np.stack(on_surface, 1), areas[code[on_surface]]
+    code = np.pad(mask, REACH + 1).view(np.uint8)
+    code = code[:-1] + 16 * code[1:]                 # corners (0, 0, 0) and (1, 0, 0): bits 0, 4
+    code = code[:, :-1] + 4 * code[:, 1:]            # (0, 1, 0) and (1, 1, 0): bits 2, 6
+    code = code[:, :, :-1] + 2 * code[:, :, 1:]      # the others
+    grid = (code != 0) & (code != 255)
+    return grid, areas[code[grid]]
 
 
-def _nearest(places: np.ndarray, others: np.ndarray, spacing: np.ndarray,
+def _nearest(grid: np.ndarray, others: np.ndarray, spacing: np.ndarray,
              limit_mm: float) -> np.ndarray:
-    """The distance in mm (n,) from each of `places` (n, 3) to the nearest of `others` (m, 3)."""
-    distance = np.full(len(places), np.inf)
-    if len(places) == 0 or len(others) == 0:
-        return distance
-    tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)
+    """The distance in mm (n,) from each true place in a grid to the nearest one in `others`.
+
+    Most surfaces are close to each other, so the places around each element are looked at first,
+    the nearest ones first. Only elements that find none there need the search tree.
+    """
     bound = limit_mm * (1 + 1e-9) + 1e-9
-    _, index = tree.query(places * spacing, distance_upper_bound=bound, workers=-1)
-    found = index < len(others)                      # beyond the bound, the index is len(others)
-    # Computed again from the difference of the places, which is exact: a distance that equals a
-    # tolerance must count as within it, and the tree's own distances carry rounding errors.
-    steps = places[found] - others[index[found]]
-    distance[found] = np.sqrt(((steps * spacing) ** 2).sum(1))
+    at = np.flatnonzero(grid)
+    distance = np.full(len(at), np.inf)
+    left = np.arange(len(at))                        # which elements have no distance yet
+    steps = np.indices([2 * REACH + 1] * 3).reshape(3, -1).T - REACH
+    mm = np.sqrt(((steps * spacing) ** 2).sum(1))
+    complete_mm = (REACH + 1) * spacing.min()        # nothing that is nearer lies beyond REACH
+    flat_steps = steps @ np.array(grid.strides)
+    for shell_mm in np.unique(mm[(mm < complete_mm) & (mm <= bound)]):
+        hit = np.zeros(len(at), bool)
+        for step in flat_steps[mm == shell_mm]:
+            hit |= others.take(at + step)
+        distance[left[hit]] = shell_mm
+        left, at = left.compress(~hit), at.compress(~hit)
+    if len(at) and bound >= complete_mm and others.any():
+        places, goals = (np.stack(np.unravel_index(flat, grid.shape), 1)
+                         for flat in (at, np.flatnonzero(others)))
+        tree = cKDTree(goals * spacing, balanced_tree=False, compact_nodes=False)
+        _, index = tree.query(places * spacing, distance_upper_bound=bound, workers=-1)
+        found = index < len(goals)                   # beyond the bound, the index is len(goals)
+        # Computed again from the difference of the places, which is exact: a distance that equals
+        # a tolerance must count as within it, and the tree's own distances have rounding errors.
+        away = places[found] - goals[index[found]]
+        distance[left[found]] = np.sqrt(((away * spacing) ** 2).sum(1))
     return distance
 
 
