@@ -221,7 +221,7 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
     Two voxels 2 mm apart (spacing 1 mm): no element is further than 2 mm from the other voxel.
     """
     pred, ref = _as_masks(pred, ref)
-    box = _bounding_box(pred | ref)
+    box = _bounding_box(pred, ref)
     spacing = np.asarray(spacing_mm, float)
     areas = surface_areas(spacing_mm)
     pred_grid, pred_area = _surface(pred[box], areas)
@@ -230,14 +230,18 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
                     _nearest(ref_grid, pred_grid, spacing, limit_mm), ref_area)
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds every true voxel; the whole array if there is none."""
-    plane = mask.any(0)
-    box = []
-    for line in (mask.any((1, 2)), plane.any(1), plane.any(0)):
-        hits = np.flatnonzero(line)
-        box.append(slice(hits[0], hits[-1] + 1) if len(hits) else slice(None))
-    return tuple(box)
+def _bounding_box(pred: np.ndarray, ref: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every true voxel of both; the whole array if there is none."""
+    plane = pred.any(0) | ref.any(0)
+    rows, columns = _extent(plane.any(1)), _extent(plane.any(0))
+    line = pred[:, rows, columns].any((1, 2)) | ref[:, rows, columns].any((1, 2))
+    return _extent(line), rows, columns
+
+
+def _extent(line: np.ndarray) -> slice:
+    """[0 1 0 1 0] -> slice(1, 4); everything if nothing is true."""
+    hits = np.flatnonzero(line)
+    return slice(hits[0], hits[-1] + 1) if len(hits) else slice(None)
 
 
 def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +250,9 @@ def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarra
     What lies beyond the array counts as outside the mask. Around it, the grid has a margin of
     REACH blocks without an element.
     """
-    code = np.pad(mask, REACH + 1).view(np.uint8)
+    margin = REACH + 1
+    code = np.zeros([n + 2 * margin for n in mask.shape], np.uint8)
+    code[margin:-margin, margin:-margin, margin:-margin] = mask
     code = code[:-1] + 16 * code[1:]                 # corners (0, 0, 0) and (1, 0, 0): bits 0, 4
     code = code[:, :-1] + 4 * code[:, 1:]            # (0, 1, 0) and (1, 1, 0): bits 2, 6
     code = code[:, :, :-1] + 2 * code[:, :, 1:]      # the others
