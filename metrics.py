@@ -197,7 +197,9 @@ def surface_areas(spacing_mm) -> np.ndarray:
 
 
 # ---- distances between surfaces ----------------------------------------------------------------
-REACH = 2              # how far around an element its neighbours are looked at, in voxels
+# How far around an element its neighbours are looked at, in voxels along each axis. More saves
+# search trees of surfaces that lie apart, less is faster for those that lie close together.
+REACH = 3
 
 
 class Surfaces(NamedTuple):
@@ -245,53 +247,69 @@ def _extent(line: np.ndarray) -> slice:
 
 
 def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the surface elements are, a grid of bool, and their areas (n,) in the grid's order.
+    """Where the surface elements are, as a grid of bool, and their areas (n,) in the grid's order.
 
-    What lies beyond the array counts as outside the mask. Around it, the grid has a margin of
-    REACH blocks without an element.
+    What lies beyond the array counts as outside the mask. The grid has a margin of REACH places
+    without an element on every side.
     """
     margin = REACH + 1
     code = np.zeros([n + 2 * margin for n in mask.shape], np.uint8)
     code[margin:-margin, margin:-margin, margin:-margin] = mask
-    code = code[:-1] + 16 * code[1:]                 # corners (0, 0, 0) and (1, 0, 0): bits 0, 4
-    code = code[:, :-1] + 4 * code[:, 1:]            # (0, 1, 0) and (1, 1, 0): bits 2, 6
-    code = code[:, :, :-1] + 2 * code[:, :, 1:]      # the others
+    code = code[:-1] + 16 * code[1:]                 # bits 0 and 4: corners (0,0,0) and (1,0,0)
+    code = code[:, :-1] + 4 * code[:, 1:]            # bits 2 and 6: corners (0,1,0) and (1,1,0)
+    code = code[:, :, :-1] + 2 * code[:, :, 1:]      # the other four
     grid = (code != 0) & (code != 255)
     return grid, areas[code[grid]]
 
 
 def _nearest(grid: np.ndarray, others: np.ndarray, spacing: np.ndarray,
              limit_mm: float) -> np.ndarray:
-    """The distance in mm (n,) from each true place in a grid to the nearest one in `others`.
+    """The distance in mm (n,) from each of the n elements in `grid` to the nearest in `others`.
 
-    Most surfaces are close to each other, so the places around each element are looked at first,
-    the nearest ones first. Only elements that find none there need the search tree.
+    Two surfaces mostly lie close together. So the places around every element are looked at first,
+    the nearest before the others, and only elements that find nothing there need a search tree.
     """
-    bound = limit_mm * (1 + 1e-9) + 1e-9
-    at = np.flatnonzero(grid)
+    at = np.flatnonzero(grid)                        # elements without a distance yet
+    index = np.arange(len(at))                       # where their distances belong
     distance = np.full(len(at), np.inf)
-    left = np.arange(len(at))                        # which elements have no distance yet
-    steps = np.indices([2 * REACH + 1] * 3).reshape(3, -1).T - REACH
-    mm = np.sqrt(((steps * spacing) ** 2).sum(1))
-    complete_mm = (REACH + 1) * spacing.min()        # nothing that is nearer lies beyond REACH
-    flat_steps = steps @ np.array(grid.strides)
-    for shell_mm in np.unique(mm[(mm < complete_mm) & (mm <= bound)]):
+    if len(at) == 0 or not others.any():
+        return distance
+    bound = limit_mm * (1 + 1e-9) + 1e-9
+    steps = np.indices((2 * REACH + 1,) * 3).reshape(3, -1).T - REACH
+    lengths = _length(steps, spacing)
+    flat_steps = steps @ grid.strides                # a step in the flattened grid
+    complete_mm = (REACH + 1) * spacing.min()        # all places nearer than that are in `steps`
+    for mm in np.unique(lengths[(lengths < complete_mm) & (lengths <= bound)]):
         hit = np.zeros(len(at), bool)
-        for step in flat_steps[mm == shell_mm]:
+        for step in flat_steps[lengths == mm]:
             hit |= others.take(at + step)
-        distance[left[hit]] = shell_mm
-        left, at = left.compress(~hit), at.compress(~hit)
-    if len(at) and bound >= complete_mm and others.any():
-        places, goals = (np.stack(np.unravel_index(flat, grid.shape), 1)
-                         for flat in (at, np.flatnonzero(others)))
-        tree = cKDTree(goals * spacing, balanced_tree=False, compact_nodes=False)
-        _, index = tree.query(places * spacing, distance_upper_bound=bound, workers=-1)
-        found = index < len(goals)                   # beyond the bound, the index is len(goals)
-        # Computed again from the difference of the places, which is exact: a distance that equals
-        # a tolerance must count as within it, and the tree's own distances have rounding errors.
-        away = places[found] - goals[index[found]]
-        distance[left[found]] = np.sqrt(((away * spacing) ** 2).sum(1))
+        distance[index[hit]] = mm
+        at, index = at.compress(~hit), index.compress(~hit)
+    if len(at) and complete_mm <= bound:
+        distance[index] = _search(at, np.flatnonzero(others), grid.shape, spacing, bound)
     return distance
+
+
+def _search(at: np.ndarray, others: np.ndarray, shape, spacing: np.ndarray,
+            bound: float) -> np.ndarray:
+    """The distance in mm (n,) from each of the n places `at` to the nearest of `others`; inf beyond
+    the bound. Places are indices into a flattened array of this shape."""
+    at, others = (np.stack(np.unravel_index(flat, shape), 1) for flat in (at, others))
+    tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)
+    _, index = tree.query(at * spacing, distance_upper_bound=bound, workers=-1)
+    found = index < len(others)                      # beyond the bound, the index is len(others)
+    distance = np.full(len(at), np.inf)
+    distance[found] = _length(at[found] - others[index[found]], spacing)
+    return distance
+
+
+def _length(steps: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Length in mm (n,) of each of n steps (n, 3) in voxels.
+
+    Whole steps are exact, and a distance that equals a tolerance must count as within it. The
+    distances of a search tree carry rounding errors of the places.
+    """
+    return np.sqrt(((steps * spacing) ** 2).sum(1))
 
 
 def nsd(pred, ref, *, spacing_mm, tolerance_mm: float, empty=EMPTY) -> float:
