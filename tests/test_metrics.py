@@ -130,7 +130,7 @@ def test_neighbours_and_search_tree_agree_where_one_ends_and_the_other_begins():
 def test_distances_equal_those_of_all_pairs():
     """Not only close to: a distance may equal a tolerance. Above the limit they may also be inf."""
     far = 0
-    for pred, ref, spacing, limit_mm in shapes(120):
+    for pred, ref, spacing, limit_mm in shapes(36):
         areas = metrics.surface_areas(spacing)
         places = [np.argwhere(metrics._surface(mask, areas)[0]) for mask in (pred, ref)]
         if len(places[0]) == 0 or len(places[1]) == 0:
@@ -175,6 +175,7 @@ def test_surface_codes_by_hand():
     grid, codes = metrics._surface(np.ones((1, 1, 2), bool), areas)
     assert codes.tolist() == [128, 192, 64, 32, 48, 16, 8, 12, 4, 2, 3, 1]
     assert np.ptp(np.argwhere(grid), 0).tolist() == [1, 1, 2]
+    assert metrics._surface(np.ones((2, 2, 2)), areas)[0].sum() == 26      # the middle is inside
 
 
 def test_empty_masks_have_no_distance():
