@@ -560,8 +560,9 @@ def _side(raw: np.ndarray, label_map, path: Path, split: bool) -> _Side:
     label_rows = label_map.to_label_rows(raw, str(path))
     if split:
         midline = label_rows.shape[0] / 2
-        if label_rows.any():
-            midline = float(np.mean(np.nonzero(label_rows)[0]))
+        counts = np.count_nonzero(label_rows, axis=(1, 2))           # labelled voxels per plane
+        if counts.any():
+            midline = float(counts @ np.arange(len(counts)) / counts.sum())
         label_rows = labels.split_sides(label_rows, label_map, midline)
     return _Side(label_rows, label_map.regions, label_map.known, ndimage.find_objects(label_rows))
 
