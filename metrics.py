@@ -197,6 +197,11 @@ def surface_areas(spacing_mm) -> np.ndarray:
 
 
 # ---- distances between surfaces ----------------------------------------------------------------
+# How far around an element its neighbours are looked at, in voxels along each axis. More saves
+# search trees of surfaces that lie apart, less is faster for those that lie close together.
+REACH = 3
+
+
 class Surfaces(NamedTuple):
     """Distances in mm (n,) to the other surface, and areas in mm2 (n,) of the elements."""
     pred_mm: np.ndarray
@@ -218,55 +223,93 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm,
     Two voxels 2 mm apart (spacing 1 mm): no element is further than 2 mm from the other voxel.
     """
     pred, ref = _as_masks(pred, ref)
-    box = _bounding_box(pred | ref)
-    pred, ref = pred[box], ref[box]
+    box = _bounding_box(pred, ref)
     spacing = np.asarray(spacing_mm, float)
     areas = surface_areas(spacing_mm)
-    pred_places, pred_area = _surface(pred, areas)
-    ref_places, ref_area = _surface(ref, areas)
-    return Surfaces(_nearest(pred_places, ref_places, spacing, limit_mm), pred_area,
-                    _nearest(ref_places, pred_places, spacing, limit_mm), ref_area)
+    pred_grid, pred_area = _surface(pred[box], areas)
+    ref_grid, ref_area = _surface(ref[box], areas)
+    return Surfaces(_nearest(pred_grid, ref_grid, spacing, limit_mm), pred_area,
+                    _nearest(ref_grid, pred_grid, spacing, limit_mm), ref_area)
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds every true voxel; the whole array if there is none."""
-    box = []
-    for axis in range(mask.ndim):
-        other_axes = tuple(a for a in range(mask.ndim) if a != axis)
-        hits = np.flatnonzero(mask.any(axis=other_axes))
-        box.append(slice(hits[0], hits[-1] + 1) if len(hits) else slice(None))
-    return tuple(box)
+def _bounding_box(pred: np.ndarray, ref: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every true voxel of both; the whole array if there is none."""
+    plane = pred.any(0) | ref.any(0)
+    rows, columns = _extent(plane.any(1)), _extent(plane.any(0))
+    line = pred[:, rows, columns].any((1, 2)) | ref[:, rows, columns].any((1, 2))
+    return _extent(line), rows, columns
+
+
+def _extent(line: np.ndarray) -> slice:
+    """[0 1 0 1 0] -> slice(1, 4); everything if nothing is true."""
+    hits = np.flatnonzero(line)
+    return slice(hits[0], hits[-1] + 1) if len(hits) else slice(None)
 
 
 def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places (n, 3) int of the surface elements and their areas (n,).
+    """Where the surface elements are, as a grid of bool, and their areas (n,) in the grid's order.
 
-    What lies beyond the array counts as outside the mask.
+    What lies beyond the array counts as outside the mask. The grid has a margin of REACH places
+    without an element on every side.
     """
-    padded = np.pad(mask, 1).view(np.uint8)
-    code = np.zeros([n - 1 for n in padded.shape], np.uint8)
-    for i, corner in enumerate(_CORNERS):
-        window = tuple(slice(c, n - 1 + c) for c, n in zip(corner, padded.shape, strict=True))
-        code |= padded[window] << i
-    on_surface = np.nonzero((code != 0) & (code != 255))
-    return np.stack(on_surface, 1), areas[code[on_surface]]
+    margin = REACH + 1
+    code = np.zeros([n + 2 * margin for n in mask.shape], np.uint8)
+    code[margin:-margin, margin:-margin, margin:-margin] = mask
+    code = code[:-1] + 16 * code[1:]                 # bits 0 and 4: corners (0,0,0) and (1,0,0)
+    code = code[:, :-1] + 4 * code[:, 1:]            # bits 2 and 6: corners (0,1,0) and (1,1,0)
+    code = code[:, :, :-1] + 2 * code[:, :, 1:]      # the other four
+    grid = (code != 0) & (code != 255)
+    return grid, areas[code[grid]]
 
 
-def _nearest(places: np.ndarray, others: np.ndarray, spacing: np.ndarray,
+def _nearest(grid: np.ndarray, others: np.ndarray, spacing: np.ndarray,
              limit_mm: float) -> np.ndarray:
-    """The distance in mm (n,) from each of `places` (n, 3) to the nearest of `others` (m, 3)."""
-    distance = np.full(len(places), np.inf)
-    if len(places) == 0 or len(others) == 0:
+    """The distance in mm (n,) from each of the n elements in `grid` to the nearest in `others`.
+
+    Two surfaces mostly lie close together. So the places around every element are looked at first,
+    the nearest before the others, and only elements that find nothing there need a search tree.
+    """
+    at = np.flatnonzero(grid)                        # elements without a distance yet
+    index = np.arange(len(at))                       # where their distances belong
+    distance = np.full(len(at), np.inf)
+    if len(at) == 0 or not others.any():
         return distance
-    tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)
     bound = limit_mm * (1 + 1e-9) + 1e-9
-    _, index = tree.query(places * spacing, distance_upper_bound=bound, workers=-1)
-    found = index < len(others)                      # beyond the bound, the index is len(others)
-    # Computed again from the difference of the places, which is exact: a distance that equals a
-    # tolerance must count as within it, and the tree's own distances carry rounding errors.
-    steps = places[found] - others[index[found]]
-    distance[found] = np.sqrt(((steps * spacing) ** 2).sum(1))
+    steps = np.indices((2 * REACH + 1,) * 3).reshape(3, -1).T - REACH
+    lengths = _length(steps, spacing)
+    flat_steps = steps @ grid.strides                # a step in the flattened grid
+    complete_mm = (REACH + 1) * spacing.min()        # all places nearer than that are in `steps`
+    for mm in np.unique(lengths[(lengths < complete_mm) & (lengths <= bound)]):
+        hit = np.zeros(len(at), bool)
+        for step in flat_steps[lengths == mm]:
+            hit |= others.take(at + step)
+        distance[index[hit]] = mm
+        at, index = at.compress(~hit), index.compress(~hit)
+    if len(at) and complete_mm <= bound:
+        distance[index] = _search(at, np.flatnonzero(others), grid.shape, spacing, bound)
     return distance
+
+
+def _search(at: np.ndarray, others: np.ndarray, shape, spacing: np.ndarray,
+            bound: float) -> np.ndarray:
+    """The distance in mm (n,) from each of the n places `at` to the nearest of `others`; inf beyond
+    the bound. Places are indices into a flattened array of this shape."""
+    at, others = (np.stack(np.unravel_index(flat, shape), 1) for flat in (at, others))
+    tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)
+    _, index = tree.query(at * spacing, distance_upper_bound=bound, workers=-1)
+    found = index < len(others)                      # beyond the bound, the index is len(others)
+    distance = np.full(len(at), np.inf)
+    distance[found] = _length(at[found] - others[index[found]], spacing)
+    return distance
+
+
+def _length(steps: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Length in mm (n,) of each of n steps (n, 3) in voxels.
+
+    Whole steps are exact, and a distance that equals a tolerance must count as within it. The
+    distances of a search tree carry rounding errors of the places.
+    """
+    return np.sqrt(((steps * spacing) ** 2).sum(1))
 
 
 def nsd(pred, ref, *, spacing_mm, tolerance_mm: float, empty=EMPTY) -> float:
@@ -517,8 +560,9 @@ def _side(raw: np.ndarray, label_map, path: Path, split: bool) -> _Side:
     label_rows = label_map.to_label_rows(raw, str(path))
     if split:
         midline = label_rows.shape[0] / 2
-        if label_rows.any():
-            midline = float(np.mean(np.nonzero(label_rows)[0]))
+        counts = np.count_nonzero(label_rows, axis=(1, 2))           # labelled voxels per plane
+        if counts.any():
+            midline = float(counts @ np.arange(len(counts)) / counts.sum())
         label_rows = labels.split_sides(label_rows, label_map, midline)
     return _Side(label_rows, label_map.regions, label_map.known, ndimage.find_objects(label_rows))
 

@@ -607,7 +607,7 @@ def scores_of_metrics(maps, spacing) -> list[tuple]:
     return scores
 
 
-@row("5x, memory below", PAIR)
+@row("8x, memory below", PAIR)
 def surfaces(part):
     """32 classes of a 512 x 512 x 200 pair: NSD, HD95 and Dice against surface-distance. The memory
     is what comes on top of the imports, since neither side needs torch."""

@@ -114,6 +114,70 @@ def test_a_tolerance_equal_to_the_shift_counts():
     assert metrics.nsd(a, b, spacing_mm=(0.7, 1, 1), tolerance_mm=2.09) < 0.8
 
 
+def test_neighbours_and_search_tree_agree_where_one_ends_and_the_other_begins():
+    """Two voxels, n apart along an axis: the 4 elements on the far side of each are n voxels away,
+    the others n - 1. Neighbours are looked at within less than REACH + 1 voxels."""
+    for n in range(1, metrics.REACH + 4):
+        for axis, mm in enumerate((0.7, 0.7, 0.9)):
+            there = np.zeros(3, int)
+            there[axis] = n
+            a, b = voxel(0, 0, 0, shape=(8, 8, 8)), voxel(*there, shape=(8, 8, 8))
+            s = metrics.surface_distances(a, b, spacing_mm=(0.7, 0.7, 0.9))
+            assert sorted(s.pred_mm) == sorted(s.ref_mm)
+            assert sorted(s.pred_mm) == pytest.approx([(n - 1) * mm] * 4 + [n * mm] * 4)
+
+
+def test_distances_equal_those_of_all_pairs():
+    """Not only close to: a distance may equal a tolerance. Above the limit they may also be inf."""
+    far = 0
+    for pred, ref, spacing, limit_mm in shapes(36):
+        areas = metrics.surface_areas(spacing)
+        places = [np.argwhere(metrics._surface(mask, areas)[0]) for mask in (pred, ref)]
+        if len(places[0]) == 0 or len(places[1]) == 0:
+            continue
+        steps = places[0][:, None] - places[1]
+        all_mm = np.sqrt(((steps * np.array(spacing)) ** 2).sum(-1))
+        want = np.concatenate([all_mm.min(1), all_mm.min(0)])
+        for limit in (math.inf, limit_mm, 0.0):
+            s = metrics.surface_distances(pred, ref, spacing_mm=spacing, limit_mm=limit)
+            got = np.concatenate([s.pred_mm, s.ref_mm])
+            known = np.isfinite(got)
+            assert np.allclose(got[known], want[known], rtol=1e-15, atol=0), (spacing, limit)
+            assert known[want <= limit].all()
+        far += (want >= (metrics.REACH + 1) * max(spacing)).sum()
+    assert far > 100                             # so that the search tree has been asked, too
+
+
+def test_masks_may_lie_in_memory_in_any_order():
+    """As arrays of NIfTI files do: the first axis varies fastest; or as views of larger arrays."""
+    for pred, ref, spacing, _ in shapes(20):
+        want = metrics.surface_distances(pred, ref, spacing_mm=spacing)
+        views = [mask.repeat(2, 2)[:, :, ::2] for mask in (pred, ref)]
+        for pair in ([np.asfortranarray(mask) for mask in (pred, ref)], views):
+            got = metrics.surface_distances(*pair, spacing_mm=spacing)
+            assert all(np.array_equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_bounding_box_by_hand():
+    """One voxel in each mask, at (2, 3, 3) and (4, 1, 5); without any, the whole array."""
+    a, b = voxel(2, 3, 3), voxel(4, 1, 5)
+    assert metrics._bounding_box(a, b) == (slice(2, 5), slice(1, 4), slice(3, 6))
+    assert metrics._bounding_box(a, a) == (slice(2, 3), slice(3, 4), slice(3, 4))
+    assert metrics._bounding_box(a & b, a & b) == (slice(None),) * 3
+
+
+def test_surface_codes_by_hand():
+    """A block's code has bit i for corner i; corners are counted with the last axis fastest. The
+    voxel at (0, 0, 0) is corner 7 of the block before it on all axes, and corner 0 of the last."""
+    areas = np.arange(256.0)                     # as "area" of each element, its code
+    assert metrics._surface(voxel(0, 0, 0, shape=(1, 1, 1)), areas)[1].tolist() == [
+        128, 64, 32, 16, 8, 4, 2, 1]
+    grid, codes = metrics._surface(np.ones((1, 1, 2), bool), areas)
+    assert codes.tolist() == [128, 192, 64, 32, 48, 16, 8, 12, 4, 2, 3, 1]
+    assert np.ptp(np.argwhere(grid), 0).tolist() == [1, 1, 2]
+    assert metrics._surface(np.ones((2, 2, 2)), areas)[0].sum() == 26      # the middle is inside
+
+
 def test_empty_masks_have_no_distance():
     some, none = voxel(2, 3, 3), voxel(0, 0, 0) & False
     spacing_mm = (1, 2, 3)
