@@ -31,7 +31,7 @@ DILATE_MM = 5.0       # mm, dilation of the closed host: a lesion may bulge beyo
 HOST_GRID_MM = 3.0    # mm, about the spacing at which the host is closed and dilated, for speed
 INSIDE = 0.2          # with at least this share in the host region, a piece of a lesion is kept
 
-FEW_RUNS = 1 / 50     # runs per voxel (see Pieces); with more, ndimage.label needs less memory
+FEW_RUNS = 1 / 50     # runs per voxel (see Pieces); with more, ndimage.label is faster and smaller
 MAX_VOXELS = 2 ** 20  # voxels whose indices are computed at a time, which bounds the memory
 
 
@@ -153,7 +153,8 @@ class Pieces:
         self.sizes = np.bincount(self.piece, weights=self.stop - self.start).astype(int)
 
     def _piece_of_each_run(self, mask: np.ndarray) -> np.ndarray:
-        """(r,) int. Runs that touch are neighbours in a graph, unless there are too many of them."""
+        """(r,) int. Runs that touch are neighbours in a graph; many runs are better looked up in a
+        numbered volume."""
         r = len(self.start)
         if r == 0 or r >= FEW_RUNS * mask.size:
             pieces, _ = ndimage.label(mask.transpose(2, 0, 1), np.ones((3, 3, 3)))
@@ -401,7 +402,7 @@ def clean_organs(masks: PackedMasks, classes, spacing_mm) -> None:
 
 # ---- lesions -----------------------------------------------------------------------------------
 def _dilate(mask: np.ndarray, radius_mm: float, spacing_mm) -> np.ndarray:
-    """The voxels within radius_mm of the mask: the mask shifted by every vector of that ball."""
+    """The voxels within radius_mm of the mask: the mask moved by every vector of that length."""
     reach = [int(radius_mm / s) + 1 for s in spacing_mm]
     padded = np.pad(mask, [(r, r) for r in reach])
     dilated = np.zeros_like(mask)
