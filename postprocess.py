@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 # All thresholds are ours.
 MIN_PART_ML = 0.5     # ml; smaller pieces of an organ that may come in many pieces are specks
@@ -28,6 +30,9 @@ CLOSE_MM = 10.0       # mm, closing of the host: fills the hole that a network l
 DILATE_MM = 5.0       # mm, dilation of the closed host: a lesion may bulge beyond the surface
 HOST_GRID_MM = 3.0    # mm, about the spacing at which the host is closed and dilated, for speed
 INSIDE = 0.2          # with at least this share in the host region, a piece of a lesion is kept
+
+FEW_RUNS = 1 / 50     # runs per voxel (see Pieces); with more, ndimage.label is faster and smaller
+MAX_VOXELS = 2 ** 20  # voxels whose indices are computed at a time, which bounds the memory
 
 
 # ---- masks -------------------------------------------------------------------------------------
@@ -62,8 +67,9 @@ class PackedMasks:
 
     def get(self, k: int, box=...) -> np.ndarray:
         """The mask of class k, bool; `box` is any index of a (D, H, W) array (default: all)."""
-        bit = np.uint32(1 << (k % 32))
-        return (self.words[k // 32][box] & bit) > 0
+        word, bit = self.words[k // 32][box], np.uint32(1 << (k % 32))
+        mask = np.empty_like(word, bool)          # filled directly: `word & bit` would be a copy
+        return np.bitwise_and(word, bit, out=mask, dtype=np.uint32, casting="unsafe")
 
     def set(self, k: int, mask: np.ndarray, box=...) -> None:
         """Replace the mask of class k inside a box (default: the whole volume)."""
@@ -72,8 +78,13 @@ class PackedMasks:
         bit = np.uint32(1 << (k % 32))
         word = self.words[k // 32][box]           # a view: changes go into self.words
         word &= ~bit
-        word |= np.where(mask, bit, np.uint32(0))
+        np.bitwise_or(word, bit, out=word, where=mask)
         self.boxes[k] = _enclose([box, self.boxes.get(k, box)])
+
+    def clear(self, k: int, voxels: tuple[np.ndarray, ...], box: tuple[slice, ...]) -> None:
+        """Delete voxels of class k, given by their indices (x, y, z) inside a box."""
+        word = self.words[k // 32][box]           # a view: changes go into self.words
+        word[voxels] &= ~np.uint32(1 << (k % 32))
 
     def set_planes(self, planes: slice, words: np.ndarray, boxes: dict) -> None:
         """Replace all masks in some planes of the last axis.
@@ -106,23 +117,116 @@ def _enclose(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
                  for axis in zip(*boxes, strict=True))
 
 
-def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the 26-connected pieces of a mask.
+class Pieces:
+    """The 26-connected pieces of a mask (D, H, W), numbered from 0.
 
-    returns  pieces (D, H, W) int, 0 for background and 1 ... n for the pieces
-             sizes (n + 1,) int, the voxels of each piece; sizes[0] is 0, not the background's size
+    A mask is held as its runs, the unbroken lines of true voxels along axis 1, because a mask has
+    far fewer runs than voxels. The positions of a run are counted on a flat axis: plane after plane
+    of axis 2, and in each plane row after row. A false row comes before every plane and a false
+    voxel after every row. So neighbouring rows are always the same number of voxels apart, and the
+    last voxel of a row never touches the next row's first one. A plane of 2 x 3 voxels:
+
+        1 1 0      flat   0 0 0 0   1 1 0 0   0 0 1 0
+        0 0 1      runs             4 to 5        10
+
+    The two rows are 4 voxels apart. The first run moved by 4 is 8 to 9, which touches 10 at a
+    corner, so both runs belong to the same piece, which has 3 voxels.
+
+    start, stop  (r,) int, the runs in ascending order; stop is the position after the last voxel
+    piece        (r,) int, the piece of each run
+    sizes        (n,) int, the voxels of each piece
     """
-    pieces, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0
-    return pieces, sizes
+
+    def __init__(self, mask: np.ndarray):
+        self.shape = D, H, W = mask.shape
+        self.row, self.plane = H + 1, (H + 1) * (D + 1)       # distances on the flat axis
+        integer = np.int32 if (W + 2) * self.plane < 2 ** 31 else np.int64
+        padded = np.zeros((D + 1, H + 1), bool)
+        flat = padded.reshape(-1)
+        ends = []
+        for z in range(W):
+            padded[1:, :-1] = mask[:, :, z]
+            changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+            ends.append((changes + z * self.plane).astype(integer))
+        self.start, self.stop = np.concatenate(ends).reshape(-1, 2).T.copy()
+        self.piece = self._piece_of_each_run(mask)
+        self.sizes = np.bincount(self.piece, weights=self.stop - self.start).astype(int)
+
+    def _piece_of_each_run(self, mask: np.ndarray) -> np.ndarray:
+        """(r,) int. Runs that touch are neighbours in a graph; many runs are better looked up in a
+        numbered volume."""
+        r = len(self.start)
+        if r == 0 or r >= FEW_RUNS * mask.size:
+            pieces, _ = ndimage.label(mask.transpose(2, 0, 1), np.ones((3, 3, 3)))
+            x, y, z = self._corners(np.arange(r))
+            return pieces[z, x, y] - 1
+        run, neighbour = [], []
+        for shift in (self.row, self.plane - self.row, self.plane, self.plane + self.row):
+            first = np.searchsorted(self.stop, self.start + shift, "left")
+            count = np.searchsorted(self.start, self.stop + shift, "right") - first
+            run.append(np.repeat(np.arange(r, dtype=np.int32), count))
+            neighbour.append(_ranges(first, count))
+        pairs = np.concatenate(run), np.concatenate(neighbour)
+        graph = coo_array((np.ones(len(pairs[0]), bool), pairs), shape=(r, r))
+        return connected_components(graph, directed=False)[1]
+
+    def voxels(self, runs: np.ndarray):
+        """Yield, for some of these runs at a time, the piece of each voxel and the voxels' indices
+        (x, y, z)."""
+        part = np.cumsum(self.stop[runs] - self.start[runs]) // MAX_VOXELS
+        for some in np.split(runs, np.flatnonzero(np.diff(part)) + 1):
+            x, y, z = self._corners(some)
+            count = self.stop[some] - self.start[some]
+            voxels = np.repeat(x, count), _ranges(y, count), np.repeat(z, count)
+            yield np.repeat(self.piece[some], count), voxels
+
+    def _corners(self, runs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The indices (x, y, z) of the first voxel of each run."""
+        z, in_plane = np.divmod(self.start[runs], self.plane)
+        x, y = np.divmod(in_plane, self.row)
+        return x - 1, y, z
+
+    def runs_of(self, chosen: np.ndarray) -> np.ndarray:
+        """The runs of the pieces that are chosen, (n,) bool."""
+        return np.flatnonzero(chosen[self.piece])
+
+    def voxels_inside(self, region: np.ndarray) -> np.ndarray:
+        """(n,) the number of voxels of each piece that lie in a region, bool, which broadcasts to
+        (D, H, W)."""
+        region = np.broadcast_to(region, self.shape)
+        inside = np.zeros_like(self.sizes)
+        for piece, voxels in self.voxels(np.arange(len(self.start))):
+            inside += np.bincount(piece[region[voxels]], minlength=len(inside))
+        return inside
+
+    def each(self, chosen: np.ndarray):
+        """Yield the smallest box of every piece that is chosen, (n,) bool, and its mask there."""
+        runs = self.runs_of(chosen)
+        if len(runs) == 0:
+            return
+        runs = runs[np.argsort(self.piece[runs], kind="stable")]
+        x, y, z = self._corners(runs)
+        y_stop = y + self.stop[runs] - self.start[runs]
+        first = np.flatnonzero(np.diff(self.piece[runs], prepend=-1))      # run of each piece
+        low = np.minimum.reduceat([x, y, z], first, axis=1).T
+        high = np.maximum.reduceat([x + 1, y_stop, z + 1], first, axis=1).T
+        runs_of_each = np.split(np.stack([x, y, y_stop, z], 1), first[1:])
+        for a, b, own in zip(low, high, runs_of_each, strict=True):
+            x, y, y_stop, z = (own - a[[0, 1, 1, 2]]).T
+            d, h, w = b - a
+            mask = np.zeros((w, d, h + 1), np.int8)
+            mask[z, x, y] = 1
+            mask[z, x, y_stop] = -1
+            np.cumsum(mask, axis=2, dtype=np.int8, out=mask)     # 1 from a start to its stop
+            box = tuple(slice(int(i), int(j)) for i, j in zip(a, b, strict=True))
+            yield box, mask[:, :, :h].view(bool).transpose(1, 2, 0)
 
 
-def _voxels_inside(pieces: np.ndarray, region: np.ndarray, n: int) -> np.ndarray:
-    """(n,) the number of voxels of each piece that lie in a region; entry 0 is 0."""
-    counts = np.bincount(np.where(region, pieces, 0).ravel(), minlength=n)
-    counts[0] = 0
-    return counts
+def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Ranges in a row: first [5, 20], count [3, 2] -> [5, 6, 7, 20, 21]"""
+    before = np.cumsum(count) - count
+    shift = (first - before).astype(np.int32)
+    return np.arange(count.sum(), dtype=np.int32) + np.repeat(shift, count)
 
 
 # ---- left and right ----------------------------------------------------------------------------
@@ -153,24 +257,28 @@ def settle_sides(right: np.ndarray, left: np.ndarray,
     An island is a part of one label that lies entirely on the other side of the plane. Of two
     labels of the same size, the larger one is the right one.
     """
-    pieces, sizes = components(right | left)
-    n = len(sizes)
-    new_right = right & ~left
-    both_labels = (_voxels_inside(pieces, right, n) > 0) & (_voxels_inside(pieces, left, n) > 0)
-    for i, box in enumerate(ndimage.find_objects(pieces), 1):
-        if both_labels[i]:
-            piece = pieces[box] == i
-            planes = None if x_right is None else x_right[box[0]]
-            part = _settle_piece(piece & right[box], piece & left[box], planes)
-            new_right[box][piece] = part[piece]
+    both = right | left
+    pieces = Pieces(both)
+    new_right = both ^ left                                    # the right label only
+    both_labels = (pieces.voxels_inside(right) > 0) & (pieces.voxels_inside(left) > 0)
+    if x_right is None:
+        sided = np.zeros_like(both_labels)
+    else:
+        share_right = pieces.voxels_inside(x_right[:, None, None]) / pieces.sizes
+        sided = both_labels & ((share_right > ONE_SIDED) | (share_right < 1 - ONE_SIDED))
+        for piece, voxels in pieces.voxels(pieces.runs_of(sided)):
+            new_right[voxels] = share_right[piece] > 0.5
+    for box, piece in pieces.each(both_labels & ~sided):
+        planes = None if x_right is None else x_right[box[0]]
+        part = _settle_piece(piece & right[box], piece & left[box], planes)
+        new_right[box][piece] = part[piece]
     if x_right is not None:
-        on_right = x_right[:, None, None]                      # (D, 1, 1), broadcasts
-        n_right = _voxels_inside(pieces, new_right, n)
-        share_right = _voxels_inside(pieces, on_right, n) / np.maximum(sizes, 1)
-        moved, cut = _one_label_for_two_organs(n_right, sizes - n_right, share_right)
-        new_right = np.select([moved[pieces], cut[pieces]],
-                              [(share_right > 0.5)[pieces], on_right], default=new_right)
-    return new_right, (pieces > 0) & ~new_right
+        n_right = pieces.voxels_inside(new_right)
+        moved, cut = _one_label_for_two_organs(n_right, pieces.sizes - n_right, share_right)
+        for piece, voxels in pieces.voxels(pieces.runs_of(moved | cut)):
+            by_piece, by_voxel = share_right[piece] > 0.5, x_right[voxels[0]]
+            new_right[voxels] = np.where(moved[piece], by_piece, by_voxel)
+    return new_right, both ^ new_right
 
 
 def _one_label_for_two_organs(n_right, n_left, share_right) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +293,7 @@ def _one_label_for_two_organs(n_right, n_left, share_right) -> tuple[np.ndarray,
     one_label = (n_right == 0) != (n_left == 0)
     twice = False
     for own in (n_right, n_left):
-        large = one_label & (own > 0) & (own >= SECOND_PIECE * own.max())
+        large = one_label & (own > 0) & (own >= SECOND_PIECE * own.max(initial=0))
         twice |= (large & on_right).any() and (large & on_left).any()
     moved = one_label & (on_right | on_left) & twice
 
@@ -195,17 +303,13 @@ def _one_label_for_two_organs(n_right, n_left, share_right) -> tuple[np.ndarray,
 
 
 def _settle_piece(right: np.ndarray, left: np.ndarray, x_right: np.ndarray | None) -> np.ndarray:
-    """The right part of a piece that has both labels, as settle_sides' table says.
+    """The right part of a piece with both labels that does not lie on one side, as settle_sides'
+    table says.
 
     right, left  (d, h, w) bool, the labels of the piece
     x_right      (d,) bool, planes on the patient's right of the midline, or None
     returns      (d, h, w) bool, which means nothing outside the piece
     """
-    if x_right is not None:
-        planes = (right | left).sum((1, 2))
-        share_right = planes[x_right].sum() / planes.sum()
-        if share_right > ONE_SIDED or share_right < 1 - ONE_SIDED:
-            return np.full(right.shape, share_right > 0.5)
     separated = _separate(right.sum((1, 2)), left.sum((1, 2)))
     if separated is not None:
         home = separated[:, None, None]
@@ -241,9 +345,11 @@ def _separate(right: np.ndarray, left: np.ndarray) -> np.ndarray | None:
 
 def _islands(mask: np.ndarray, home: np.ndarray) -> np.ndarray:
     """The pieces of a mask with no voxel on the home side."""
-    pieces, sizes = components(mask)
-    astray = (_voxels_inside(pieces, home, len(sizes)) == 0) & (sizes > 0)
-    return astray[pieces]
+    pieces = Pieces(mask)
+    islands = np.zeros_like(mask)
+    for _, voxels in pieces.voxels(pieces.runs_of(pieces.voxels_inside(home) == 0)):
+        islands[voxels] = True
+    return islands
 
 
 def _paired(classes) -> list[tuple[int, int]]:
@@ -269,6 +375,12 @@ def clean_sides(masks: PackedMasks, classes, midline: float | None) -> None:
 
 
 # ---- organs ------------------------------------------------------------------------------------
+def _delete(masks: PackedMasks, k: int, box, pieces: Pieces, chosen: np.ndarray) -> None:
+    """Delete the chosen pieces, (n,) bool, of class k, whose pieces inside a box these are."""
+    for _, voxels in pieces.voxels(pieces.runs_of(chosen)):
+        masks.clear(k, voxels, box)
+
+
 def clean_organs(masks: PackedMasks, classes, spacing_mm) -> None:
     """Delete stray pieces of every class that is not a lesion, in place.
 
@@ -280,22 +392,30 @@ def clean_organs(masks: PackedMasks, classes, spacing_mm) -> None:
         if classes[k].lesion:
             continue
         box = masks.boxes[k]
-        pieces, sizes = components(masks.get(k, box))
+        pieces = Pieces(masks.get(k, box))
         if classes[k].solid > 0:
-            keep = sizes >= classes[k].solid * sizes.max()
+            keep = pieces.sizes >= classes[k].solid * pieces.sizes.max(initial=0)
         else:
-            keep = sizes * voxel_ml >= MIN_PART_ML
-        keep[0] = False                                        # the background
-        masks.set(k, keep[pieces], box)
+            keep = pieces.sizes * voxel_ml >= MIN_PART_ML
+        _delete(masks, k, box, pieces, ~keep)
 
 
 # ---- lesions -----------------------------------------------------------------------------------
 def _dilate(mask: np.ndarray, radius_mm: float, spacing_mm) -> np.ndarray:
-    return ndimage.distance_transform_edt(~mask, spacing_mm) <= radius_mm
+    """The voxels within radius_mm of the mask: the mask moved by every vector of that length."""
+    reach = [int(radius_mm / s) + 1 for s in spacing_mm]
+    padded = np.pad(mask, [(r, r) for r in reach])
+    dilated = np.zeros_like(mask)
+    for corner in np.ndindex(*(2 * r + 1 for r in reach)):
+        shift_mm = np.subtract(corner, reach) * spacing_mm
+        if np.sqrt(np.sum(shift_mm ** 2)) <= radius_mm:
+            dilated |= padded[tuple(slice(c, c + n)
+                                    for c, n in zip(corner, mask.shape, strict=True))]
+    return dilated
 
 
 def _erode(mask: np.ndarray, radius_mm: float, spacing_mm) -> np.ndarray:
-    return ndimage.distance_transform_edt(mask, spacing_mm) > radius_mm
+    return ~_dilate(~mask, radius_mm, spacing_mm)
 
 
 def host_region(host: np.ndarray, spacing_mm) -> np.ndarray:
@@ -324,7 +444,9 @@ def host_region(host: np.ndarray, spacing_mm) -> np.ndarray:
 def _region_of_hosts(masks: PackedMasks, hosts: list[int], box, spacing_mm) -> np.ndarray:
     """The host region of several organs together, inside a box, in the shape of the box."""
     wide = _enclose([box, *(masks.boxes[h] for h in hosts if h in masks.boxes)])
-    host = np.any([masks.get(h, wide) for h in hosts], axis=0)
+    host = masks.get(hosts[0], wide)
+    for h in hosts[1:]:
+        host |= masks.get(h, wide)
     region = host_region(host, spacing_mm)
     return region[tuple(slice(b.start - w.start, b.stop - w.start)
                         for b, w in zip(box, wide, strict=True))]
@@ -342,13 +464,12 @@ def clean_lesions(masks: PackedMasks, classes, spacing_mm) -> None:
         if not classes[k].lesion:
             continue
         box, parents = masks.boxes[k], classes[k].parents
-        pieces, sizes = components(masks.get(k, box))
-        keep = sizes * voxel_ml >= MIN_LESION_ML
+        pieces = Pieces(masks.get(k, box))
+        keep = pieces.sizes * voxel_ml >= MIN_LESION_ML
         if parents and all(p in index for p in parents):
             region = _region_of_hosts(masks, [index[p] for p in parents], box, spacing_mm)
-            keep &= _voxels_inside(pieces, region, len(sizes)) >= INSIDE * sizes
-        keep[0] = False                                        # the background
-        masks.set(k, keep[pieces], box)
+            keep &= pieces.voxels_inside(region) >= INSIDE * pieces.sizes
+        _delete(masks, k, box, pieces, ~keep)
 
 
 # ---- all of it ---------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ import labels
 import losses
 import metrics
 import model as plain_form
+import postprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -621,6 +622,30 @@ def surfaces(part):
                            scores_of_metrics(maps, spacing), atol=1e-6)
         return numbers
     return {f"{part}_gb": numbers[f"{part}_gb"] - before}
+
+
+def hostile_masks(shape=(512, 512, 300), specks: int = 3000) -> postprocess.PackedMasks:
+    """32 classes of one block and many specks of 3 x 4 x 3 voxels each, anywhere in the volume."""
+    masks = postprocess.PackedMasks(shape, FULL.classes)
+    rng = np.random.default_rng(0)
+    speck, block = np.array([3, 4, 3]), np.array([80, 80, 40])
+    for k in range(FULL.classes):
+        mask = np.zeros_like(masks.words[0], bool)
+        corners = rng.integers(0, shape - speck, (specks, 3), endpoint=True)
+        corner_of_block = rng.integers(0, shape - block, endpoint=True)
+        for corner, size in [(corner_of_block, block), *((c, speck) for c in corners)]:
+            mask[tuple(map(slice, corner, corner + size))] = True
+        masks.set(k, mask)
+    return masks
+
+
+@row("at most 10 s")
+def hostile(part):
+    """Post-processing of a 512 x 512 x 300 segmentation with thousands of specks in every class."""
+    masks = hostile_masks()
+    start = time.perf_counter()
+    postprocess.postprocess(masks, labels.CLASSES, (0.8, 0.8, 1.0), midline=255.5)
+    return {"seconds": time.perf_counter() - start, "peak_gb": peak_gb()}
 
 
 def smallest_dice(file_a, file_b) -> dict[int, float]:

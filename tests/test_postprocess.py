@@ -3,17 +3,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import body
+from scipy import ndimage
 from scipy.ndimage import gaussian_filter
 
 import data
 import infer
 import labels
 import postprocess
-from postprocess import PackedMasks
+from postprocess import PackedMasks, Pieces
 
 NAMES = ["Right Kidney", "Left Kidney", "Liver", "Pancreas", "Colon", "Right Lung", "Left Lung",
          "Kidney Tumor", "Liver Tumor", "Kidney Cyst"]
 CLASSES = [c for n in NAMES for c in labels.CLASSES if c.name == n]
+TOUCHING = np.ones((3, 3, 3))                                             # 26-connected
 SHAPE, SPACING, MIDLINE = (60, 40, 30), (2.0, 2.0, 3.0), 29.5             # a voxel is 0.012 ml
 
 
@@ -86,9 +88,86 @@ def test_another_number_of_classes_is_refused():
         postprocess.postprocess(PackedMasks(SHAPE, 3), CLASSES, SPACING, MIDLINE)
 
 
+# ---- pieces --------------------------------------------------------------------------------------
+def few_runs(monkeypatch, graph: bool):
+    """Connect the pieces by a graph of their runs, or number the voxels, whatever the mask."""
+    monkeypatch.setattr(postprocess, "FEW_RUNS", 2.0 if graph else 0.0)
+
+
+def check_pieces(mask):
+    """The sizes, the counts in a region and the masks in their boxes are those of scipy."""
+    numbered, n = ndimage.label(mask, TOUCHING)
+    pieces = Pieces(mask)
+    ours = np.zeros(mask.shape, int)                        # numbered in our order, from 1
+    for piece, voxels in pieces.voxels(np.arange(len(pieces.start))):
+        assert not ours[voxels].any()
+        ours[voxels] = piece + 1
+    pairs = np.unique(np.stack([numbered.ravel(), ours.ravel()]), axis=1)
+    assert [len(np.unique(line)) for line in pairs] == [pairs.shape[1]] * 2, "one to one"
+    assert np.array_equal(ours > 0, mask)
+    assert np.array_equal(pieces.sizes, np.bincount(ours.ravel(), minlength=n + 1)[1:])
+    region = np.random.default_rng(1).random(mask.shape) < 0.4
+    inside = np.bincount(ours[region], minlength=n + 1)[1:]
+    assert np.array_equal(pieces.voxels_inside(region), inside)
+    plane = region[:, :1, :1]                               # broadcasts, like planes of axis 0
+    assert np.array_equal(pieces.voxels_inside(plane),
+                          np.bincount(ours[plane & mask], minlength=n + 1)[1:])
+    chosen = np.arange(n) % 3 < 2
+    found = list(pieces.each(chosen))
+    assert len(found) == chosen.sum()
+    boxes = ndimage.find_objects(ours)
+    for i, (box, piece) in zip(np.flatnonzero(chosen), found, strict=True):
+        assert box == boxes[i] and np.array_equal(piece, ours[box] == i + 1)
+
+
+def test_the_runs_of_a_plane_are_those_of_the_docstring(monkeypatch):
+    """Then the same with a gap of one voxel, and rows of which one ends and another begins."""
+    few_runs(monkeypatch, graph=True)
+    pieces = Pieces(np.array([[1, 1, 0], [0, 0, 1]], bool)[..., None])
+    assert pieces.start.tolist() == [4, 10] and pieces.stop.tolist() == [6, 11]
+    assert pieces.piece.tolist() == [0, 0] and pieces.sizes.tolist() == [3]
+    apart = Pieces(np.array([[1, 1, 0, 0], [0, 0, 0, 1]], bool)[..., None])
+    assert apart.sizes.tolist() == [2, 1]
+    wrapped = Pieces(np.array([[0, 0, 1], [0, 0, 0], [1, 0, 0]], bool)[..., None])
+    assert wrapped.sizes.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_two_voxels_are_one_piece_exactly_if_they_touch(monkeypatch, graph):
+    """Every pair of a voxel in the middle and another one, also at the border and diagonally."""
+    few_runs(monkeypatch, graph)
+    for other in np.ndindex(5, 5, 5):
+        mask = np.zeros((5, 5, 5), bool)
+        mask[2, 2, 2] = mask[other] = True
+        assert len(Pieces(mask).sizes) == (1 if np.abs(np.subtract(other, 2)).max() < 2 else 2)
+    for edge in np.ndindex(3, 2, 4):
+        single = np.zeros((3, 2, 4), bool)
+        single[edge] = True
+        check_pieces(single)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_an_empty_and_a_full_mask_have_no_piece_and_one(monkeypatch, graph):
+    few_runs(monkeypatch, graph)
+    for shape in ((1, 1, 1), (3, 4, 5), (1, 7, 1)):
+        check_pieces(np.zeros(shape, bool))
+        check_pieces(np.ones(shape, bool))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("graph", [True, False])
+def test_pieces_are_those_of_ndimage_label(monkeypatch, graph, seed):
+    """Sparse to dense noise and boxes, in both orders in memory, a few voxels at a time."""
+    few_runs(monkeypatch, graph)
+    monkeypatch.setattr(postprocess, "MAX_VOXELS", 7)
+    rng = np.random.default_rng(seed)
+    mask = rng.random(rng.integers(1, 14, 3)) < (0.02, 0.1, 0.3, 0.7)[seed % 4]
+    if seed % 3 == 0:
+        mask[1:5, 2:6, :3] = True
+    check_pieces(mask if seed % 2 else np.asfortranarray(mask))
+
+
 # ---- organs --------------------------------------------------------------------------------------
-
-
 def test_a_solid_organ_is_its_largest_piece_and_specks_go():
     liver = box((35, 50), (5, 20), (5, 20))
     out = after(Liver=liver | box((5, 9), (5, 9), (5, 9)) | box((58, 59), (1, 2), (1, 2)))
@@ -240,7 +319,7 @@ def test_one_right_and_one_left_piece_come_out_unchanged_at_any_midline(seed):
     rng = np.random.default_rng(seed)
     while True:
         right, left = random_box(rng), random_box(rng)
-        if postprocess.components(right | left)[0].max() == 2:
+        if ndimage.label(right | left, TOUCHING)[1] == 2:
             break
     for midline in (None, -5.0, *rng.uniform(0, SHAPE[0], 4), 100.0):
         got = settle(right, left, midline)
@@ -260,9 +339,8 @@ def random_masks(rng):
 
 def equally_labelled(right, left):
     """The pieces with as many voxels of either label, which are right where nothing is known."""
-    pieces, _ = postprocess.components(right | left)
-    n = pieces.max() + 1
-    n_right, n_left = (postprocess._voxels_inside(pieces, mask, n) for mask in (right, left))
+    pieces, n = ndimage.label(right | left, TOUCHING)
+    n_right, n_left = (ndimage.sum_labels(m, pieces, np.arange(n + 1)) for m in (right, left))
     return (n_right == n_left)[pieces] & (pieces > 0)
 
 
@@ -353,6 +431,18 @@ def test_a_tumor_of_either_kidney_is_kept():
     tumor = ball((45, 10, 10), 6) | ball((12, 10, 10), 6)
     out = after(Right_Kidney=right, Left_Kidney=left, Kidney_Tumor=tumor)
     assert np.array_equal(out["Kidney Tumor"], tumor)
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.5, 3.0), (3.7, 0.9, 5.0), (10 / 3, 2.1, 1.2)])
+def test_dilation_and_erosion_are_those_of_a_distance_transform(spacing):
+    """With voxels at exactly the radius, 10 mm, and some beyond the mask's border."""
+    rng = np.random.default_rng(0)
+    for mask in (rng.random((14, 13, 12)) < 0.004, rng.random((14, 13, 12)) < 0.97):
+        for radius in (5.0, 10.0):
+            away = ndimage.distance_transform_edt(~mask, spacing)
+            assert np.array_equal(postprocess._dilate(mask, radius, spacing), away <= radius)
+            depth = ndimage.distance_transform_edt(mask, spacing)
+            assert np.array_equal(postprocess._erode(mask, radius, spacing), depth > radius)
 
 
 def test_cleaning_twice_changes_nothing_more():
