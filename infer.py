@@ -230,8 +230,9 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
     w       (K, E)     text embeddings, on the device of the model
     batch              windows per call of the model
     bar                a tqdm bar that advances by one per window
-    yields  (start, logits (K, D, H, n))  the slab start ... start + n - 1 along the last axis. The
-                       logits are a view of the blending buffer, which the next step overwrites.
+    yields  (start, logits (K, D, H, n))  the slab start ... start + n - 1 along the last axis; n is
+                       at most half a window. The logits are a view of the blending buffer, which
+                       the next step overwrites.
 
     No value is fetched from the device.
     """
@@ -243,6 +244,7 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
     buffer = torch.zeros(len(w) + 1, *image.shape[:2], patch, device=device)
     logit_sum, weight_sum = buffer[:-1], buffer[-1]   # of the windows so far, both weighted
     air = None                                        # logits of a window of air, (1, K, p, p, p)
+    most = -(-patch // 2)                             # planes of a slab; fewer take less memory
 
     for z, next_z in zip(starts[2], [*starts[2][1:], None], strict=True):
         for first in range(0, len(columns), batch):
@@ -265,7 +267,9 @@ def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: 
                 bar.update(len(part))
 
         finished = patch if next_z is None else next_z - z    # planes that no later window reaches
-        yield z, logit_sum[..., :finished].div_(weight_sum[..., :finished])
+        for first in range(0, finished, most):
+            part = slice(first, min(first + most, finished))
+            yield z + first, logit_sum[..., part].div_(weight_sum[..., part])
         if next_z is None:
             return
         for values in buffer:              # class by class, because each needs a copy of its own
@@ -361,17 +365,16 @@ class Segmentation:
         logits  (K, d, h, n)  a slab of the working grid
         where                 the native voxels of these planes in the slab
 
-        All of this happens on the device of the logits, from which a slab is fetched in one piece,
-        and its probabilities, if they are asked for, in a second one.
+        All of this happens on the device of the logits, from which a slab is fetched in one piece.
         """
         K, shape = len(logits), (*self.winner.shape[:2], len(where.at[2]))
-        shapes = [(len(self.masks.words), *shape), shape, *((K, n) for n in shape)]
-        fetched = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int32, device=logits.device)
-        words, winner, *planes_hit = _views(fetched, shapes)
-        best = torch.full(shape, THRESHOLD, device=logits.device)
         keep_all = self.levels is not None
-        levels = torch.zeros((K, *shape) if keep_all else 0, dtype=torch.uint8,
-                             device=logits.device)
+        shapes = [(len(self.masks.words), *shape), shape, *((K, n) for n in shape)]
+        of_levels = (K, *shape) if keep_all else (0,)
+        size = 4 * sum(map(math.prod, shapes)) + math.prod(of_levels)          # bytes
+        fetched = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+        (words, winner, *planes_hit), levels = _views(fetched, shapes, of_levels)
+        best = torch.full(shape, THRESHOLD, device=logits.device)
         for k, scores in enumerate(logits):
             box = _reach(scores, where.at, everywhere=keep_all)
             if box is None:
@@ -386,18 +389,18 @@ class Segmentation:
                 highest = prob.amax([a for a in range(3) if a != axis])
                 hit[k, box[axis]] = highest > THRESHOLD
 
-        words, winner, *planes_hit = (view.numpy() for view in _views(fetched.cpu(), shapes))
+        (words, winner, *planes_hit), levels = _views(fetched.cpu(), shapes, of_levels)
         planes = slice(where.first_plane, where.first_plane + shape[2])
-        self.winner[:, :, planes] = winner
+        self.winner[:, :, planes] = winner.numpy()
         if keep_all:
-            self.levels[..., planes] = levels.cpu().numpy()
+            self.levels[..., planes] = levels.numpy()
         boxes = {}
         for k in range(K):
-            box = [data.bounding_box(hit[k] > 0) for hit in planes_hit]
+            box = [data.bounding_box(hit[k].numpy() > 0) for hit in planes_hit]
             if None not in box:
                 x, y, z = (axis for axis, in box)
                 boxes[k] = (x, y, slice(z.start + planes.start, z.stop + planes.start))
-        self.masks.set_planes(planes, words.view(np.uint32), boxes)
+        self.masks.set_planes(planes, words.numpy().view(np.uint32), boxes)
 
     def merge(self, classes) -> np.ndarray:
         """One label map (D, H, W) of class numbers (index + 1), 0 for background.
@@ -422,10 +425,13 @@ class Segmentation:
         return label
 
 
-def _views(flat: Tensor, shapes) -> list[Tensor]:
-    """Views of a one-dimensional tensor that lie in it one after the other."""
-    parts = flat.split([math.prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _views(memory: Tensor, shapes, last) -> tuple[list[Tensor], Tensor]:
+    """Views of a uint8 tensor that lie in it one after the other: int32 ones of these shapes, then
+    a uint8 one of the shape `last`."""
+    sizes = [math.prod(shape) for shape in shapes]
+    numbers, levels = memory.split([4 * sum(sizes), math.prod(last)])
+    parts = numbers.view(torch.int32).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], levels.view(last)
 
 
 def _reach(scores: Tensor, at: list[np.ndarray], everywhere: bool) -> tuple[slice, ...] | None:

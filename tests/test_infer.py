@@ -137,6 +137,15 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
     assert json.loads((tmp_path / "out/scan.json").read_text())["classes"][0]["value"] == 1
 
 
+def test_a_slab_has_at_most_half_a_window():
+    """The last window's planes come in two slabs, so that no slab takes more memory than another.
+    Each slab begins where the one before ended."""
+    image = torch.rand(32, 32, 56)
+    found = [(start, logits.shape[3]) for start, logits in
+             infer.slabs(image, lambda x, w: x, torch.ones(1, 1), patch=32, overlap=0.25)]
+    assert found == [(0, 16), (16, 8), (24, 16), (40, 16)]
+
+
 def test_slabs_and_whole_volume_give_the_same_segmentation(tmp_path):
     """Slab by slab gives what sigmoid, resampling and threshold of the whole logits give."""
     path, _ = sphere_scan(tmp_path, "RAS", (2, 2, 2), (66, 70, 120))
