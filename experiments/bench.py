@@ -436,13 +436,13 @@ def small_step(part):
     5 annotated classes, fp32) on one thread and on two."""
     call = step("fast", "unet", size=Size(side=48, width=8, annotated=tuple(range(5))))
     threads = torch.get_num_threads()
-
-    def on(count):
+    seconds = []
+    for count in (1, 2):
         torch.set_num_threads(count)
-        call()
-    one_s, two_s = medians(9, lambda: on(1), lambda: on(2))
+        seconds += medians(15, call)
     torch.set_num_threads(threads)
-    return {"one_thread_s": one_s, "two_threads_s": two_s, "ratio": one_s / two_s}
+    one, two = seconds
+    return {"one_thread_s": one, "two_threads_s": two, "ratio": one / two}
 
 
 @row("20x", PAIR)
