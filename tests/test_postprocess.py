@@ -450,10 +450,11 @@ def test_dilation_and_erosion_are_those_of_a_distance_transform(spacing):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_region_of_a_host_is_the_same_wherever_it_is_wanted(seed):
-    """A liver of two boxes and specks, whose closing reaches 10 mm, in a part of the volume."""
+    """A liver of two boxes and of specks that the closing joins where they are dense enough, seen
+    from small parts of the volume."""
     rng = np.random.default_rng(seed)
     shape, spacing = (90, 70, 60), (1.1, 1.6, 2.3)
-    liver = rng.random(shape) < 3e-4
+    liver = rng.random(shape) < 0.015
     liver[30:50, 20:40, 20:40] = liver[54:60, 20:40, 10:30] = True
     masks = PackedMasks.from_array(liver[None])
     lesion_box = (slice(3, 88), slice(2, 69), slice(1, 59))
@@ -463,7 +464,7 @@ def test_the_region_of_a_host_is_the_same_wherever_it_is_wanted(seed):
     full = np.zeros(shape, bool)
     full[wide] = postprocess.host_region(liver[wide], spacing)
     assert np.array_equal(want, full[lesion_box])
-    for _ in range(10):
+    for _ in range(12):
         corner = rng.integers(0, 50, 3)
         near = tuple(slice(int(c), int(c) + 4) for c in corner)
         got = postprocess._region_of_hosts(masks, [0], lesion_box, near, spacing)
