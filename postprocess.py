@@ -117,6 +117,16 @@ def _enclose(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
                  for axis in zip(*boxes, strict=True))
 
 
+def _box(start, stop) -> tuple[slice, ...]:
+    """The box from one corner to the other."""
+    return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+
+
+def _shift(box, by) -> tuple[slice, ...]:
+    """A box moved by some voxels along each axis."""
+    return tuple(slice(s.start + n, s.stop + n) for s, n in zip(box, by, strict=True))
+
+
 class Pieces:
     """The 26-connected pieces of a mask (D, H, W), numbered from 0.
 
@@ -156,9 +166,11 @@ class Pieces:
         """(r,) int. Runs that touch are neighbours in a graph; many runs are better looked up in a
         numbered volume."""
         r = len(self.start)
-        if r == 0 or r >= FEW_RUNS * mask.size:
+        if r == 0:
+            return np.zeros(0, np.int32)
+        if r >= FEW_RUNS * mask.size:
             pieces, _ = ndimage.label(mask.transpose(2, 0, 1), np.ones((3, 3, 3)))
-            x, y, z = self._corners(np.arange(r))
+            x, y, z = self._ends(np.arange(r))[0]
             return pieces[z, x, y] - 1
         run, neighbour = [], []
         for shift in (self.row, self.plane - self.row, self.plane, self.plane + self.row):
@@ -175,16 +187,18 @@ class Pieces:
         (x, y, z)."""
         part = np.cumsum(self.stop[runs] - self.start[runs]) // MAX_VOXELS
         for some in np.split(runs, np.flatnonzero(np.diff(part)) + 1):
-            x, y, z = self._corners(some)
+            x, y, z = self._ends(some)[0]
             count = self.stop[some] - self.start[some]
             voxels = np.repeat(x, count), _ranges(y, count), np.repeat(z, count)
             yield np.repeat(self.piece[some], count), voxels
 
-    def _corners(self, runs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The indices (x, y, z) of the first voxel of each run."""
+    def _ends(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The indices x, y, z, (3, r) int, of the first voxel of each run and of the corner behind
+        its last one, as a slice has them."""
         z, in_plane = np.divmod(self.start[runs], self.plane)
         x, y = np.divmod(in_plane, self.row)
-        return x - 1, y, z
+        y_stop = y + self.stop[runs] - self.start[runs]
+        return np.stack([x - 1, y, z]), np.stack([x, y_stop, z + 1])
 
     def runs_of(self, chosen: np.ndarray) -> np.ndarray:
         """The runs of the pieces that are chosen, (n,) bool."""
@@ -199,27 +213,29 @@ class Pieces:
             inside += np.bincount(piece[region[voxels]], minlength=len(inside))
         return inside
 
+    def box_of(self, chosen: np.ndarray) -> tuple[slice, ...]:
+        """The smallest box that holds all pieces that are chosen, (n,) bool, at least one."""
+        low, high = self._ends(self.runs_of(chosen))
+        return _box(low.min(1), high.max(1))
+
     def each(self, chosen: np.ndarray):
         """Yield the smallest box of every piece that is chosen, (n,) bool, and its mask there."""
         runs = self.runs_of(chosen)
         if len(runs) == 0:
             return
         runs = runs[np.argsort(self.piece[runs], kind="stable")]
-        x, y, z = self._corners(runs)
-        y_stop = y + self.stop[runs] - self.start[runs]
         first = np.flatnonzero(np.diff(self.piece[runs], prepend=-1))      # run of each piece
-        low = np.minimum.reduceat([x, y, z], first, axis=1).T
-        high = np.maximum.reduceat([x + 1, y_stop, z + 1], first, axis=1).T
-        runs_of_each = np.split(np.stack([x, y, y_stop, z], 1), first[1:])
-        for a, b, own in zip(low, high, runs_of_each, strict=True):
-            x, y, y_stop, z = (own - a[[0, 1, 1, 2]]).T
+        low, high = self._ends(runs)
+        corners = np.minimum.reduceat(low, first, axis=1).T
+        stops = np.maximum.reduceat(high, first, axis=1).T
+        runs_of_each = np.split(np.stack([*low, high[1]]), first[1:], axis=1)
+        for a, b, (x, y, z, y_stop) in zip(corners, stops, runs_of_each, strict=True):
             d, h, w = b - a
             mask = np.zeros((w, d, h + 1), np.int8)
-            mask[z, x, y] = 1
-            mask[z, x, y_stop] = -1
+            mask[z - a[2], x - a[0], y - a[1]] = 1
+            mask[z - a[2], x - a[0], y_stop - a[1]] = -1
             np.cumsum(mask, axis=2, dtype=np.int8, out=mask)     # 1 from a start to its stop
-            box = tuple(slice(int(i), int(j)) for i, j in zip(a, b, strict=True))
-            yield box, mask[:, :, :h].view(bool).transpose(1, 2, 0)
+            yield _box(a, b), mask[:, :, :h].view(bool).transpose(1, 2, 0)
 
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -418,6 +434,11 @@ def _erode(mask: np.ndarray, radius_mm: float, spacing_mm) -> np.ndarray:
     return ~_dilate(~mask, radius_mm, spacing_mm)
 
 
+def _host_grid(spacing_mm) -> list[int]:
+    """Voxels from one point of the host's coarse grid to the next, along each axis."""
+    return [max(1, round(HOST_GRID_MM / s)) for s in spacing_mm]
+
+
 def host_region(host: np.ndarray, spacing_mm) -> np.ndarray:
     """Where a lesion of a host organ may lie: the host closed by CLOSE_MM, dilated by DILATE_MM.
 
@@ -425,7 +446,7 @@ def host_region(host: np.ndarray, spacing_mm) -> np.ndarray:
     returns  (D, H, W) bool, computed on a grid of about HOST_GRID_MM; all false if no voxel
              of the host lies on that grid
     """
-    step = [max(1, round(HOST_GRID_MM / s)) for s in spacing_mm]
+    step = _host_grid(spacing_mm)
     coarse_mm = np.multiply(step, spacing_mm)
     coarse = host[tuple(slice(None, None, s) for s in step)]
     if not coarse.any():
@@ -441,15 +462,26 @@ def host_region(host: np.ndarray, spacing_mm) -> np.ndarray:
     return region[tuple(slice(n) for n in host.shape)]
 
 
-def _region_of_hosts(masks: PackedMasks, hosts: list[int], box, spacing_mm) -> np.ndarray:
-    """The host region of several organs together, inside a box, in the shape of the box."""
+def _region_of_hosts(masks: PackedMasks, hosts: list[int], box, near, spacing_mm) -> np.ndarray:
+    """The host region of several organs together, in the shape of a box.
+
+    near  the part of the box, seen from its corner, in which the region is wanted; it is false in
+          the rest. The coarse grid starts at the corner of the box that encloses `box` and all
+          hosts, wherever `near` lies.
+    """
     wide = _enclose([box, *(masks.boxes[h] for h in hosts if h in masks.boxes)])
-    host = masks.get(hosts[0], wide)
+    wanted = _shift(near, [s.start for s in box])
+    part = []                                  # of `wide`: all that the region depends on
+    for w, n, step, s in zip(wide, wanted, _host_grid(spacing_mm), spacing_mm, strict=True):
+        reach = int((2 * CLOSE_MM + DILATE_MM) / s) + 2 * step
+        start = max(w.start, n.start - reach)
+        part.append(slice(start - (start - w.start) % step, min(w.stop, n.stop + reach)))
+    host = masks.get(hosts[0], tuple(part))
     for h in hosts[1:]:
-        host |= masks.get(h, wide)
-    region = host_region(host, spacing_mm)
-    return region[tuple(slice(b.start - w.start, b.stop - w.start)
-                        for b, w in zip(box, wide, strict=True))]
+        host |= masks.get(h, tuple(part))
+    region = np.zeros([s.stop - s.start for s in box], bool)
+    region[near] = host_region(host, spacing_mm)[_shift(wanted, [-p.start for p in part])]
+    return region
 
 
 def clean_lesions(masks: PackedMasks, classes, spacing_mm) -> None:
@@ -466,8 +498,10 @@ def clean_lesions(masks: PackedMasks, classes, spacing_mm) -> None:
         box, parents = masks.boxes[k], classes[k].parents
         pieces = Pieces(masks.get(k, box))
         keep = pieces.sizes * voxel_ml >= MIN_LESION_ML
-        if parents and all(p in index for p in parents):
-            region = _region_of_hosts(masks, [index[p] for p in parents], box, spacing_mm)
+        if parents and all(p in index for p in parents) and keep.any():
+            near = pieces.box_of(keep)
+            hosts = [index[p] for p in parents]
+            region = _region_of_hosts(masks, hosts, box, near, spacing_mm)
             keep &= pieces.voxels_inside(region) >= INSIDE * pieces.sizes
         _delete(masks, k, box, pieces, ~keep)
 

@@ -250,6 +250,9 @@ def test_two_kidneys_with_one_label_are_told_apart_by_position():
         out = after(**{labelled: right | left})
         assert np.array_equal(out["Right Kidney"], right)
         assert np.array_equal(out["Left Kidney"], left)
+    across = box((29, 41), (5, 20), (5, 20))                 # 1 of its 12 planes is on the left
+    settled, other = settle(across | left, right & False)
+    assert np.array_equal(settled, across) and np.array_equal(other, left)
     settled, other = settle(right | left, right & False, None)
     assert np.array_equal(settled, right | left) and not other.any()
     speck = box((40, 42), (30, 32), (5, 7))
@@ -443,6 +446,31 @@ def test_dilation_and_erosion_are_those_of_a_distance_transform(spacing):
             assert np.array_equal(postprocess._dilate(mask, radius, spacing), away <= radius)
             depth = ndimage.distance_transform_edt(mask, spacing)
             assert np.array_equal(postprocess._erode(mask, radius, spacing), depth > radius)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_region_of_a_host_is_the_same_wherever_it_is_wanted(seed):
+    """A liver of two boxes and of specks that the closing joins where they are dense enough, seen
+    from small parts of the volume."""
+    rng = np.random.default_rng(seed)
+    shape, spacing = (90, 70, 60), (1.1, 1.6, 2.3)
+    liver = rng.random(shape) < 0.015
+    liver[30:50, 20:40, 20:40] = liver[54:60, 20:40, 10:30] = True
+    masks = PackedMasks.from_array(liver[None])
+    lesion_box = (slice(3, 88), slice(2, 69), slice(1, 59))
+    whole = tuple(slice(0, s.stop - s.start) for s in lesion_box)
+    want = postprocess._region_of_hosts(masks, [0], lesion_box, whole, spacing)
+    wide = postprocess._enclose([lesion_box, masks.boxes[0]])
+    full = np.zeros(shape, bool)
+    full[wide] = postprocess.host_region(liver[wide], spacing)
+    assert np.array_equal(want, full[lesion_box])
+    for _ in range(12):
+        corner = rng.integers(0, 50, 3)
+        near = tuple(slice(int(c), int(c) + 4) for c in corner)
+        got = postprocess._region_of_hosts(masks, [0], lesion_box, near, spacing)
+        assert np.array_equal(got[near], want[near])
+        got[near] = False
+        assert not got.any()
 
 
 def test_cleaning_twice_changes_nothing_more():
