@@ -794,7 +794,11 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
     listed = _listed_pairs(folder, info)
     names = _case_names([image for image, _ in listed], str(where))
     name_of_pair = dict(zip(listed, names, strict=True))
-    own_annotated = _own_annotated(info, names, classes, where)
+    own_annotated = annotated_per_case(info, classes, where)
+    unknown = sorted(set(own_annotated) - set(names))
+    if unknown:
+        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
+                f"{', '.join(unknown[:5])}")
     unused = _passed_over(folder, info)
     if unused:
         _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
@@ -820,11 +824,14 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
     return cases
 
 
-def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[str, np.ndarray]:
+def annotated_per_case(info: dict, classes, where: Path) -> dict[str, np.ndarray]:
     """{case: (K,) bool} of the cases that "annotated" in dataset.json lists with their classes.
 
+    info   the content of dataset.json
+    where  the file, for messages
+
     A name that only the built-in class table knows is passed over, so that a dataset.json can be
-    used with a smaller table.
+    used with a smaller table. A case that is not listed has all classes of the dataset.
     """
     table = info.get("annotated", {})                    # {case name: class names}
     if not isinstance(table, dict):
@@ -836,10 +843,6 @@ def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[s
                      if labels.match(name, classes) or not labels.match(name)]
         masks[case] = np.zeros(len(classes), bool)
         masks[case][labels.select(names, classes)] = True
-    unknown = sorted(set(table) - set(cases))
-    if unknown:
-        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
-                f"{', '.join(unknown[:5])}")
     return masks
 
 
