@@ -1,5 +1,6 @@
 """Facts about the conversion of OpenKBP: the axes by hand on a grid of 4 x 4 x 4 voxels, equality
 with volumes that were converted by other code, and what happens to damaged and missing files."""
+import contextlib
 import json
 import shutil
 
@@ -168,7 +169,8 @@ def test_the_datasets_as_the_other_commands_read_them(small, tmp_path):
     source = write_source(tmp_path / "open-kbp")
     shutil.copytree(source / "provided-data/train-pats/pt_10",
                     source / "provided-data/validation-pats/pt_201")
-    (source / "provided-data/train-pats/.DS_Store").touch()
+    shutil.copytree(source / "provided-data/train-pats/pt_10",
+                    source / "provided-data/train-pats/pt_10 (copy)")
     assert run(source, tmp_path / "kbp") == 0
     assert sorted(contents(tmp_path / "kbp")) == [
         "Dataset007_OpenKBP/dataset.json",
@@ -208,6 +210,12 @@ def test_provided_data_and_the_folder_above_give_the_same(small, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_one_part_of_the_source_is_enough(small, tmp_path):
+    assert run(write_source(tmp_path / "open-kbp", test=()), tmp_path / "kbp") == 0
+    assert sorted(path.name for path in (tmp_path / "kbp").iterdir()) == [
+        "Dataset007_OpenKBP", "kbp.json"]
+
+
 def test_what_is_complete_is_not_written_again_and_new_patients_are_added(small, tmp_path):
     source = write_source(tmp_path / "open-kbp", train=("pt_10",))
     whole = write_source(tmp_path / "whole", train=("pt_10", "pt_9"))
@@ -222,24 +230,25 @@ def test_what_is_complete_is_not_written_again_and_new_patients_are_added(small,
     assert contents(tmp_path / "kbp") == contents(tmp_path / "at_once")
 
 
-@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("writes", range(10))            # kbp.json, three files of each patient
 def test_an_interrupted_run_is_resumed_and_ends_as_one_that_was_not(small, tmp_path, monkeypatch,
                                                                     writes):
     source = write_source(tmp_path / "open-kbp")
     done = []
 
-    def interrupted(path, array, affine):
-        if len(done) == writes:
-            with data.atomic_write(path) as part:
-                part.write_bytes(b"half of a file")
+    @contextlib.contextmanager
+    def interrupted(path):
+        with atomic_write(path) as part:
+            yield part
+            if len(done) == writes:
                 raise KeyboardInterrupt
         done.append(path)
-        write_nifti(path, array, affine)
 
-    write_nifti = openkbp.write_nifti
+    atomic_write = data.atomic_write
     with monkeypatch.context() as patch:
-        patch.setattr(openkbp, "write_nifti", interrupted)
+        patch.setattr(data, "atomic_write", interrupted)
         assert run(source, tmp_path / "kbp") == 130
+    assert len(contents(tmp_path / "kbp")) == len(set(done))
     for image in (tmp_path / "kbp").rglob("*_0000.nii.gz"):
         case = image.name.removesuffix("_0000.nii.gz")
         dataset = image.parents[1]
