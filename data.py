@@ -50,6 +50,7 @@ HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
 PATCH = 96                      # side of a training crop and of an inference window, voxels
 FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
+BACKGROUND = -1                 # instead of a class: a crop is centred on unlabelled body
 MSD_CROPS = (5, 1, 1)           # tumour : organ : background crops of MSD tasks (release)
 SHIFT, SHIFT_P = 0.1, 0.2       # largest intensity shift, and its probability (release)
 ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
@@ -794,7 +795,11 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
     listed = _listed_pairs(folder, info)
     names = _case_names([image for image, _ in listed], str(where))
     name_of_pair = dict(zip(listed, names, strict=True))
-    own_annotated = _own_annotated(info, names, classes, where)
+    own_annotated = annotated_per_case(info, classes, where)
+    unknown = sorted(set(own_annotated) - set(names))
+    if unknown:
+        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
+                f"{', '.join(unknown[:5])}")
     unused = _passed_over(folder, info)
     if unused:
         _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
@@ -820,11 +825,14 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
     return cases
 
 
-def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[str, np.ndarray]:
+def annotated_per_case(info: dict, classes, where: Path) -> dict[str, np.ndarray]:
     """{case: (K,) bool} of the cases that "annotated" in dataset.json lists with their classes.
 
+    info   the content of dataset.json
+    where  the file, for messages
+
     A name that only the built-in class table knows is passed over, so that a dataset.json can be
-    used with a smaller table.
+    used with a smaller table. A case that is not listed has all classes of the dataset.
     """
     table = info.get("annotated", {})                    # {case name: class names}
     if not isinstance(table, dict):
@@ -836,10 +844,6 @@ def _own_annotated(info: dict, cases: list[str], classes, where: Path) -> dict[s
                      if labels.match(name, classes) or not labels.match(name)]
         masks[case] = np.zeros(len(classes), bool)
         masks[case][labels.select(names, classes)] = True
-    unknown = sorted(set(table) - set(cases))
-    if unknown:
-        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
-                f"{', '.join(unknown[:5])}")
     return masks
 
 
@@ -1607,16 +1611,18 @@ class Crops(torch.utils.data.Dataset):
     are magnified and most are centred on a tumour.
 
     Two things differ from the release. A foreground crop is drawn by class: first one of the
-    scan's annotated classes, uniformly, then one of its voxels, so that a small gland is seen as
-    often as the liver. The release draws by volume: any labelled voxel, so that large organs
-    dominate. And each crop comes from a scan of its own, whereas the release cuts several crops
-    from every scan it loads, so that a step sees fewer scans.
+    classes of the dataset, uniformly, then one of the scans that have it, then one of its voxels.
+    So a small gland is seen as often as the liver, and a class that few scans annotate as often as
+    one that all do. The release draws by volume: any labelled voxel, so that large organs dominate.
+    And each crop comes from a scan of its own, whereas the release cuts several crops from every
+    scan it loads, so that a step sees fewer scans.
     """
 
     def __init__(self, scans: list[Scan], *, patch: int = PATCH, seed: int = 0, length: int = 0,
                  augment: bool = True):
         names = sorted({scan.case.dataset for scan in scans})
         self.datasets = [[scan for scan in scans if scan.case.dataset == name] for name in names]
+        self.scans_with_class = [scans_with_class(dataset) for dataset in self.datasets]
         self.patch = patch
         self.seed = seed
         self.length = length
@@ -1627,12 +1633,15 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         rng = np.random.default_rng([self.seed, i])
-        scans = self.datasets[rng.integers(len(self.datasets))]
+        dataset = rng.integers(len(self.datasets))
+        scans, with_class = self.datasets[dataset], self.scans_with_class[dataset]
+        k = draw_class(sorted(with_class), scans[0].case, rng)
+        scans = with_class.get(k, scans)                 # of the background: all of them
         scan = scans[rng.integers(len(scans))]
         if self.augment and scan.case.msd and rng.random() < ZOOM_P:
-            image, label_rows = magnified_crop(scan, self.patch, rng)
+            image, label_rows = magnified_crop(scan, self.patch, rng, k)
         else:
-            image, label_rows = crop(scan, self.patch, rng)
+            image, label_rows = crop(scan, self.patch, rng, k)
         if self.augment:
             image, label_rows = rotate_and_shift(image, label_rows, rng)
         label_rows = np.ascontiguousarray(label_rows).astype(np.int32)
@@ -1644,32 +1653,51 @@ class Crops(torch.utils.data.Dataset):
                 "name": scan.case.name}
 
 
-def crop(scan: Scan, patch: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop of a scan: image (p, p, p) float32 and label_rows (p, p, p)."""
-    image, label_rows = scan.image(), scan.label_rows()
-    centre = draw_centre(scan, image, label_rows, rng)
-    return cut_out(image, centre, patch).astype(np.float32), cut_out(label_rows, centre, patch)
+def scans_with_class(scans: list[Scan]) -> dict[int, list[Scan]]:
+    """For every annotated class that has a voxel in one of the scans, the scans in which it has."""
+    with_class: dict[int, list[Scan]] = {}
+    for scan in scans:
+        for k in scan.present_classes():
+            with_class.setdefault(int(k), []).append(scan)
+    return with_class
 
 
-def draw_centre(scan: Scan, image: np.ndarray, label_rows: np.ndarray,
-                rng: np.random.Generator) -> tuple[int, ...]:
-    """The voxel on which a crop is centred: of a class drawn uniformly, or of the background."""
-    present = scan.present_classes()
+def draw_class(present: list[int], case: Case, rng: np.random.Generator) -> int:
+    """The class on which a crop is centred, one of `present`, or BACKGROUND.
+
+    case  any case of the dataset: whether it is an MSD task, and which classes are lesions
+    """
     if not present:
-        return draw_background(image, label_rows, rng)
+        return BACKGROUND
     draw = rng.random()
     candidates = present
     foreground_share = FOREGROUND
-    lesions = [k for k in present if k in scan.case.lesions]
-    if scan.case.msd and lesions:
+    lesions = [k for k in present if k in case.lesions]
+    if case.msd and lesions:
         lesion_share = MSD_CROPS[0] / sum(MSD_CROPS)
         foreground_share = (MSD_CROPS[0] + MSD_CROPS[1]) / sum(MSD_CROPS)
         organs = [k for k in present if k not in lesions]
         candidates = organs if organs and draw >= lesion_share else lesions
     if draw >= foreground_share:
-        return draw_background(image, label_rows, rng)
-    voxels = scan.class_voxels(candidates[rng.integers(len(candidates))])
-    return tuple(int(c) for c in voxels[rng.integers(len(voxels))])
+        return BACKGROUND
+    return int(candidates[rng.integers(len(candidates))])
+
+
+def crop(scan: Scan, patch: int, rng: np.random.Generator,
+         k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop of a scan: image (p, p, p) float32 and label_rows (p, p, p).
+
+    k  the class that it is centred on, or BACKGROUND; None: one that is drawn from the scan's
+    """
+    if k is None:
+        k = draw_class(scan.present_classes(), scan.case, rng)
+    image, label_rows = scan.image(), scan.label_rows()
+    if k == BACKGROUND:
+        centre = draw_background(image, label_rows, rng)
+    else:
+        voxels = scan.class_voxels(k)
+        centre = tuple(int(c) for c in voxels[rng.integers(len(voxels))])
+    return cut_out(image, centre, patch).astype(np.float32), cut_out(label_rows, centre, patch)
 
 
 def draw_background(image: np.ndarray, label_rows: np.ndarray,
@@ -1711,10 +1739,10 @@ def cut_out(array: np.ndarray, centre, patch: int) -> np.ndarray:
     return out
 
 
-def magnified_crop(scan: Scan, patch: int, rng: np.random.Generator):
+def magnified_crop(scan: Scan, patch: int, rng: np.random.Generator, k: int | None = None):
     """A crop of a smaller part of the scan, enlarged by a random factor to the patch's size."""
     side = round(patch / rng.uniform(*ZOOM))
-    image, label_rows = crop(scan, side, rng)
+    image, label_rows = crop(scan, side, rng, k)
     shape = (patch,) * 3
     return resample(image, shape), resample_nearest(label_rows, shape)
 

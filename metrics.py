@@ -450,18 +450,20 @@ def score_case(pred_path: Path, ref_path: Path, classes, indices: list[int],
     indices    the classes to score
     tolerance  {class name: NSD tolerance in mm}; "" for all others
 
-    Two sides that the reference does not tell apart are scored as one structure.
+    Two sides that the reference does not tell apart are scored as one structure. A structure that
+    the reference does not annotate in this case is not scored: nobody knows whether it is there.
     """
     case = _case_name(ref_path)
     pred, ref, spacing_mm = _read_pair(pred_path, ref_path)
     pred_map = _label_map_of(pred_path, pred, case, classes)
     ref_map = _label_map_of(ref_path, ref, case, classes)
+    annotated = _annotated_in(ref_path, case, classes)
     seen = _seen(pred_path.parent, case)
     pred_side = _side(pred, pred_map, pred_path, split=True)
     ref_side = _side(ref, ref_map, ref_path, split=False)
     results = []
     for structure in _structures(ref_map):
-        if all(k in indices and pred_map.annotated[k] for k in structure):
+        if all(k in indices and annotated[k] and pred_map.annotated[k] for k in structure):
             pred_mask, ref_mask = _masks(structure, pred_side, ref_side)
             scores = _score_structure(pred_mask, ref_mask, [classes[k] for k in structure],
                                       spacing_mm, tolerance)
@@ -529,6 +531,17 @@ def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
     if where is not None and where.name == "dataset.json":
         context = str(data.read_json(where).get("name") or where.resolve().parent.name)
     return labels.label_map(table, classes, str(where or path.parent), context=context)
+
+
+def _annotated_in(ref_path: Path, case: str, classes) -> np.ndarray:
+    """(K,) bool: the classes that the reference annotates in this case, by "annotated" in its
+    dataset.json, as in training. All of them where that does not list the case."""
+    import data
+    where, _ = _table_of(ref_path.parent, case)
+    if where is None:
+        return np.ones(len(classes), bool)
+    listed = data.annotated_per_case(data.read_json(where), classes, where)
+    return listed.get(case, np.ones(len(classes), bool))
 
 
 def _report_assumed_tables(pairs: list[tuple[Path, Path]], classes) -> None:

@@ -14,7 +14,7 @@ What differs from the release in training:
 |--------------------|-------------------------------------|---------------------------------|
 | crops of a step    | several of one scan on every GPU    | each of a scan drawn anew       |
 | gradient           | not clipped                         | norm clipped at 1 (--clip-grad) |
-| foreground crops   | drawn by volume: any labelled voxel | drawn by class, then by voxel   |
+| foreground crops   | drawn by volume: any labelled voxel | by class, then scan, then voxel |
 | tumour crops       | LiTS and three MSD tasks            | every MSD task                  |
 | Dice               | averaged over slices, or an error   | of the whole patch              |
 | precision          | float32                             | bf16 where the hardware has it  |

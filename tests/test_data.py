@@ -549,6 +549,27 @@ def test_two_of_three_crops_are_centred_on_a_class_and_each_gets_its_turn(tiny_s
     assert share[1] > 0.15 and share[2] > 0.3    # tumour voxels are drawn as tumour and as liver
 
 
+def test_a_class_that_few_scans_annotate_is_seen_as_often_as_one_that_all_do(tiny_scans):
+    """Four scans with a liver, of which one also annotates the tumour. A crop is centred with 1/3
+    each on a liver (of any of the four), on the tumour (of that one) and on background (of any),
+    so the one scan gives 1/3 + 2/3 / 4 = 1/2 of the crops, and each of the others 1/6."""
+    scan = tiny_scans[0]
+    liver, tumour = sorted(scan.present_classes())
+    scans = []
+    for i in range(4):
+        annotated = scan.case.annotated.copy()
+        annotated[tumour] = i == 0
+        scans.append(dataclasses.replace(scan, case=dataclasses.replace(
+            scan.case, name=str(i), annotated=annotated)))
+    assert data.scans_with_class(scans) == {liver: scans, tumour: scans[:1]}
+    n, names = 600, []
+    crops_ = data.Crops(scans, patch=16, length=n, augment=False)
+    for i in range(n):
+        names.append(crops_[i]["name"])
+    assert abs(names.count("0") / n - 1 / 2) < 0.06
+    assert abs(names.count("1") / n - 1 / 6) < 0.05
+
+
 def scan_of(folder, image, label_rows):
     """A cache entry of these two arrays, in which no class has a voxel: all crops are background.
 

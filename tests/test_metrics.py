@@ -343,6 +343,29 @@ def test_protocol_tolerance_and_detection_are_in_the_table(tmp_path, capsys):
     assert [r["tolerance_mm"] for r in read_scores(tmp_path)["cases"]] == [1.5, 1.5]
 
 
+def test_only_what_the_reference_annotates_in_a_case_is_scored(tmp_path):
+    """Both cases are predicted with a liver and a spleen. Case a annotates the liver only, case b
+    is not listed and so annotates both. Liver: 8 of 8 voxels in a, none in b, where the prediction
+    is a false positive: (1 + 0) / 2. Spleen: b alone, 2 * 4 / (8 + 4); in a it would be 0."""
+    pred, in_a, in_b = (np.zeros((6, 6, 6), np.uint8) for _ in range(3))
+    pred[:2, :2, :2], pred[4:, :2, :2] = 1, 2
+    in_a[:2, :2, :2] = 1
+    in_b[4:, :2, :1] = 2
+    for case, ref in (("a", in_a), ("b", in_b)):
+        write_nifti(tmp_path / f"pred/{case}.nii.gz", pred, np.eye(4))
+        write_nifti(tmp_path / f"ref/labelsTr/{case}.nii.gz", ref, np.eye(4))
+    table = {"labels": {"background": 0, "Liver": 1, "Spleen": 2}}
+    (tmp_path / "pred/dataset.json").write_text(json.dumps(table))
+    (tmp_path / "ref/dataset.json").write_text(json.dumps({**table, "annotated": {"a": ["liver"]}}))
+    assert metrics.main(["--pred", str(tmp_path / "pred"),
+                         "--ref", str(tmp_path / "ref/labelsTr")]) == 0
+    scores = read_scores(tmp_path)
+    assert {n: c["dice"] for n, c in scores["classes"].items()} == pytest.approx(
+        {"Liver": 0.5, "Spleen": 8 / 12})
+    assert [(r["case"], r["class"]) for r in scores["cases"]] == [
+        ("a", "Liver"), ("b", "Spleen"), ("b", "Liver")]
+
+
 def test_many_cases_are_scored_in_processes_as_one_by_one(tmp_path):
     """Three copies of a case: three times its scores, in the order of their names."""
     args = folders(tmp_path)
