@@ -825,11 +825,13 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
     return cases
 
 
-def annotated_per_case(info: dict, classes, where: Path) -> dict[str, np.ndarray]:
+def annotated_per_case(info: dict, classes, where: Path,
+                       only: str | None = None) -> dict[str, np.ndarray]:
     """{case: (K,) bool} of the cases that "annotated" in dataset.json lists with their classes.
 
     info   the content of dataset.json
     where  the file, for messages
+    only   the one case to look up, where a caller needs no other; None: all
 
     A name that only the built-in class table knows is passed over, so that a dataset.json can be
     used with a smaller table. A case that is not listed has all classes of the dataset.
@@ -839,6 +841,8 @@ def annotated_per_case(info: dict, classes, where: Path) -> dict[str, np.ndarray
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
     masks = {}
     for case, names in table.items():
+        if only is not None and case != only:
+            continue
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             names = [name for name in names
                      if labels.match(name, classes) or not labels.match(name)]

@@ -540,7 +540,7 @@ def _annotated_in(ref_path: Path, case: str, classes) -> np.ndarray:
     where, _ = _table_of(ref_path.parent, case)
     if where is None:
         return np.ones(len(classes), bool)
-    listed = data.annotated_per_case(data.read_json(where), classes, where)
+    listed = data.annotated_per_case(data.read_json(where), classes, where, only=case)
     return listed.get(case, np.ones(len(classes), bool))
 
 
