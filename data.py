@@ -47,6 +47,7 @@ from tqdm import tqdm
 import labels
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
+VOXEL_SIDE_MM = (0.02, 50)      # plausible sides of a voxel; others are refused, mm
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
 PATCH = 96                      # side of a training crop and of an inference window, voxels
 FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
@@ -221,7 +222,8 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
     if not invertible or np.isnan(nib.io_orientation(affine)).any():
         raise ValueError(f"{path}: its affine is not invertible; repair the header (sform/qform)")
     spacing_mm = np.linalg.norm(matrix, axis=0)
-    if spacing_mm.min() < 0.02 or spacing_mm.max() > 50:
+    low, high = VOXEL_SIDE_MM
+    if spacing_mm.min() < low or spacing_mm.max() > high:
         text = " x ".join(f"{s:.3g}" for s in spacing_mm)
         raise ValueError(f"{path}: a spacing of {text} mm is not plausible for a body scan; repair "
                          "the header (is its unit the millimetre?)")

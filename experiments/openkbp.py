@@ -35,7 +35,6 @@ from experiments.phantom import write_nifti
 
 GRID = 128                      # voxels along each axis of every scan of the source
 AIR_HU = -1024                  # HU of a voxel that ct.csv does not list, and of the value 0 in it
-SPACING_RANGE_MM = (0.02, 50)   # a plausible side of a voxel; data.py accepts the same range
 HEADER = b",data"               # first line of the source's lists of voxels
 
 # File -> class, in the order of the label values. In a voxel of two structures the later one stays.
@@ -107,7 +106,7 @@ def _as_volume(flat: np.ndarray) -> np.ndarray:
 def _read_affine(path: Path) -> np.ndarray:
     """The affine (4, 4) voxel -> mm of axes to the left, back and head, from a voxel's sides."""
     sides_mm = _parse(path, path.read_bytes(), columns=1)[:, 0]
-    low, high = SPACING_RANGE_MM
+    low, high = data.VOXEL_SIDE_MM
     if len(sides_mm) != 3 or not ((sides_mm >= low) & (sides_mm <= high)).all():
         raise ValueError(f"{path}: expected the three sides of a voxel, {low} to {high} mm, got "
                          f"{sides_mm[:4].tolist()}")
