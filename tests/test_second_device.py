@@ -155,18 +155,19 @@ NETWORKS = {
 }
 
 
-def forward_and_backward(backbone, form, device, amp):
+def forward_and_backward(backbone, form, device, amp, dtype=torch.float32):
     """-> logits, and the gradients of all parameters, on the CPU."""
     spec, side = NETWORKS[backbone]
     torch.manual_seed(0)
-    network = model.build_model(spec).to(device)
+    network = model.build_model(spec).to(device, dtype)
     if form != "plain":
         fast.accelerate(network)
-    x, w = torch.rand(1, 1, side, side, side).to(device), torch.randn(3, 5).to(device)
+    x = torch.rand(1, 1, side, side, side).to(device, dtype)
+    w = torch.randn(3, 5).to(device, dtype)
     with torch.autocast(device, torch.bfloat16, enabled=amp):
         logits = network(x, w)
-    weight = torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(device)
-    (logits.float() * weight).mean().backward()
+    weight = torch.linspace(-1, 1, logits.numel(), dtype=dtype).view(logits.shape).to(device)
+    (logits.to(dtype) * weight).mean().backward()
     return logits.detach().cpu(), [p.grad.cpu() for p in network.parameters()]
 
 
@@ -193,16 +194,20 @@ def relative(got, want):
 def test_logits_and_gradients_are_those_of_the_cpu(device_for, backbone, form, amp):
     """Bit for bit in the plain U-Net. Elsewhere PyTorch picks other kernels: for matrix products of
     a tensor subclass and, in fast.py, for attention and small convolutions on the CPU. They differ
-    by rounding: 1e-5 in float32, 5e-2 in bf16."""
+    by rounding: 1e-5 in float32, 5e-2 in bf16.
+
+    fast.py runs in float64, because rounding in float32 moves an activation across the kink of ReLU
+    now and then, and a single one changes the gradients by 1e-4."""
     device = device_for(form)
-    logits, gradients = forward_and_backward(backbone, form, "cpu", amp)
+    dtype = torch.float64 if form == "fast" and not amp else torch.float32
+    logits, gradients = forward_and_backward(backbone, form, "cpu", amp, dtype)
     with device:
-        there, gradients_there = forward_and_backward(backbone, form, "meta", amp)
-    assert there.dtype == logits.dtype == (torch.bfloat16 if amp else torch.float32)
+        there, gradients_there = forward_and_backward(backbone, form, "meta", amp, dtype)
+    assert there.dtype == logits.dtype == (torch.bfloat16 if amp else dtype)
     if (backbone, form) == ("unet", "plain"):
         assert torch.equal(there, logits)
         assert all(map(torch.equal, gradients_there, gradients))
-    tolerance = 5e-2 if amp else 1e-5
+    tolerance = 5e-2 if amp else {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     assert relative([there], [logits]) < tolerance
     assert relative(gradients_there, gradients) < tolerance
 
