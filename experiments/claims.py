@@ -1,14 +1,18 @@
-"""The paper's claims at small scale, on the phantom: one function per claim.
+"""The paper's claims at small scale, on the phantom and on OpenKBP: one function per claim.
 
-    python -m experiments.claims partial-labels --seeds 3
+    python -m experiments.claims partial-labels
+    python -m experiments.claims partial-labels --study openkbp --kbp kbp
+    python -m experiments.claims partial-labels --study hospitals --kbp kbp
     python -m experiments.claims text --rows txt_encoding.pth
-    python -m experiments.claims words --seeds 1 --rows txt_encoding.pth
     python -m experiments.claims transfer --seeds 1
 
-Each claim writes CLAIM.json with its numbers per class, and CLAIM.md, the table of them that
-experiments/RESULTS.md shows, under --out (default claims/). A model that was trained before is not
-trained again, so an interrupted run continues where it stopped. The phantom shows whether an effect
-exists, not how large it is on patients.
+A study is a set of training datasets, a test set and the settings for both. The phantom shows
+whether an effect exists, not how large it is on patients; openkbp and hospitals are real patients
+(experiments/openkbp.py makes the folder of --kbp).
+
+Each claim writes a JSON file with all of its numbers, and beside it the table of them that
+experiments/RESULTS.md shows, under --out (default claims/). A model that was trained or scored
+before is not trained or scored again, so an interrupted run continues where it stopped.
 
 A claim's function returns {method: one dict of numbers per seed}.
 """
@@ -17,10 +21,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -35,52 +42,152 @@ import infer
 import labels
 import metrics
 import train
-from experiments import phantom
+from experiments import openkbp, phantom
 from model import Controller, load_checkpoint
 
-CLAIMS = {}             # name on the command line -> function
-SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "lr": 1e-3}
-SWIN_COST = 3           # a step of it takes as long as this many steps of the U-Net of width 8
-MAX_COLUMNS = 5         # a table of more methods than this has a row per method
+SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "patch": 64, "batch": 1, "lr": 1e-3}
 REAL_DATASETS = ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
                  "Dataset003_LungOrgansAndTumour", "Dataset004_LungTumour")
 
 
-def claim(function):
-    CLAIMS[function.__name__.replace("_", "-")] = function
-    return function
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and how its table looks."""
+    function: Callable          # of the arguments and the study
+    studies: tuple[str, ...]    # names of the studies that it can be run on
+    shown: tuple[str, ...]      # rows of its table; none: all of them
+    grid: bool                  # methods are named "column, row"; a cell is the mean Dice
 
 
-# ---- datasets ----------------------------------------------------------------------------------
-def study(args, anatomy: str = "abdomen") -> Path:
-    """The folder of the phantom's training datasets and test set; written on first use."""
+CLAIMS: dict[str, Claim] = {}   # by their names on the command line
+
+
+def claim(*studies: str, shown: tuple[str, ...] = (), grid: bool = False):
+    def register(function):
+        name = function.__name__.replace("_", "-")
+        CLAIMS[name] = Claim(function, studies or ("phantom",), shown, grid)
+        return function
+    return register
+
+
+# ---- studies -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Study:
+    """Training datasets and a test set, and how a model is trained and scored on them."""
+    name: str
+    datasets: list[Path]
+    test: Path
+    settings: dict                          # fields of train.Config
+    swin_cost: float                        # a step of SMALL_SWIN takes as long as this many steps
+    classes: Path | None = None             # a class table other than the built-in one
+    tolerances_mm: tuple[float, ...] = (3,)     # of NSD
+    infer_flags: tuple[str, ...] = ("--batch", "2")
+    patients: bool = False                  # real ones: intervals over them are given
+
+
+PHANTOM_SETTINGS = {"spacing_mm": 5.0, "patch": 48, "batch": 1, "steps": 2700}
+OPENKBP_SETTINGS = {"spacing_mm": 4.0, "patch": 32, "batch": 2, "steps": 2000, "head_lr": 5e-4}
+HOSPITALS = {                   # dataset of a hospital -> the structures that it contours
+    "Dataset201_HospitalA": ("Brainstem", "Spinal Cord"),
+    "Dataset202_HospitalB": ("Right Parotid", "Left Parotid"),
+    "Dataset203_HospitalC": ("Esophagus", "Larynx", "Mandible"),
+}
+
+
+def phantom_study(args, anatomy: str = "abdomen") -> Study:
+    """The phantom's training datasets and test set; written on first use."""
     folder = args.out / ("phantom" if anatomy == "abdomen" else anatomy)
     *_, test = phantom.ANATOMY[anatomy].datasets
     if not (folder / test / "dataset.json").is_file():
         phantom.write_datasets(folder, scans=args.scans, seed=1, test_scans=args.test_scans,
                                anatomy=anatomy)
-    return folder
+    datasets = sorted(path for path in folder.iterdir() if (path / "imagesTr").is_dir())
+    return Study(folder.name, datasets, folder / test, PHANTOM_SETTINGS, swin_cost=10)
 
 
-def training_sets(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.iterdir() if (folder / "imagesTr").is_dir())
+def knee_study(args) -> Study:
+    """Partially labelled MR scans of synthetic knees."""
+    study = phantom_study(args, "knee")
+    return replace(study, classes=study.test.parent / "knee.json", tolerances_mm=(1.5,),
+                   settings={**study.settings, "spacing_mm": 1.5, "head_lr": 5e-4})
+
+
+def real_study(args) -> Study:
+    """Four small real datasets; there is no test set."""
+    if args.real is None:
+        raise ValueError("real-scans needs --real DIR, the folder that holds "
+                         + ", ".join(REAL_DATASETS))
+    datasets = [args.real / name for name in REAL_DATASETS]
+    settings = {**PHANTOM_SETTINGS, "patch": 64, "batch": 2, "lr": 3e-3, "head_lr": 5e-4}
+    return Study("real", datasets, datasets[0], settings, swin_cost=10)
+
+
+def openkbp_study(args) -> Study:
+    """The training and test patients of OpenKBP with the contours that each of them has."""
+    (training, _), (test, _) = openkbp.DATASETS.values()
+    for folder in (args.kbp / training, args.kbp / test):
+        if not (folder / "dataset.json").is_file():
+            raise FileNotFoundError(f"{folder}: no such dataset; make it with `python -m "
+                                    "experiments.openkbp`, and name the folder that it is in with "
+                                    "--kbp")
+    classes = args.out / "kbp.json"
+    openkbp.write_class_table(classes)
+    return Study("openkbp", [args.kbp / training], args.kbp / test, OPENKBP_SETTINGS,
+                 swin_cost=16, classes=classes, tolerances_mm=(3, 2),
+                 infer_flags=("--overlap", "0.25", "--batch", "8"), patients=True)
+
+
+def hospitals_study(args) -> Study:
+    """OpenKBP's training patients dealt out to three hospitals, each of which contours other
+    structures. A patient without any of the hospital's structures is left out."""
+    whole = openkbp_study(args)
+    source, = whole.datasets
+    patients = sorted(data.read_json(source / "dataset.json")["annotated"])
+    datasets = []
+    for i, (name, structures) in enumerate(HOSPITALS.items()):
+        own = patients[i::len(HOSPITALS)]
+        datasets.append(part_of(source, args.out / "hospitals" / name, own, structures))
+    return replace(whole, name="hospitals", datasets=datasets)
+
+
+def part_of(source: Path, to: Path, cases, structures=None, split: str = "Tr") -> Path:
+    """A copy of a dataset with some of its scans; written on first use.
+
+    structures  names of the only structures that the copy annotates; None: all of them
+    split       Tr or Ts, the ending of the folders of images and labels
+    """
+    if (to / "dataset.json").is_file():
+        return to
+    info = data.read_json(source / "dataset.json")
+    annotated = info.get("annotated", {})
+    if structures is not None:
+        info["labels"] = {name: value for name, value in info["labels"].items()
+                          if name in ("background", *structures)}
+        annotated = {case: [name for name in annotated[case] if name in structures]
+                     for case in cases}
+        cases = [case for case in cases if annotated[case]]
+    if annotated:
+        info["annotated"] = {case: annotated[case] for case in cases}
+    for case in cases:
+        image = to / f"images{split}" / f"{case}_0000.nii.gz"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"images{split}" / image.name, image)
+        label = data.load_volume(source / f"labels{split}" / f"{case}.nii.gz")
+        kept = np.isin(label.array, list(info["labels"].values()))
+        phantom.write_nifti(to / f"labels{split}" / f"{case}.nii.gz",
+                            np.where(kept, label.array, 0).astype(np.uint8), label.affine)
+    with data.atomic_write(to / "dataset.json") as part:
+        part.write_text(json.dumps(info) + "\n")
+    return to
 
 
 def first_scans(source: Path, n: int, to: Path) -> Path:
     """A copy of a dataset with its first n scans only; written on first use."""
-    few = to / source.name
-    if (few / "dataset.json").is_file():
-        return few
-    for image in infer.find_scans(source / "imagesTr")[:n]:
-        for file in (image, source / "labelsTr" / f"{data.case_name(image)}.nii.gz"):
-            copy = few / file.parent.name / file.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
-    shutil.copy(source / "dataset.json", few)
-    return few
+    scans = infer.find_scans(source / "imagesTr")[:n]
+    return part_of(source, to / source.name, [data.case_name(scan) for scan in scans])
 
 
-def test_set(args, name: str, **how) -> Path:
+def test_set(args, study: Study, name: str, **how) -> Path:
     """More fully labelled test scans, made by `phantom.make_scan(seed, **how)`."""
     folder = args.out / name
     if (folder / "dataset.json").is_file():
@@ -91,60 +198,84 @@ def test_set(args, name: str, **how) -> Path:
         phantom.write_nifti(folder / f"imagesTs/t{i}_0000.nii.gz", hu, affine)
         phantom.write_nifti(folder / f"labelsTs/t{i}.nii.gz", label_value[truth], affine)
     with data.atomic_write(folder / "dataset.json") as part:
-        shutil.copy(study(args) / phantom.TEST / "dataset.json", part)
+        shutil.copy(study.test / "dataset.json", part)
     return folder
 
 
 # ---- a model and its score ---------------------------------------------------------------------
-def fit(args, name: str, datasets, seed: int, **flags) -> Path:
+def steps_of(args, study: Study) -> int:
+    return args.steps or study.settings["steps"]
+
+
+def fit(args, study: Study, name: str, seed: int, datasets=None, **flags) -> Path:
     """Train with settings as small as those of the README's first command.
 
-    flags    fields of train.Config that differ from the settings below
-    returns  the checkpoint
+    datasets  other folders than those of the study
+    flags     fields of train.Config that differ from those of the study
+    returns   the checkpoint
     """
-    out = args.out / f"{name}_{seed}"
+    out = args.out / f"{study.name}_{name}_{seed}"
     settings = {
-        "data": tuple(str(folder) for folder in datasets),
         "out": str(out),
+        "data": tuple(str(folder) for folder in datasets or study.datasets),
+        "classes": str(study.classes) if study.classes else None,
         "cache": str(args.out / "cache"),
         "resume": True,
         "text": "onehot",
-        "spacing_mm": 5.0,
-        "patch": 64,
         "width": 8,
-        "steps": args.steps,
-        "batch": 1,
         "lr": 2e-3,
         "val_fraction": 0.0,
         "seed": seed,
+        **study.settings,
+        "steps": steps_of(args, study),
     }
     train.train(train.Config(**{**settings, **flags}))
     return out / "last.pt"
 
 
-def score(args, checkpoint: Path, test: Path, *flags, tolerance: float = 3, class_table=None,
+def score(study: Study, checkpoint: Path, *flags, test: Path | None = None,
           part: str = "Ts") -> dict:
     """Segment and score a dataset -> content of metrics.json, and what model and training cost.
 
     flags  further flags of infer.py
+    test   another dataset than the study's test set
     part   Ts for the test scans of the dataset, Tr for its training scans
+
+    NSD at the first tolerance of the study is "nsd", at others "nsd at 2 mm" and so on. A score is
+    kept beside the segmentations and read again as long as the checkpoint is older.
     """
+    test = test or study.test
     out = checkpoint.parent / "_".join(["out", test.name, *(flag.strip("-") for flag in flags)])
+    kept = out / "score.json"
+    if kept.is_file() and kept.stat().st_mtime > checkpoint.stat().st_mtime:
+        return json.loads(kept.read_text())
     start = time.perf_counter()
     infer.main(["--checkpoint", str(checkpoint), "--input", str(test / f"images{part}"),
-                "--output", str(out), "--batch", "2",
-                "--overwrite", *flags])         # --overwrite, because the time is measured
+                "--output", str(out), "--overwrite",    # because the time is measured
+                *study.infer_flags, *flags])
     seconds = time.perf_counter() - start
-    table = ["--class-table", str(class_table)] if class_table else []
-    metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"),
-                  "--tolerance", str(tolerance), *table])
+    table = ["--class-table", str(study.classes)] if study.classes else []
+    contents = []
+    for tolerance in study.tolerances_mm:
+        metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"),
+                      "--tolerance", str(tolerance), *table])
+        contents.append(json.loads((out / "metrics.json").read_text()))
+    result = contents[0]
+    for tolerance, content in zip(study.tolerances_mm[1:], contents[1:], strict=True):
+        measure = f"nsd at {tolerance:g} mm"
+        for name, values in content["classes"].items():
+            result["classes"][name][measure] = values["nsd"]
+        for case, values in zip(result["cases"], content["cases"], strict=True):
+            case[measure] = values["nsd"]
     model, _, _ = load_checkpoint(checkpoint)
-    return {
-        **json.loads((out / "metrics.json").read_text()),
+    result |= {
         **training_cost(checkpoint.parent / "log.jsonl"),
         "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    with data.atomic_write(kept) as part_of_file:
+        part_of_file.write_text(json.dumps(result))
+    return result
 
 
 def training_cost(log: Path) -> dict:
@@ -155,6 +286,73 @@ def training_cost(log: Path) -> dict:
     middle = steps[third:2 * third + 1]
     return {"training_s": sum(record["seconds"] for record in steps),
             "Dice loss, middle third": statistics.mean(record["dice"] for record in middle)}
+
+
+# ---- confidence --------------------------------------------------------------------------------
+BOOTSTRAP_SAMPLES = 2000
+
+
+def by_patient(runs: list[dict], measure: str, names: list[str], patients: list[str]) -> np.ndarray:
+    """(patients, classes) a measure, averaged over runs; nan where a patient has no value."""
+    values: dict[tuple, list[float]] = {}
+    for run in runs:
+        for case in run["cases"]:
+            if case.get(measure) is not None:
+                values.setdefault((case["case"], case["class"]), []).append(case[measure])
+    table = np.full((len(patients), len(names)), np.nan)
+    for i, patient in enumerate(patients):
+        for k, name in enumerate(names):
+            if (patient, name) in values:
+                table[i, k] = statistics.mean(values[patient, name])
+    return table
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means over patients that are drawn again with replacement.
+
+    values   (patients, classes), nan where there is no value
+    returns  (BOOTSTRAP_SAMPLES, classes + 1): the mean of each class over the patients of a sample,
+             nan if none of them has the class, and last the mean of the classes. The same patients
+             are drawn for every table of the same number of patients
+    """
+    n = len(values)
+    drawn = np.random.default_rng(seed).integers(n, size=(BOOTSTRAP_SAMPLES, n))
+    sampled = values[drawn]                                     # (samples, patients, classes)
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(sampled, 1) / np.isfinite(sampled).sum(1)
+    return np.column_stack([means, np.nanmean(means, 1)])
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """The middle 95 % of samples."""
+    return np.nanpercentile(samples, [2.5, 97.5]).tolist()
+
+
+def intervals(result: dict, measures) -> dict:
+    """95 % bootstrap intervals over patients.
+
+    returns  {method: {measure: {class: [low, high], "mean": [low, high]}}}; "difference" beside the
+             measures is that of the mean Dice from the first method's, [difference, low, high]
+    """
+    content = {}
+    first = None
+    for method, runs in result.items():
+        cases = [case for run in runs for case in run["cases"] if case["dice"] is not None]
+        names = list(dict.fromkeys(case["class"] for case in cases))
+        patients = sorted({case["case"] for case in cases})
+        content[method] = {}
+        for measure in measures:
+            samples = bootstrap(by_patient(runs, measure, names, patients))
+            content[method][measure] = {name: interval(samples[:, k])
+                                        for k, name in enumerate([*names, "mean"])}
+        values = by_patient(runs, "dice", sorted(names), patients)
+        if first is None:
+            first = (patients, sorted(names), values)
+        elif first[:2] == (patients, sorted(names)):
+            samples = bootstrap(values)[:, -1] - bootstrap(first[2])[:, -1]
+            difference = np.nanmean(values, 0).mean() - np.nanmean(first[2], 0).mean()
+            content[method]["difference"] = [float(difference), *interval(samples)]
+    return content
 
 
 # ---- a table -----------------------------------------------------------------------------------
@@ -169,6 +367,7 @@ MEASURES = (            # key in the JSON, name in the table, decimal places
     ("training_s", "training, s", 0),
     ("seconds", "inference, s", 0),
 )
+MAX_COLUMNS = 5         # a table of more methods than this has a row per method
 
 
 def spread(values, digits: int = 3) -> str:
@@ -177,18 +376,25 @@ def spread(values, digits: int = 3) -> str:
     if not values:
         return ""
     mean = f"{statistics.mean(values):,.{digits}f}"
-    if len(values) == 1:
+    if len(values) == 1 or statistics.stdev(values) == 0:
         return mean
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
-def mean_nsd(run: dict) -> float | None:
-    scores = [c["nsd"] for c in run["classes"].values() if c.get("nsd") is not None]
-    return statistics.mean(scores) if scores else None
+def span(limits: list[float] | None) -> str:
+    """ " (0.41 to 0.52)"; nothing without limits"""
+    return f" ({limits[0]:.2f} to {limits[1]:.2f})" if limits else ""
 
 
-def class_lines(methods: dict) -> dict:
+def mean_over_classes(run: dict, measure: str) -> float | None:
+    values = [c[measure] for c in run["classes"].values() if c.get(measure) is not None]
+    return statistics.mean(values) if values else None
+
+
+def class_lines(content: dict) -> dict:
     """{class: its Dice by every method}"""
+    methods = content["runs"]
+    limits = content.get("intervals", {})
     names = {}                          # a dict keeps the order in which they are first seen
     for runs in methods.values():
         for run in runs:
@@ -196,17 +402,31 @@ def class_lines(methods: dict) -> dict:
     lines = {}
     for name in names:
         lines[name] = [spread([run["classes"].get(name, {}).get("dice") for run in runs])
-                       for runs in methods.values()]
+                       + span(limits.get(method, {}).get("dice", {}).get(name))
+                       for method, runs in methods.items()]
     return lines
 
 
-def mean_lines(methods: dict) -> dict:
+def mean_lines(content: dict) -> dict:
     """{mean or cost: its value for every method}"""
+    methods = content["runs"]
+    limits = content.get("intervals", {})
     lines = {}
     for kind in ("organ", "lesion"):
         lines[f"mean Dice, {kind}s"] = [spread([run["mean"][kind] for run in runs])
                                         for runs in methods.values()]
-    lines["mean NSD"] = [spread([mean_nsd(run) for run in runs]) for runs in methods.values()]
+    if limits:
+        lines["mean Dice, organs"] = [
+            cell + span(limits[method]["dice"]["mean"])
+            for method, cell in zip(methods, lines["mean Dice, organs"], strict=True)]
+        lines[f"difference from {next(iter(methods))}"] = [
+            f"{limits[method]['difference'][0]:+.3f}" + span(limits[method]["difference"][1:])
+            if "difference" in limits[method] else "" for method in methods]
+    for measure in ("nsd", "nsd at 2 mm"):
+        lines[f"mean {measure.replace('nsd', 'NSD')}"] = [
+            spread([mean_over_classes(run, measure) for run in runs])
+            + span(limits.get(method, {}).get(measure, {}).get("mean"))
+            for method, runs in methods.items()]
     for key, name, digits in MEASURES:
         lines[name] = [spread([run.get(key) for run in runs], digits)
                        for runs in methods.values()]
@@ -238,69 +458,95 @@ def detection_lines(methods: dict) -> dict:
     return lines
 
 
+def grid_of(content: dict) -> list[list[str]]:
+    """The mean Dice of methods that are named "column, row"."""
+    limits = content.get("intervals", {})
+    columns = list(dict.fromkeys(method.split(", ", 1)[0] for method in content["runs"]))
+    lines: dict[str, list] = {}
+    for method, runs in content["runs"].items():
+        column, row = method.split(", ", 1)
+        cells = lines.setdefault(row, [""] * len(columns))
+        cells[columns.index(column)] = (
+            spread([run["mean"]["organ"] for run in runs])
+            + span(limits.get(method, {}).get("dice", {}).get("mean")))
+    return [["", *columns], *([name, *cells] for name, cells in lines.items())]
+
+
 def table(content: dict) -> str:
-    """Markdown of a claim's JSON: a column per method, mean and standard deviation over seeds.
+    """Markdown of a claim's JSON: a column per method, mean and standard deviation over seeds; in
+    brackets the 95 % interval over patients, where there is one.
 
     A table of more than MAX_COLUMNS methods has a row per method and leaves single classes out.
     """
-    methods = content["runs"]
-    many = len(methods) > MAX_COLUMNS
-    lines = {} if many else class_lines(methods)
-    lines |= mean_lines(methods)
-    lines |= detection_lines(methods)
-    grid = [["", *methods]]
-    for name, values in lines.items():
-        if any(values):
-            grid.append([name, *values])
-    if many:
-        grid = [list(column) for column in zip(*grid, strict=True)]
+    if content["grid"]:
+        grid = grid_of(content)
+    else:
+        many = len(content["runs"]) > MAX_COLUMNS
+        lines = {} if many else class_lines(content)
+        lines |= mean_lines(content)
+        lines |= detection_lines(content["runs"])
+        grid = [["", *content["runs"]]]
+        for name, values in lines.items():
+            if any(values) and (not content["shown"] or name in content["shown"]):
+                grid.append([name, *values])
+        if many:
+            grid = [list(column) for column in zip(*grid, strict=True)]
     grid.insert(1, ["---"] * len(grid[0]))
-    seeds = "" if content["seeds"] > 1 else "One seed. "
     rows = "".join(f"| {' | '.join(row)} |\n" for row in grid)
-    return f"{seeds}{content['steps']} steps.\n\n{rows}"
+    seeds = "one seed" if content["seeds"] == 1 else f"up to {content['seeds']} seeds"
+    return f"{content['steps']} steps, {seeds}.\n\n{rows}"
 
 
 # ---- partial labels ----------------------------------------------------------------------------
-def one_per_dataset(args, root: Path, seed: int) -> dict:
+def one_per_dataset(args, study: Study, seed: int) -> dict:
     """A model per dataset, trained for the same number of steps in all as the universal model.
 
-    Dice of a class is the mean over the models that know it; the cost is that of all models.
+    A score of a class is the mean over the models that know it; the cost is that of all models.
     """
-    datasets = training_sets(root)
     scores = []
-    for folder in datasets:
-        steps = max(1, args.steps // len(datasets))
-        checkpoint = fit(args, f"alone_{folder.name}", [folder], seed, steps=steps)
-        scores.append(score(args, checkpoint, root / phantom.TEST))
+    for folder in study.datasets:
+        checkpoint = fit(args, study, f"alone_{folder.name}", seed, [folder],
+                         steps=max(1, steps_of(args, study) // len(study.datasets)))
+        scores.append(score(study, checkpoint))
 
-    by_class: dict[str, list[float]] = {}
+    by_class: dict[str, list[dict]] = {}
     for run in scores:
         for name, values in run["classes"].items():
             if values["dice"] is not None:
-                by_class.setdefault(name, []).append(values["dice"])
-    dice = {name: statistics.mean(values) for name, values in by_class.items()}
-    lesions = {c.name for c in labels.CLASSES if c.lesion}
-    organ_dice = [v for name, v in dice.items() if name not in lesions]
-    lesion_dice = [v for name, v in dice.items() if name in lesions]
+                by_class.setdefault(name, []).append(values)
+    classes: dict[str, dict] = {}
+    for name, of_class in by_class.items():
+        classes[name] = {}
+        for measure in of_class[0]:
+            if measure == "dice" or measure.startswith("nsd"):
+                classes[name][measure] = statistics.mean(values[measure] for values in of_class)
+    table_of_classes = labels.load_classes(study.classes)
+    lesions = {c.name for c in table_of_classes if c.lesion}
+    organ_dice = [v["dice"] for name, v in classes.items() if name not in lesions]
+    lesion_dice = [v["dice"] for name, v in classes.items() if name in lesions]
     return {
-        "classes": {name: {"dice": v} for name, v in dice.items()},
+        "classes": classes,
         "mean": {"organ": statistics.mean(organ_dice or [0]),
-                 "lesion": statistics.mean(lesion_dice or [0])},
+                 "lesion": statistics.mean(lesion_dice) if lesion_dice else None},
+        "cases": [case for run in scores for case in run["cases"]],
         **{key: sum(run[key] for run in scores) for key in ("parameters", "seconds", "training_s")},
     }
 
 
-@claim
-def partial_labels(args) -> dict:
+@claim("phantom", "openkbp", "hospitals", shown=(
+    "Spleen", "Liver Tumor", *openkbp.STRUCTURES.values(), "mean Dice, organs",
+    "mean Dice, lesions", "difference from masked", "mean NSD", "mean NSD at 2 mm", "parameters",
+    "training, s", "inference, s"))
+def partial_labels(args, study: Study) -> dict:
     """Masked against unmasked training, and one universal model against one per dataset."""
-    root = study(args)
-    result = {"masked": [], "unmasked": [], "one per dataset": []}
+    result: dict[str, list] = {"masked": [], "unmasked": []}
     for seed in range(args.seeds):
-        masked = fit(args, "masked", [root], seed)
-        unmasked = fit(args, "unmasked", [root], seed, unmasked=True)
-        result["masked"].append(score(args, masked, root / phantom.TEST))
-        result["unmasked"].append(score(args, unmasked, root / phantom.TEST))
-        result["one per dataset"].append(one_per_dataset(args, root, seed))
+        result["masked"].append(score(study, fit(args, study, "masked", seed)))
+        unmasked = fit(args, study, "unmasked", seed, unmasked=True)
+        result["unmasked"].append(score(study, unmasked))
+        if len(study.datasets) > 1:
+            alone = one_per_dataset(args, study, seed)
+            result.setdefault("one per dataset", []).append(alone)
     return result
 
 
@@ -369,27 +615,27 @@ def draw_theta(png: Path, maps: dict) -> None:
         figure.savefig(part, dpi=60)
 
 
-@claim
-def text(args) -> dict:
+@claim(shown=("Liver Tumor", "mean Dice, organs", "mean Dice, lesions", "mean NSD",
+              "Dice loss, middle third", "nearest is kin", "by chance"))
+def text(args, study: Study) -> dict:
     """One-hot text embeddings of norm 1 and 8.8 against CLIP's, where a file of them is given.
 
     Also what the controller makes of them (theta.png), and whether related classes are neighbours
     there. Few-shot: only two scans show liver tumours, while ten more show the liver, the tumour's
     neighbour in the text.
     """
-    root = study(args)
-    liver = root / "Dataset102_PhantomLiver"
-    few = [folder for folder in training_sets(root) if folder != liver]
+    few = [folder for folder in study.datasets if folder.name != "Dataset102_PhantomLiver"]
+    liver, = set(study.datasets) - set(few)
     few.append(first_scans(liver, 2, args.out / "few2"))
     norm_1 = args.out / "onehot1.pt"
     torch.save(torch.eye(len(labels.CLASSES)), norm_1)
     methods = {                     # method: name of the run, --text, datasets
-        "one-hot, norm 1": ("text_1", str(norm_1), [root]),
-        "one-hot, norm 8.8": ("masked", "onehot", [root]),
+        "one-hot, norm 1": ("text_1", str(norm_1), study.datasets),
+        "one-hot, norm 8.8": ("masked", "onehot", study.datasets),
         "few-shot, one-hot 8.8": ("few_onehot", "onehot", few),
     }
     if args.rows:
-        methods["CLIP rows"] = ("text_clip", str(args.rows), [root])
+        methods["CLIP rows"] = ("text_clip", str(args.rows), study.datasets)
         methods["few-shot, CLIP rows"] = ("few_clip", str(args.rows), few)
     else:
         print("CLIP rows: skipped, no file of text embeddings given (--rows)")
@@ -398,12 +644,11 @@ def text(args) -> dict:
     for method, (name, embeddings, datasets) in methods.items():
         result[method] = []
         for seed in range(args.seeds):
-            checkpoint = fit(args, name, datasets, seed, text=embeddings)
-            trained, theta = generated(checkpoint, root / phantom.TEST)
-            if seed == 0 and datasets == [root]:
+            checkpoint = fit(args, study, name, seed, datasets, text=embeddings)
+            trained, theta = generated(checkpoint, study.test)
+            if seed == 0 and datasets != few:
                 maps[method] = (trained, theta)
-            result[method].append({**score(args, checkpoint, root / phantom.TEST),
-                                   **nearest_is_kin(trained, theta)})
+            result[method].append({**score(study, checkpoint), **nearest_is_kin(trained, theta)})
     draw_theta(args.out / "theta.png", maps)
     return result
 
@@ -522,26 +767,22 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
     return [float(np.nanmean(of_pair)) for of_pair in scores]
 
 
-@claim
-def words(args) -> dict:
+@claim()
+def words(args, study: Study) -> dict:
     """A class asked for with another text embedding than the one that it was trained with.
 
     The model is trained with the file of --rows. Real prompts are encoded where CLIP's weights are
     in its cache. Dice is that of each class's own mask.
     """
-    if not args.rows:
-        raise ValueError("words needs --rows FILE, CLIP text embeddings of the 32 classes (the "
-                         "released txt_encoding.pth)")
-    root = study(args)
     result: dict[str, list] = {}
     for seed in range(args.seeds):
-        checkpoint = fit(args, "words", [root], seed, text=str(args.rows), patch=48)
+        checkpoint = fit(args, study, "text_clip", seed, text=str(args.rows))
         _, w, content = load_checkpoint(checkpoint)
         trained = [k for k, c in enumerate(labels.CLASSES) if c.name in content["trained"]]
         asked = {**other_rows(w, trained, seed), **synonym_rows(args, trained)}
         pairs = [pair for own in asked.values() for pair in own]
         start = time.perf_counter()
-        dice = iter(dice_of_rows(checkpoint, root / phantom.TEST, pairs))
+        dice = iter(dice_of_rows(checkpoint, study.test, pairs))
         seconds = time.perf_counter() - start
         for kind, own in asked.items():
             run = mean_of_pairs(own, [next(dice) for _ in own])
@@ -636,16 +877,17 @@ def with_detection(sick: dict, healthy: dict) -> dict:
     return {**sick, "cases": cases, "detection": detection}
 
 
-@claim
-def false_positives(args) -> dict:
+@claim(shown=("mean Dice, organs", "mean Dice, lesions", "mean NSD",
+              *(f"{lesion} {line}" for lesion in ("Liver Tumor", "Kidney Cyst")
+                for line in ("found in the sick", "not found in the healthy"))))
+def false_positives(args, study: Study) -> dict:
     """Detection in scans with and without lesions, with and without post-processing.
 
     The same for a model whose heads are generated from the text alone, without the image feature f.
     Draws the plane that post-processing changes most.
     """
-    root = study(args)
-    sick = root / phantom.TEST
-    healthy = test_set(args, "healthy", healthy=True)
+    sick = study.test
+    healthy = test_set(args, study, "healthy", healthy=True)
     models = (                      # name of the run, beginning of the method's name, context
         ("masked", "", contextlib.nullcontext),
         ("no_f", "no f, ", without_image_feature),
@@ -655,28 +897,27 @@ def false_positives(args) -> dict:
     for name, prefix, context in models:
         for seed in range(args.seeds):
             with context():
-                checkpoint = fit(args, name, [root], seed)
+                checkpoint = fit(args, study, name, seed)
                 for way, flags in cleaning.items():
-                    run = with_detection(score(args, checkpoint, sick, *flags),
-                                         score(args, checkpoint, healthy, *flags))
+                    run = with_detection(score(study, checkpoint, *flags, test=sick),
+                                         score(study, checkpoint, *flags, test=healthy))
                     result.setdefault(prefix + way, []).append(run)
-    last = args.out / f"masked_{args.seeds - 1}"
+    last = args.out / f"{study.name}_masked_{args.seeds - 1}"
     draw_change(args.out / "postprocessing.png", sick / "imagesTs",
                 last / f"out_{sick.name}_no-postprocess", last / f"out_{sick.name}")
     return result
 
 
 # ---- generalisation, backbones, transfer -------------------------------------------------------
-@claim
-def generalisation(args) -> dict:
+@claim(shown=("Postcava", "mean Dice, organs", "mean Dice, lesions", "mean NSD"))
+def generalisation(args, study: Study) -> dict:
     """The same hospital and another one: arterial phase, thick slices, more noise, wider view."""
-    root = study(args)
-    tests = {"same hospital": test_set(args, "hospital_a"),
-             "another hospital": test_set(args, "hospital_b", hospital="b")}
-    checkpoints = [fit(args, "masked", [root], seed) for seed in range(args.seeds)]
+    tests = {"same hospital": test_set(args, study, "hospital_a"),
+             "another hospital": test_set(args, study, "hospital_b", hospital="b")}
+    checkpoints = [fit(args, study, "masked", seed) for seed in range(args.seeds)]
     result = {}
     for name, test in tests.items():
-        result[name] = [score(args, checkpoint, test) for checkpoint in checkpoints]
+        result[name] = [score(study, checkpoint, test=test) for checkpoint in checkpoints]
     return result
 
 
@@ -688,17 +929,18 @@ def gflop(checkpoint: Path) -> float:
     return counter.get_total_flops() / 1e9
 
 
-@claim
-def backbones(args) -> dict:
+@claim("phantom", "openkbp", shown=(
+    "mean Dice, organs", "mean Dice, lesions", "difference from unet", "mean NSD", "parameters",
+    "GFLOP a window", "training, s", "inference, s"))
+def backbones(args, study: Study) -> dict:
     """U-Net and a small Swin UNETR in about the same training time, with their arithmetic."""
-    root = study(args)
-    swin = {**SMALL_SWIN, "steps": max(1, round(args.steps / SWIN_COST))}
+    swin = {**SMALL_SWIN, "steps": max(1, round(steps_of(args, study) / study.swin_cost))}
     result = {}
     for method, name, flags in (("unet", "masked", {}), ("swin_unetr", "swin_unetr", swin)):
         result[method] = []
         for seed in range(args.seeds):
-            checkpoint = fit(args, name, [root], seed, **flags)
-            result[method].append({**score(args, checkpoint, root / phantom.TEST),
+            checkpoint = fit(args, study, name, seed, **flags)
+            result[method].append({**score(study, checkpoint),
                                    "GFLOP a window": gflop(checkpoint)})
     return result
 
@@ -712,42 +954,40 @@ def change_of_old_logits(old: Path, new: Path) -> float:
         return (old_model(window, w) - new_model(window, w)).abs().max().item()
 
 
-@claim
-def transfer(args) -> dict:
+@claim(grid=True)
+def transfer(args, study: Study) -> dict:
     """A new class (aorta) with few scans, in four ways: as an extension of a model of six classes
     that never saw it, from all weights of that model, from its backbone, and from scratch. Each is
-    trained for --steps steps and for a quarter of them.
+    trained for --steps steps and for a quarter of them, the model of six classes for twice --steps.
 
     An extension leaves the logits of the old classes as they were. Further seeds are run for three
     of the eight combinations of scans and steps only.
     """
-    root = study(args)
     old_classes = args.out / "old.json"
     new_classes = args.out / "new.json"
     old_classes.write_text(json.dumps(["Liver", "Liver Tumor", "Spleen", "Right Kidney",
                                        "Left Kidney", "Kidney Cyst"]))
     new_classes.write_text(json.dumps(["Aorta"]))
-    old_datasets = [root / f"Dataset{name}" for name in (
-        "101_PhantomKidney", "102_PhantomLiver", "104_PhantomSpleen")]
-    new_dataset = root / "Dataset105_PhantomTrunk"
+    kidney, liver, _, spleen, trunk = study.datasets
     small = {"spacing_mm": 6.0, "patch": 32}
-    long, short = args.steps, max(1, args.steps // 4)
+    steps = steps_of(args, study)
+    long, short = steps, max(1, steps // 4)
     combinations = [(steps, n) for steps in (long, short) for n in (1, 2, 4, 8)]
     result = {}
     for seed in range(args.seeds):
         if seed > 0:
             combinations = [(long, 2), (long, 8), (short, 1)]
-        base = fit(args, "base", old_datasets, seed, classes=str(old_classes),
-                   steps=2 * args.steps, **small)
+        base = fit(args, study, "base", seed, [kidney, liver, spleen], classes=str(old_classes),
+                   steps=2 * long, **small)
         ways = {"--extend": {"extend": str(base)}, "--init": {"init": str(base)},
                 "--pretrained": {"pretrained": str(base)}, "from scratch": {}}
         for steps, n in combinations:
-            few = first_scans(new_dataset, n, args.out / f"few{n}")
+            few = first_scans(trunk, n, args.out / f"few{n}")
             for way, flags in ways.items():
                 name = f"{way.strip('-').replace(' ', '_')}_{n}_{steps}"
-                checkpoint = fit(args, name, [few], seed, classes=str(new_classes), steps=steps,
-                                 head_lr=5e-4, **small, **flags)
-                run = score(args, checkpoint, root / phantom.TEST, "--classes", "Aorta")
+                checkpoint = fit(args, study, name, seed, [few], classes=str(new_classes),
+                                 steps=steps, head_lr=5e-4, **small, **flags)
+                run = score(study, checkpoint, "--classes", "Aorta")
                 if way == "--extend":
                     run["old logits change by"] = change_of_old_logits(base, checkpoint)
                 scans = "1 scan" if n == 1 else f"{n} scans"
@@ -755,81 +995,127 @@ def transfer(args) -> dict:
     return result
 
 
+@claim("openkbp", grid=True)
+def new_structure(args, study: Study) -> dict:
+    """A new structure from few patients: from all weights of a model of the other six structures,
+    from its backbone, and from scratch, each in a quarter of --steps."""
+    training, = study.datasets
+    contoured = data.read_json(training / "dataset.json")["annotated"]
+    contoured_in_test = data.read_json(study.test / "dataset.json")["annotated"]
+    entries = data.read_json(study.classes, kinds=(list,))
+    result: dict[str, list] = {}
+    for structure in ("Esophagus", "Larynx"):
+        others = args.out / f"without_{structure}.json"
+        others.write_text(json.dumps([entry for entry in entries if entry["name"] != structure]))
+        alone = args.out / f"only_{structure}.json"
+        alone.write_text(json.dumps([entry for entry in entries if entry["name"] == structure]))
+        test = part_of(study.test, args.out / f"test_{structure}",
+                       [case for case, names in contoured_in_test.items() if structure in names],
+                       [structure], split="Ts")
+        for seed in range(args.seeds):
+            base = fit(args, study, f"without_{structure}", seed, classes=str(others))
+            ways = {"--init": {"init": str(base)}, "--pretrained": {"pretrained": str(base)},
+                    "from scratch": {}}
+            having = [case for case, names in contoured.items() if structure in names]
+            random.Random(seed).shuffle(having)
+            for n in (1, 2, 5, 10):
+                few = part_of(training, args.out / f"few_{structure}_{n}_{seed}", having[:n],
+                              [structure])
+                for way, flags in ways.items():
+                    name = f"{way.strip('-').replace(' ', '_')}_{structure}_{n}"
+                    checkpoint = fit(args, study, name, seed, [few], classes=str(alone),
+                                     steps=max(1, steps_of(args, study) // 4), **flags)
+                    patients = "1 patient" if n == 1 else f"{n} patients"
+                    method = f"{way}, {structure}, {patients}"
+                    result.setdefault(method, []).append(score(study, checkpoint, test=test))
+    return result
+
+
 # ---- another anatomy, real scans ---------------------------------------------------------------
-@claim
-def knee(args) -> dict:
+@claim("knee", shown=("Femur", "Tibia", "Medial Meniscus", "Lateral Meniscus", "mean Dice, organs",
+              "mean NSD", "training, s"))
+def knee(args, study: Study) -> dict:
     """Another anatomy, as in the paper's talk: partially labelled MR scans of knees.
 
     Masked and unmasked training, U-Net and Swin UNETR; Dice and NSD at 1.5 mm. CLIP embeddings are
     included where CLIP's weights are in its cache.
     """
-    root = study(args, "knee")
-    classes = root / "knee.json"
-    steps = max(1, args.steps // 2)
-    swin_steps = max(1, round(args.steps / 2 / SWIN_COST))
+    swin_steps = max(1, round(steps_of(args, study) / study.swin_cost))
     methods = {                     # method: name of the run, flags of train.py
-        "masked": ("knee_masked", {}),
-        "unmasked": ("knee_unmasked", {"unmasked": True}),
-        "Swin UNETR": ("knee_Swin", {**SMALL_SWIN, "steps": swin_steps}),
+        "masked": ("masked", {}),
+        "unmasked": ("unmasked", {"unmasked": True}),
+        "Swin UNETR": ("swin_unetr", {**SMALL_SWIN, "steps": swin_steps}),
     }
     if any(clip_text.cache_folder().glob("ViT-B-32*")):
-        methods["CLIP rows"] = ("knee_CLIP", {"text": "clip",
-                                              "prompt_template": "A 3D MRI scan of the {}"})
+        methods["CLIP rows"] = ("clip", {"text": "clip",
+                                         "prompt_template": "A 3D MRI scan of the {}"})
     else:
         print(f"CLIP rows: skipped, no CLIP weights in {clip_text.cache_folder()}")
     result = {}
     for method, (name, flags) in methods.items():
         result[method] = []
         for seed in range(args.seeds):
-            settings = {"classes": str(classes), "spacing_mm": 1.5, "steps": steps,
-                        "head_lr": 5e-4, **flags}
-            checkpoint = fit(args, name, [root], seed, **settings)
-            result[method].append(score(args, checkpoint, root / phantom.KNEE_TEST, tolerance=1.5,
-                                        class_table=classes))
+            checkpoint = fit(args, study, name, seed, **flags)
+            result[method].append(score(study, checkpoint))
     return result
 
 
-@claim
-def real_scans(args) -> dict:
+@claim("real", shown=(
+    "Liver", "Spleen", "Right Kidney", "Left Lung", "Colon", "Right Lung + Left Lung", "Lung Tumor",
+    "mean Dice, organs", "mean Dice, lesions", "mean NSD"))
+def real_scans(args, study: Study) -> dict:
     """Four small real datasets trained together; every scan scored on what its dataset labels.
 
     These are the training scans, so this shows that joint training works, not that it generalises.
     """
-    if args.real is None:
-        raise ValueError("real-scans needs --real DIR, the folder that holds "
-                         + ", ".join(REAL_DATASETS))
-    datasets = [args.real / name for name in REAL_DATASETS]
-    checkpoints = [fit(args, "real", datasets, seed, batch=2, lr=3e-3, head_lr=5e-4)
-                   for seed in range(args.seeds)]
+    checkpoints = [fit(args, study, "masked", seed) for seed in range(args.seeds)]
     result = {}
-    for folder in datasets:
+    for folder in study.datasets:
         source = folder.name.split("_")[1]
-        result[source] = [score(args, checkpoint, folder, "--preview", part="Tr")
+        result[source] = [score(study, checkpoint, "--preview", test=folder, part="Tr")
                           for checkpoint in checkpoints]
     return result
 
 
 # ---- the command -------------------------------------------------------------------------------
+STUDIES = {"phantom": phantom_study, "openkbp": openkbp_study, "hospitals": hospitals_study,
+           "knee": knee_study, "real": real_study}
+
+
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.claims",
                                      description=__doc__.split("\n")[0])
     parser.add_argument("claim", choices=CLAIMS)
+    parser.add_argument("--study", choices=STUDIES,
+                        help="what to train and score on: partial-labels takes phantom, openkbp or "
+                             "hospitals, backbones phantom or openkbp; every other claim has one "
+                             "study (default: the first)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("claims"),
                         help="folder for datasets, models and tables (default claims)")
     parser.add_argument("--seeds", type=int, default=3,
                         help="number of models trained per method (default 3)")
-    parser.add_argument("--steps", type=int, default=1450,
-                        help="training steps of the U-Net (default 1450)")
+    parser.add_argument("--steps", type=int,
+                        help="training steps of the U-Net (default: 2700 on the phantom, 2000 on "
+                             "OpenKBP)")
     parser.add_argument("--scans", type=int, default=50,
                         help="training scans of the phantom (default 50)")
     parser.add_argument("--test-scans", type=int, default=6,
                         help="scans in each test set of the phantom (default 6)")
+    parser.add_argument("--kbp", metavar="DIR", type=Path, default=Path("kbp"),
+                        help="folder of experiments.openkbp, for the studies openkbp and hospitals "
+                             "(default kbp)")
     parser.add_argument("--rows", metavar="FILE",
                         help="file of CLIP text embeddings, for the claims text and words "
                              "(the released txt_encoding.pth)")
     parser.add_argument("--real", metavar="DIR", type=Path,
                         help="folder that holds Dataset001 to Dataset004, for the claim real-scans")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    possible = CLAIMS[args.claim].studies
+    args.study = args.study or possible[0]
+    if args.study not in possible:
+        parser.error(f"argument --study: {args.claim} can be run on {' or '.join(possible)}, not "
+                     f"on {args.study}")
+    return args
 
 
 def without_nan(value):
@@ -840,16 +1126,25 @@ def without_nan(value):
 def main(argv=None) -> int:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    result = without_nan(CLAIMS[args.claim](args))
+    claim = CLAIMS[args.claim]
+    if args.claim == "words" and not args.rows:
+        raise ValueError("words needs --rows FILE, CLIP text embeddings of the 32 classes (the "
+                         "released txt_encoding.pth)")
+    study = STUDIES[args.study](args)
+    result = without_nan(claim.function(args, study))
+    content = {"steps": steps_of(args, study), "seeds": args.seeds, "shown": claim.shown,
+               "grid": claim.grid, "runs": result}
+    if study.patients:
+        content["intervals"] = intervals(result, ("dice", "nsd", "nsd at 2 mm"))
     for runs in result.values():
         for run in runs:
             run.pop("cases", None)          # single scans stand in metrics.json of that run
-    content = {"steps": args.steps, "seeds": args.seeds, "runs": result}
-    with data.atomic_write(args.out / f"{args.claim}.json") as part:
+    name = args.claim if args.study == claim.studies[0] else f"{args.claim}-{args.study}"
+    with data.atomic_write(args.out / f"{name}.json") as part:
         part.write_text(json.dumps(content) + "\n")
-    with data.atomic_write(args.out / f"{args.claim}.md") as part:
+    with data.atomic_write(args.out / f"{name}.md") as part:
         part.write_text(table(content), encoding="utf-8")
-    print(f"\n{args.claim}, {args.seeds} seeds, {table(content)}")
+    print(f"\n{name}, {table(content)}")
     return 0
 
 

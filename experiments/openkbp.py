@@ -215,12 +215,17 @@ def _write_dataset_json(path: Path, annotated: dict[str, list[str]]) -> None:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_class_table(path: Path) -> None:
+def write_class_table(path: Path) -> None:
+    """The seven classes, for --classes. Each is one solid structure: post-processing keeps its
+    largest piece."""
     entries = []
     for name in STRUCTURES.values():
-        entries.append({"name": name, "side": SIDES[name]} if name in SIDES else name)
+        entry = {"name": name, "solid": 1.0}
+        if name in SIDES:
+            entry["side"] = SIDES[name]
+        entries.append(entry)
     with data.atomic_write(path) as part:
-        part.write_text(json.dumps(entries) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv=None) -> int:
@@ -233,7 +238,7 @@ def main(argv=None) -> int:
                         help="folder that gets the two dataset folders and kbp.json")
     args = parser.parse_args(argv)
     found = find_patients(args.source)
-    _write_class_table(args.out / "kbp.json")
+    write_class_table(args.out / "kbp.json")
     for part, patients in found.items():
         name, split = DATASETS[part]
         convert(patients, args.out / name, split)

@@ -1,14 +1,17 @@
 """A table by hand; the tables of RESULTS.md are those of the stored numbers; every claim runs from
 end to end, with five steps and five scans (no number in it means anything)."""
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED
 
+import data
 import labels
-from experiments import bench, claims
+from experiments import bench, claims, openkbp, phantom
 
 ROOT = Path(__file__).parents[1]
 STORED = sorted((ROOT / "experiments" / "results").glob("*.json"))
@@ -21,10 +24,14 @@ def _run(liver, cyst, **more):
             "classes": {"Liver": {"dice": liver, "nsd": 0.5}, "Kidney Cyst": {"dice": cyst}}}
 
 
+def _content(runs, **more):
+    return {"steps": 7, "seeds": 2, "shown": [], "grid": False, "runs": runs, **more}
+
+
 def test_a_table_by_hand():
     runs = {"a": [_run(0.5, 0.25, parameters=1200), _run(0.75, 0.5, parameters=1200)],
             "b": [_run(1.0, None, parameters=7), _run(0.5, None, parameters=7)]}
-    assert claims.table({"steps": 7, "seeds": 2, "runs": runs}) == """7 steps.
+    assert claims.table(_content(runs)) == """7 steps, up to 2 seeds.
 
 |  | a | b |
 | --- | --- | --- |
@@ -32,20 +39,169 @@ def test_a_table_by_hand():
 | Kidney Cyst | 0.375 ± 0.177 |  |
 | mean Dice, organs | 0.625 ± 0.177 | 0.750 ± 0.354 |
 | mean Dice, lesions | 0.375 ± 0.177 |  |
-| mean NSD | 0.500 ± 0.000 | 0.500 ± 0.000 |
-| parameters | 1,200 ± 0 | 7 ± 0 |
-| inference, s | 3 ± 0 | 3 ± 0 |
+| mean NSD | 0.500 | 0.500 |
+| parameters | 1,200 | 7 |
+| inference, s | 3 | 3 |
+"""
+
+
+def test_a_table_shows_the_rows_that_its_claim_names():
+    content = _content({"a": [_run(0.5, 0.25)]}, shown=["Liver", "mean NSD"], seeds=1)
+    assert claims.table(content) == """7 steps, one seed.
+
+|  | a |
+| --- | --- |
+| Liver | 0.500 |
+| mean NSD | 0.500 |
 """
 
 
 def test_many_methods_get_rows_and_patients_are_summed_over_seeds():
     found = {"Liver Tumor": {"true positive": 2, "positive": 3, "true negative": 1, "negative": 4}}
     runs = {name: [_run(0.5, 0.25, detection=found)] * 2 for name in "abcdef"}
-    lines = claims.table({"steps": 7, "seeds": 1, "runs": runs}).splitlines()
-    assert lines[0] == "One seed. 7 steps." and len(lines) == 10
+    lines = claims.table(_content(runs)).splitlines()
+    assert len(lines) == 10
     assert lines[2].startswith("|  | mean Dice, organs | mean Dice, lesions | mean NSD |")
-    assert lines[4].startswith("| a | 0.500 ± 0.000 |")
+    assert lines[4].startswith("| a | 0.500 |")
     assert lines[4].endswith("| 4 of 6 | 2 of 8 | 0.36 |")     # harmonic mean: 2 / (6/4 + 8/2)
+
+
+def test_a_grid_has_the_first_part_of_a_method_in_columns():
+    runs = {"--init, 1 scan": [_run(0.5, 0.25)], "from scratch, 1 scan": [_run(0.25, 0.25)],
+            "--init, 2 scans": [_run(1.0, 0.25)]}
+    assert claims.table(_content(runs, grid=True)) == """7 steps, up to 2 seeds.
+
+|  | --init | from scratch |
+| --- | --- | --- |
+| 1 scan | 0.500 | 0.250 |
+| 2 scans | 1.000 |  |
+"""
+
+
+def _cases(**dice):
+    """_cases(p1_Liver=0.5) -> a run with one patient."""
+    cases = []
+    for name, value in dice.items():
+        patient, structure = name.split("_")
+        cases.append({"case": patient, "class": structure, "dice": value})
+    return {"cases": cases}
+
+
+def test_intervals_over_patients_by_hand():
+    """Two patients: a sample holds both, or one of them twice, so the interval goes from one's mean
+    over the two seeds to the other's. Only patient p1 has the cord."""
+    first = [_cases(p1_Liver=0.2, p2_Liver=0.6, p1_Cord=0.5, p2_Cord=None),
+             _cases(p1_Liver=0.4, p2_Liver=0.8, p1_Cord=0.5, p2_Cord=None)]
+    second = [_cases(p1_Liver=0.4, p2_Liver=0.8, p1_Cord=0.5, p2_Cord=None)]
+    content = claims.intervals({"a": first, "b": second}, ["dice"])
+    of_a = content["a"]["dice"]
+    assert of_a["Liver"] == pytest.approx([0.3, 0.7])
+    assert of_a["Cord"] == pytest.approx([0.5, 0.5])
+    assert of_a["mean"] == pytest.approx([0.4, 0.7])       # p1 twice: (0.3 + 0.5) / 2; p2: 0.7
+    assert "difference" not in content["a"]
+    # b has 0.1 more in the liver: 0.05 of the mean of two classes, 0.1 where p2 is alone
+    assert content["b"]["difference"] == pytest.approx([0.05, 0.05, 0.1])
+
+
+def test_an_interval_is_that_of_the_normal_law_for_many_patients():
+    """The mean of n values of standard deviation 1 lies within 1.96 / sqrt(n)."""
+    values = np.random.default_rng(0).normal(size=(400, 1))
+    low, high = claims.interval(claims.bootstrap(values)[:, 0])
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
+    assert low < values.mean() < high
+
+
+def test_intervals_stand_in_brackets_behind_the_values():
+    limits = {"a": {"dice": {"Liver": [0.41, 0.612], "mean": [0.3, 0.7]}},
+              "b": {"dice": {"Liver": [0.2, 0.3], "mean": [0.1, 0.2]},
+                    "difference": [-0.05, -0.071, 0.02]}}
+    runs = {"a": [_run(0.5, 0.25)], "b": [_run(0.25, 0.25)]}
+    assert claims.table(_content(runs, intervals=limits, shown=[
+        "Liver", "mean Dice, organs", "difference from a"])) == """7 steps, up to 2 seeds.
+
+|  | a | b |
+| --- | --- | --- |
+| Liver | 0.500 (0.41 to 0.61) | 0.250 (0.20 to 0.30) |
+| mean Dice, organs | 0.500 (0.30 to 0.70) | 0.250 (0.10 to 0.20) |
+| difference from a |  | -0.050 (-0.07 to 0.02) |
+"""
+
+
+# ---- studies -----------------------------------------------------------------------------------
+def _write_openkbp(root, patients=6):
+    """Patients of 24^3 voxels in the form of experiments/openkbp.py: every structure is a cube, and
+    a patient of odd number lacks the contour of the esophagus."""
+    names = list(openkbp.STRUCTURES.values())
+    for (dataset, split), first in zip(openkbp.DATASETS.values(), (0, 100), strict=True):
+        annotated = {}
+        for i in range(first, first + patients):
+            label = np.zeros((24, 24, 24), np.uint8)
+            for value in range(1, 8):
+                label[3 * value - 1:3 * value + 1, 4:9, 4:9] = value
+            image = 100 * label.astype(np.int16) - 500 + i
+            affine = np.diag([-4., -4, 4, 1])
+            case = f"pt_{i}"
+            annotated[case] = [name for name in names if i % 2 == 0 or name != "Esophagus"]
+            phantom.write_nifti(root / dataset / f"images{split}/{case}_0000.nii.gz", image, affine)
+            phantom.write_nifti(root / dataset / f"labels{split}/{case}.nii.gz", label, affine)
+        openkbp._write_dataset_json(root / dataset / "dataset.json", annotated)
+    return root
+
+
+def test_three_hospitals_have_other_patients_and_only_their_own_structures(tmp_path):
+    kbp = _write_openkbp(tmp_path / "kbp")
+    args = claims.parse(["partial-labels", "--study", "hospitals", "--kbp", str(kbp),
+                         "--out", str(tmp_path / "out")])
+    study = claims.hospitals_study(args)
+    seen = []
+    for folder, structures in zip(study.datasets, claims.HOSPITALS.values(), strict=True):
+        info = json.loads((folder / "dataset.json").read_text())
+        assert set(info["labels"]) == {"background", *structures}
+        for case, names in info["annotated"].items():
+            assert set(names) <= set(structures)
+            label = data.load_volume(folder / f"labelsTr/{case}.nii.gz")
+            source = data.load_volume(kbp / f"Dataset007_OpenKBP/labelsTr/{case}.nii.gz")
+            own = np.isin(source.array, [info["labels"][name] for name in structures])
+            assert np.array_equal(label.array, np.where(own, source.array, 0))
+            assert np.array_equal(label.affine, source.affine)
+            seen.append(case)
+        assert len(list((folder / "imagesTr").iterdir())) == len(info["annotated"])
+    assert sorted(seen) == [f"pt_{i}" for i in range(6)]
+    assert json.loads((study.datasets[2] / "dataset.json").read_text())["annotated"]["pt_5"] == [
+        "Larynx", "Mandible"]
+
+
+def test_a_score_is_read_again_until_the_checkpoint_changes(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "last.pt"
+    checkpoint.touch()
+    folder = tmp_path / "out_test"
+    folder.mkdir()
+    (folder / "score.json").write_text('{"seconds": 4}')
+    study = claims.Study("s", [], Path("test"), {}, swin_cost=1)
+    os.utime(checkpoint, (1, 1))
+    assert claims.score(study, checkpoint) == {"seconds": 4}
+
+    def infer(flags):
+        raise RuntimeError("segments again")
+    monkeypatch.setattr(claims.infer, "main", infer)
+    os.utime(folder / "score.json", (1, 1))
+    os.utime(checkpoint, (2, 2))
+    with pytest.raises(RuntimeError, match="segments again"):
+        claims.score(study, checkpoint)
+
+
+def test_openkbp_without_its_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
+    args = ["partial-labels", "--study", "openkbp", "--kbp", str(tmp_path / "no"),
+            "--out", str(tmp_path / "out")]
+    assert labels.run(claims.main, args) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "--kbp" in error and str(tmp_path / "no") in error
+
+
+def test_a_claim_on_a_study_that_it_does_not_know_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        claims.main(["text", "--study", "openkbp", "--out", str(tmp_path)])
+    assert "text can be run on phantom, not on openkbp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", STORED, ids=lambda f: f.stem)
@@ -84,11 +240,17 @@ def test_other_rows_have_the_cosine_and_norm_that_they_are_named_after():
                for _, row in asked["row of a class not trained"])
 
 
+RUNS = [(name, study) for name, claim in claims.CLAIMS.items() for study in claim.studies]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", claims.CLAIMS)
-def test_a_claim_writes_its_numbers(name, tmp_path, capsys):
-    args = [name, "--out", str(tmp_path), "--seeds", "1", "--steps", "5", "--scans", "5",
-            "--test-scans", "1"]
+@pytest.mark.parametrize("name, study", RUNS)
+def test_a_claim_writes_its_numbers(name, study, tmp_path, capsys):
+    args = [name, "--study", study, "--out", str(tmp_path), "--seeds", "1", "--steps", "5",
+            "--scans", "5", "--test-scans", "1"]
+    patients = study in ("openkbp", "hospitals")
+    if patients:
+        args += ["--kbp", str(_write_openkbp(tmp_path / "kbp"))]
     if name == "real-scans":
         if not REAL.is_dir():
             pytest.skip("real scans absent")
@@ -98,9 +260,11 @@ def test_a_claim_writes_its_numbers(name, tmp_path, capsys):
     if name in ("text", "words") and EMBEDDINGS.is_file():
         args += ["--rows", str(EMBEDDINGS)]
     assert claims.main(args) == 0
-    content = json.loads((tmp_path / f"{name}.json").read_text())
+    stem = name if study == claims.CLAIMS[name].studies[0] else f"{name}-{study}"
+    content = json.loads((tmp_path / f"{stem}.json").read_text())
     assert content["steps"] == 5 and len(content["runs"]) >= 2
     for runs in content["runs"].values():
         assert set(runs[0]["mean"]) == {"organ", "lesion"} and runs[0]["seconds"] > 0
-    table = (tmp_path / f"{name}.md").read_text()
+    assert ("intervals" in content) == patients
+    table = (tmp_path / f"{stem}.md").read_text()
     assert table == claims.table(content) and table in capsys.readouterr().out

@@ -201,6 +201,7 @@ def test_the_class_table_has_the_labels_order_and_both_sides(small, tmp_path):
     assert {c.name: i for i, c in enumerate(classes, 1)} | {"background": 0} == openkbp.LABELS
     sides = {c.name: c.side for c in classes if c.side}
     assert sides == {"Right Parotid": "right", "Left Parotid": "left"}
+    assert all(c.solid == 1 for c in classes)
 
 
 def test_provided_data_and_the_folder_above_give_the_same(small, tmp_path):
