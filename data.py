@@ -835,19 +835,22 @@ def annotated_per_case(info: dict, classes, where: Path,
     where  the file, for messages
     only   the one case to look up, where a caller needs no other; None: all
 
-    A name that only the built-in class table knows is passed over, so that a dataset.json can be
-    used with a smaller table. A case that is not listed has all classes of the dataset.
+    A name that only the dataset's own "labels" or the built-in class table knows is passed over, so
+    that a dataset.json can be used with a smaller table. A case that is not listed has all classes
+    of the dataset.
     """
     table = info.get("annotated", {})                    # {case name: class names}
     if not isinstance(table, dict):
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
+    own = info.get("labels")
+    own_names = [*own, *own.values()] if isinstance(own, dict) else []      # MSD: {value: name}
     masks = {}
     for case, names in table.items():
         if only is not None and case != only:
             continue
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            names = [name for name in names
-                     if labels.match(name, classes) or not labels.match(name)]
+            names = [name for name in names if labels.match(name, classes)
+                     or not (labels.match(name) or name in own_names)]
         masks[case] = np.zeros(len(classes), bool)
         masks[case][labels.select(names, classes)] = True
     return masks

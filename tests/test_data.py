@@ -312,6 +312,18 @@ def half_body_case(tiny, folder, names, value_of):
     return data.read_dataset(folder, labels.CLASSES)[0]
 
 
+def test_a_case_may_list_structures_of_its_dataset_that_the_class_table_lacks():
+    """The table has one of the two structures; "cords" is a typing error, known nowhere."""
+    info = {"labels": {"background": 0, "cord": 1, "larynx": 2},
+            "annotated": {"a": ["cord", "larynx", "liver"], "b": ["larynx"]}}
+    classes = [labels.Class("cord")]
+    masks = data.annotated_per_case(info, classes, Path("dataset.json"))
+    assert {case: mask.tolist() for case, mask in masks.items()} == {"a": [True], "b": [False]}
+    info["annotated"]["a"] = ["cords"]
+    with pytest.raises(ValueError, match="no class is called.*cords"):
+        data.annotated_per_case(info, classes, Path("dataset.json"))
+
+
 def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(tiny, tmp_path,
                                                                                capsys):
     """A right kidney in the right half of a body lies on both sides of the middle of what is in
