@@ -681,30 +681,38 @@ VIEWS = (View("axial", 2, "RLAP", True), View("coronal", 1, "RLSI", True),
          View("sagittal", 0, "PASI", False))
 
 
-def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str = "") -> None:
+def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str = "",
+         reference: np.ndarray | None = None) -> None:
     """Write a PNG of the axial, coronal and sagittal planes with the most labelled voxels.
 
     Each plane is shown without and with the segmentation, with orientation letters, a bar of 5 cm
-    and a legend.
+    and a legend. With a reference, a label map too, the upper row shows it instead of the bare
+    scan, in the planes where it has the most labelled voxels.
 
     raises ValueError  where matplotlib is not installed
     """
     fig = data.new_figure(12, 8, facecolor="black")
     from matplotlib.patches import Patch
 
-    colours = np.array([(0, 0, 0), *COLOURS[:max(int(label.max()), 1)]]) / 255
+    low, high = data.grey_range(volume)
+    box = data.bounding_box(volume.array > low) or ...         # without the air around a body
+    array = volume.array[box]
+    rows = (np.zeros_like(label) if reference is None else reference)[box], label[box]
+    chosen = rows[1] if reference is None else rows[0]
+    shown = [v for v in range(1, len(classes) + 1) if any((row == v).any() for row in rows)][:40]
+    colours = np.array([(0, 0, 0), *COLOURS[:max(shown, default=1)]]) / 255
     for column, view in enumerate(VIEWS):
-        index = _most_labelled_plane(label, view.axis)
-        grey = _grey_plane(volume, view.axis, index)
-        plane = np.take(label, index, view.axis)
-        coloured = np.where(plane[..., None] > 0, 0.5 * grey + 0.5 * colours[plane], grey)
+        index = _most_labelled_plane(chosen, view.axis)
+        plane = np.take(array, index, view.axis).astype(np.float32)
+        grey = np.repeat(np.clip((plane - low) / (high - low), 0, 1)[..., None], 3, axis=2)
         upper = fig.add_axes([column / 3, 0.52, 0.325, 0.4])
         lower = fig.add_axes([column / 3, 0.12, 0.325, 0.4])
-        _show(upper, grey, view, volume.spacing_mm)
-        _show(lower, coloured, view, volume.spacing_mm)
-        heading = f"{title} {view.name}, bar 5 cm" if column == 0 else view.name
-        upper.set_title(heading, color="white", fontsize=10)
-    shown = [int(v) for v in np.unique(label) if v][:40]
+        for ax, row in zip((upper, lower), rows, strict=True):
+            values = np.take(row, index, view.axis)
+            coloured = np.where(values[..., None] > 0, 0.5 * grey + 0.5 * colours[values], grey)
+            _show(ax, coloured, view, volume.spacing_mm)
+        upper.set_title(view.name, color="white", fontsize=10)
+    fig.text(0.01, 0.97, f"{title}, bar 5 cm", color="white", fontsize=10)
     fig.legend(handles=[Patch(color=colours[v], label=classes[v - 1].name) for v in shown], ncols=5,
                loc="lower center", fontsize=9, labelcolor="white", frameon=False)
     with data.atomic_write(path) as part:
@@ -715,14 +723,6 @@ def _most_labelled_plane(label: np.ndarray, axis: int) -> int:
     """The plane with the most labelled voxels along an axis; the middle one if there are none."""
     counts = np.count_nonzero(label, axis=tuple(a for a in range(3) if a != axis))
     return int(counts.argmax()) if counts.any() else len(counts) // 2
-
-
-def _grey_plane(volume: data.Volume, axis: int, index: int) -> np.ndarray:
-    """One plane of a scan as an RGB picture (width, height, 3) with values from 0 to 1."""
-    low, high = data.grey_range(volume)
-    plane = np.take(volume.array, index, axis).astype(np.float32)
-    plane = np.clip((plane - low) / (high - low), 0, 1)
-    return np.repeat(plane[..., None], 3, axis=2)
 
 
 def _show(ax, rgb: np.ndarray, view: View, spacing_mm) -> None:

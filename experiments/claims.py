@@ -87,6 +87,7 @@ class Study:
 
 PHANTOM_SETTINGS = {"spacing_mm": 5.0, "patch": 48, "batch": 1, "steps": 2700}
 OPENKBP_SETTINGS = {"spacing_mm": 4.0, "patch": 32, "batch": 2, "steps": 2000, "head_lr": 5e-4}
+HOSPITALS_STEPS = 4000          # a crop annotates a third of the structures
 HOSPITALS = {                   # dataset of a hospital -> the structures that it contours
     "Dataset201_HospitalA": ("Brainstem", "Spinal Cord"),
     "Dataset202_HospitalB": ("Right Parotid", "Left Parotid"),
@@ -147,7 +148,8 @@ def hospitals_study(args) -> Study:
     for i, (name, structures) in enumerate(HOSPITALS.items()):
         own = patients[i::len(HOSPITALS)]
         datasets.append(part_of(source, args.out / "hospitals" / name, own, structures))
-    return replace(whole, name="hospitals", datasets=datasets)
+    return replace(whole, name="hospitals", datasets=datasets,
+                   settings={**whole.settings, "steps": HOSPITALS_STEPS})
 
 
 def part_of(source: Path, to: Path, cases, structures=None, split: str = "Tr") -> Path:
@@ -547,7 +549,29 @@ def partial_labels(args, study: Study) -> dict:
         if len(study.datasets) > 1:
             alone = one_per_dataset(args, study, seed)
             result.setdefault("one per dataset", []).append(alone)
+    if study.patients:
+        draw_patients(args.out, study, result["masked"][0],
+                      args.out / f"{study.name}_masked_0" / f"out_{study.test.name}")
     return result
+
+
+def draw_patients(folder: Path, study: Study, run: dict, predictions: Path) -> None:
+    """STUDY_median.png and STUDY_worst.png: the test patients of median and of lowest mean Dice,
+    with what is contoured above and what was predicted below."""
+    scores: dict[str, list[float]] = {}
+    for case in run["cases"]:
+        if case["dice"] is not None:
+            scores.setdefault(case["case"], []).append(case["dice"])
+    mean = {patient: statistics.mean(values) for patient, values in scores.items()}
+    order = sorted(mean, key=mean.get)
+    for name, patient in (("median", order[len(order) // 2]), ("worst", order[0])):
+        volume = data.load_volume(study.test / f"imagesTs/{patient}_0000.nii.gz")
+        label, reference = (data.load_volume(path / f"{patient}.nii.gz").array
+                            for path in (predictions, study.test / "labelsTs"))
+        infer.draw(folder / f"{study.name}_{name}.png", volume, label,
+                   labels.load_classes(study.classes),
+                   f"{patient}: contours above, prediction below, mean Dice {mean[patient]:.2f}",
+                   reference)
 
 
 # ---- text --------------------------------------------------------------------------------------
@@ -1096,7 +1120,7 @@ def parse(argv) -> argparse.Namespace:
                         help="number of models trained per method (default 3)")
     parser.add_argument("--steps", type=int,
                         help="training steps of the U-Net (default: 2700 on the phantom, 2000 on "
-                             "OpenKBP)")
+                             "openkbp, 4000 on hospitals)")
     parser.add_argument("--scans", type=int, default=50,
                         help="training scans of the phantom (default 50)")
     parser.add_argument("--test-scans", type=int, default=6,
