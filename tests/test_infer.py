@@ -219,6 +219,34 @@ def test_command_writes_label_names_volumes_and_a_preview(tmp_path, checkpoint, 
     assert set(np.unique(np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj))) <= {0, 2}
 
 
+def test_a_picture_shows_the_reference_above_the_result_and_leaves_out_air(tmp_path):
+    """A body that fills an eighth of the scan's width; red is class 1, blue is class 2."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    array = np.full((64, 64, 64), -1000, np.int16)
+    array[28:36, 28:36] = 40
+    label, reference = np.zeros((64, 64, 64), np.uint8), np.zeros((64, 64, 64), np.uint8)
+    label[30:34, 30:34, 30:34] = 1
+    reference[30:34, 30:34, 30:34] = 2
+    classes = [labels.Class("Liver"), labels.Class("Spleen")]
+    colours = np.array(infer.COLOURS[:2])
+    volume = data.Volume(array, np.diag([8., 8, 8, 1]))
+    seen = {}
+    for name, above in (("alone", None), ("beside", reference)):
+        infer.draw(tmp_path / f"{name}.png", volume, label, classes, "title", above)
+        picture = 255 * plt.imread(tmp_path / f"{name}.png")[..., :3]
+        grey = 255 * (40 - data.HU_WINDOW[0]) / (data.HU_WINDOW[1] - data.HU_WINDOW[0])
+        middle = len(picture) // 2
+        for part, rows in (("upper", picture[:middle]), ("lower", picture[middle:])):
+            for k in range(2):
+                near = abs(rows - (grey + colours[k]) / 2).max(-1) < 3
+                seen[name, part, k] = int(near.sum())
+    assert seen["alone", "upper", 0] == seen["alone", "upper", 1] == 0
+    assert seen["beside", "upper", 0] == seen["beside", "lower", 1] == 0
+    assert seen["beside", "upper", 1] > 0
+    # half the width of the axial picture is coloured (a sixteenth if the air were shown)
+    assert seen["alone", "lower", 0] == seen["beside", "lower", 0] > 0.2 * 200 ** 2
+
+
 def test_a_derivative_with_other_classes_than_the_built_in_ones_is_refused(tmp_path, capsys,
                                                                            monkeypatch):
     network = build_model({"backbone": "unet", "width": 8, "text_dim": 3})
