@@ -695,12 +695,16 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     from matplotlib.patches import Patch
 
     low, high = data.grey_range(volume)
-    box = data.bounding_box(volume.array > low) or ...         # without the air around a body
-    array = volume.array[box]
-    rows = (np.zeros_like(label) if reference is None else reference)[box], label[box]
-    chosen = rows[1] if reference is None else rows[0]
-    shown = [v for v in range(1, len(classes) + 1) if any((row == v).any() for row in rows)][:40]
-    colours = np.array([(0, 0, 0), *COLOURS[:max(shown, default=1)]]) / 255
+    box = data.bounding_box(volume.array > low)                # without the air around a body
+    if box is None:
+        box = ...
+    array, label = volume.array[box], label[box]
+    if reference is None:
+        rows, chosen = (np.zeros_like(label), label), label
+    else:
+        rows, chosen = (reference[box], label), reference[box]
+    shown = np.union1d(*rows)
+    colours = np.array([(0, 0, 0), *COLOURS[:len(classes)]]) / 255
     for column, view in enumerate(VIEWS):
         index = _most_labelled_plane(chosen, view.axis)
         plane = np.take(array, index, view.axis).astype(np.float32)
@@ -712,9 +716,10 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
             coloured = np.where(values[..., None] > 0, 0.5 * grey + 0.5 * colours[values], grey)
             _show(ax, coloured, view, volume.spacing_mm)
         upper.set_title(view.name, color="white", fontsize=10)
-    fig.text(0.01, 0.97, f"{title}, bar 5 cm", color="white", fontsize=10)
-    fig.legend(handles=[Patch(color=colours[v], label=classes[v - 1].name) for v in shown], ncols=5,
-               loc="lower center", fontsize=9, labelcolor="white", frameon=False)
+    fig.text(0.01, 0.97, f"{title}, bar 5 cm" if title else "bar 5 cm", color="white", fontsize=10)
+    names = [Patch(color=colours[v], label=classes[v - 1].name) for v in shown[shown > 0][:40]]
+    fig.legend(handles=names, ncols=5, loc="lower center", fontsize=9, labelcolor="white",
+               frameon=False)
     with data.atomic_write(path) as part:
         fig.savefig(part, dpi=80, facecolor="black")
 

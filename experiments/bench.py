@@ -1024,8 +1024,10 @@ def pieces_table(entries: list[dict]) -> str:
     by_variant: dict[str, dict] = {}
     for e in entries:
         by_variant.setdefault(e["variant"], {})[e["what"], e["backbone"]] = e
-    rows = [[variant, *(device_cell(found.get(column)) for column in columns)]
-            for variant, found in by_variant.items()]
+    rows = []
+    for variant, found in by_variant.items():
+        if not variant.startswith(("all,", "all but")):         # these stand in the JSON only
+            rows.append([variant, *(device_cell(found.get(column)) for column in columns)])
     head = [f"{BACKBONES[backbone]}, {what}" for what, backbone in columns]
     return table(["classes of fast.py, bf16", *head], rows)
 

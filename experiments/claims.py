@@ -55,7 +55,7 @@ class Claim:
     """A claim, and how its table looks."""
     function: Callable          # of the arguments and the study
     studies: tuple[str, ...]    # names of the studies that it can be run on
-    shown: tuple[str, ...]      # rows of its table; none: all of them
+    shown: tuple[str, ...]      # the rows of its table, by their first cell; none: all of them
     grid: bool                  # methods are named "column, row"; a cell is the mean Dice
 
 
@@ -63,6 +63,7 @@ CLAIMS: dict[str, Claim] = {}   # by their names on the command line
 
 
 def claim(*studies: str, shown: tuple[str, ...] = (), grid: bool = False):
+    """Add a function to CLAIMS; without studies it is run on the phantom."""
     def register(function):
         name = function.__name__.replace("_", "-")
         CLAIMS[name] = Claim(function, studies or ("phantom",), shown, grid)
@@ -78,11 +79,11 @@ class Study:
     datasets: list[Path]
     test: Path
     settings: dict                          # fields of train.Config
-    swin_cost: float                        # a step of SMALL_SWIN takes as long as this many steps
+    swin_cost: float                        # time of a step of SMALL_SWIN / of a step of the U-Net
     classes: Path | None = None             # a class table other than the built-in one
     tolerances_mm: tuple[float, ...] = (3,)     # of NSD
     infer_flags: tuple[str, ...] = ("--batch", "2")
-    patients: bool = False                  # real ones: intervals over them are given
+    bootstrap_patients: bool = False        # give intervals over the test patients
 
 
 PHANTOM_SETTINGS = {"spacing_mm": 5.0, "patch": 48, "batch": 1, "steps": 2700}
@@ -99,9 +100,14 @@ def phantom_study(args, anatomy: str = "abdomen") -> Study:
     """The phantom's training datasets and test set; written on first use."""
     folder = args.out / ("phantom" if anatomy == "abdomen" else anatomy)
     *_, test = phantom.ANATOMY[anatomy].datasets
-    if not (folder / test / "dataset.json").is_file():
-        phantom.write_datasets(folder, scans=args.scans, seed=1, test_scans=args.test_scans,
-                               anatomy=anatomy)
+    complete = folder / "complete.json"
+    size = {"scans": args.scans, "test_scans": args.test_scans}
+    if not complete.is_file():
+        phantom.write_datasets(folder, seed=1, anatomy=anatomy, **size)
+        complete.write_text(json.dumps(size))
+    if data.read_json(complete) != size:
+        raise ValueError(f"{folder}: holds a phantom of another size ({complete.read_text()}); "
+                         "choose another --out")
     datasets = sorted(path for path in folder.iterdir() if (path / "imagesTr").is_dir())
     return Study(folder.name, datasets, folder / test, PHANTOM_SETTINGS, swin_cost=10)
 
@@ -128,14 +134,13 @@ def openkbp_study(args) -> Study:
     (training, _), (test, _) = openkbp.DATASETS.values()
     for folder in (args.kbp / training, args.kbp / test):
         if not (folder / "dataset.json").is_file():
-            raise FileNotFoundError(f"{folder}: no such dataset; make it with `python -m "
-                                    "experiments.openkbp`, and name the folder that it is in with "
-                                    "--kbp")
+            raise FileNotFoundError(f"{folder}: no such dataset; `python -m experiments.openkbp "
+                                    "open-kbp --out kbp` makes it, and --kbp kbp finds it")
     classes = args.out / "kbp.json"
     openkbp.write_class_table(classes)
     return Study("openkbp", [args.kbp / training], args.kbp / test, OPENKBP_SETTINGS,
                  swin_cost=16, classes=classes, tolerances_mm=(3, 2),
-                 infer_flags=("--overlap", "0.25", "--batch", "8"), patients=True)
+                 infer_flags=("--overlap", "0.25", "--batch", "8"), bootstrap_patients=True)
 
 
 def hospitals_study(args) -> Study:
@@ -147,7 +152,11 @@ def hospitals_study(args) -> Study:
     datasets = []
     for i, (name, structures) in enumerate(HOSPITALS.items()):
         own = patients[i::len(HOSPITALS)]
-        datasets.append(part_of(source, args.out / "hospitals" / name, own, structures))
+        copy = part_of(source, args.out / "hospitals" / name, own, structures)
+        kept = len(data.read_json(copy / "dataset.json")["annotated"])
+        print(f"{name}: {', '.join(structures)}; {kept} patients, {len(own) - kept} without any of "
+              "them left out")
+        datasets.append(copy)
     return replace(whole, name="hospitals", datasets=datasets,
                    settings={**whole.settings, "steps": HOSPITALS_STEPS})
 
@@ -157,9 +166,9 @@ def part_of(source: Path, to: Path, cases, structures=None, split: str = "Tr") -
 
     structures  names of the only structures that the copy annotates; None: all of them
     split       Tr or Ts, the ending of the folders of images and labels
+
+    raises ValueError  if the folder holds other scans or structures
     """
-    if (to / "dataset.json").is_file():
-        return to
     info = data.read_json(source / "dataset.json")
     annotated = info.get("annotated", {})
     if structures is not None:
@@ -170,6 +179,12 @@ def part_of(source: Path, to: Path, cases, structures=None, split: str = "Tr") -
         cases = [case for case in cases if annotated[case]]
     if annotated:
         info["annotated"] = {case: annotated[case] for case in cases}
+    info["numTraining"] = len(cases)
+    if (to / "dataset.json").is_file():
+        if data.read_json(to / "dataset.json") != info:
+            raise ValueError(f"{to}: holds other scans or structures of {source.name} than asked "
+                             "for now; choose another --out")
+        return to
     for case in cases:
         image = to / f"images{split}" / f"{case}_0000.nii.gz"
         image.parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +224,16 @@ def steps_of(args, study: Study) -> int:
     return args.steps or study.settings["steps"]
 
 
+def run_folder(args, study: Study, name: str, seed: int) -> Path:
+    """The folder of a training run."""
+    return args.out / f"{study.name}_{name}_{seed}"
+
+
+def result_folder(checkpoint: Path, test: Path, *flags) -> Path:
+    """The folder of a model's segmentations of a dataset."""
+    return checkpoint.parent / "_".join(["out", test.name, *(flag.strip("-") for flag in flags)])
+
+
 def fit(args, study: Study, name: str, seed: int, datasets=None, **flags) -> Path:
     """Train with settings as small as those of the README's first command.
 
@@ -216,7 +241,7 @@ def fit(args, study: Study, name: str, seed: int, datasets=None, **flags) -> Pat
     flags     fields of train.Config that differ from those of the study
     returns   the checkpoint
     """
-    out = args.out / f"{study.name}_{name}_{seed}"
+    out = run_folder(args, study, name, seed)
     settings = {
         "out": str(out),
         "data": tuple(str(folder) for folder in datasets or study.datasets),
@@ -237,30 +262,37 @@ def fit(args, study: Study, name: str, seed: int, datasets=None, **flags) -> Pat
 
 def score(study: Study, checkpoint: Path, *flags, test: Path | None = None,
           part: str = "Ts") -> dict:
-    """Segment and score a dataset -> content of metrics.json, and what model and training cost.
+    """Segment and score a dataset.
 
-    flags  further flags of infer.py
-    test   another dataset than the study's test set
-    part   Ts for the test scans of the dataset, Tr for its training scans
+    flags    further flags of infer.py
+    test     another dataset than the study's test set
+    part     Ts for the test scans of the dataset, Tr for its training scans
+    returns  the content of metrics.json, with the training time, the inference time and the number
+             of parameters added. NSD at the first tolerance of the study is "nsd", at others "nsd
+             at 2 mm" and so on
 
-    NSD at the first tolerance of the study is "nsd", at others "nsd at 2 mm" and so on. A score is
-    kept beside the segmentations and read again as long as the checkpoint is older.
+    A score is kept beside the segmentations, and read again while the checkpoint is older and the
+    settings are the same.
     """
     test = test or study.test
-    out = checkpoint.parent / "_".join(["out", test.name, *(flag.strip("-") for flag in flags)])
+    out = result_folder(checkpoint, test, *flags)
     kept = out / "score.json"
+    made_with = {"tolerances_mm": list(study.tolerances_mm), "infer_flags": list(study.infer_flags),
+                 "test": str(test), "part": part}
     if kept.is_file() and kept.stat().st_mtime > checkpoint.stat().st_mtime:
-        return json.loads(kept.read_text())
+        result = data.read_json(kept)
+        if result.get("made_with") == made_with:
+            return result
     start = time.perf_counter()
     infer.main(["--checkpoint", str(checkpoint), "--input", str(test / f"images{part}"),
-                "--output", str(out), "--overwrite",    # because the time is measured
+                "--output", str(out), "--overwrite",    # the time of all scans is measured
                 *study.infer_flags, *flags])
     seconds = time.perf_counter() - start
-    table = ["--class-table", str(study.classes)] if study.classes else []
+    class_table = ["--class-table", str(study.classes)] if study.classes else []
     contents = []
     for tolerance in study.tolerances_mm:
         metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"),
-                      "--tolerance", str(tolerance), *table])
+                      "--tolerance", str(tolerance), *class_table])
         contents.append(json.loads((out / "metrics.json").read_text()))
     result = contents[0]
     for tolerance, content in zip(study.tolerances_mm[1:], contents[1:], strict=True):
@@ -271,12 +303,13 @@ def score(study: Study, checkpoint: Path, *flags, test: Path | None = None,
             case[measure] = values["nsd"]
     model, _, _ = load_checkpoint(checkpoint)
     result |= {
+        "made_with": made_with,
         **training_cost(checkpoint.parent / "log.jsonl"),
         "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    with data.atomic_write(kept) as part_of_file:
-        part_of_file.write_text(json.dumps(result))
+    with data.atomic_write(kept) as temporary:
+        temporary.write_text(json.dumps(result))
     return result
 
 
@@ -295,7 +328,7 @@ BOOTSTRAP_SAMPLES = 2000
 
 
 def by_patient(runs: list[dict], measure: str, names: list[str], patients: list[str]) -> np.ndarray:
-    """(patients, classes) a measure, averaged over runs; nan where a patient has no value."""
+    """The mean of a measure over runs: (patients, classes), nan where no run has a value."""
     values: dict[tuple, list[float]] = {}
     for run in runs:
         for case in run["cases"]:
@@ -330,30 +363,41 @@ def interval(samples: np.ndarray) -> list[float]:
     return np.nanpercentile(samples, [2.5, 97.5]).tolist()
 
 
-def intervals(result: dict, measures) -> dict:
+def scored(runs: list[dict]) -> tuple[list[str], list[str]]:
+    """The names of the classes and of the patients that have a Dice in some run."""
+    cases = [case for run in runs for case in run["cases"] if case["dice"] is not None]
+    names = list(dict.fromkeys(case["class"] for case in cases))
+    return names, sorted({case["case"] for case in cases})
+
+
+def paired_difference(runs: list[dict], reference: list[dict]) -> list[float]:
+    """[difference of the mean Dice, low, high], over the patients and classes of the reference."""
+    names, patients = scored(reference)
+    difference = (by_patient(runs, "dice", names, patients)
+                  - by_patient(reference, "dice", names, patients))
+    mean = np.nanmean(np.nanmean(difference, 0))
+    return [float(mean), *interval(bootstrap(difference)[:, -1])]
+
+
+def intervals(result: dict, measures, grid: bool) -> dict:
     """95 % bootstrap intervals over patients.
 
     returns  {method: {measure: {class: [low, high], "mean": [low, high]}}}; "difference" beside the
-             measures is that of the mean Dice from the first method's, [difference, low, high]
+             measures is that of the mean Dice from another method's, [difference, low, high]: from
+             the first method's or, of a grid, from that of the same row "from scratch"
     """
-    content = {}
-    first = None
+    content: dict[str, dict] = {}
     for method, runs in result.items():
-        cases = [case for run in runs for case in run["cases"] if case["dice"] is not None]
-        names = list(dict.fromkeys(case["class"] for case in cases))
-        patients = sorted({case["case"] for case in cases})
-        content[method] = {}
+        names, patients = scored(runs)
+        own = content[method] = {}
         for measure in measures:
             samples = bootstrap(by_patient(runs, measure, names, patients))
-            content[method][measure] = {name: interval(samples[:, k])
-                                        for k, name in enumerate([*names, "mean"])}
-        values = by_patient(runs, "dice", sorted(names), patients)
-        if first is None:
-            first = (patients, sorted(names), values)
-        elif first[:2] == (patients, sorted(names)):
-            samples = bootstrap(values)[:, -1] - bootstrap(first[2])[:, -1]
-            difference = np.nanmean(values, 0).mean() - np.nanmean(first[2], 0).mean()
-            content[method]["difference"] = [float(difference), *interval(samples)]
+            own[measure] = {name: interval(samples[:, k])
+                            for k, name in enumerate([*names, "mean"])}
+        first = next(iter(result))
+        reference = f"{SCRATCH}, {method.split(', ', 1)[1]}" if grid else first
+        if method != reference:
+            own["difference"] = paired_difference(runs, result[reference])
     return content
 
 
@@ -365,10 +409,11 @@ MEASURES = (            # key in the JSON, name in the table, decimal places
     ("by chance", "by chance", 2),
     ("old logits change by", "old logits change by", 0),
     ("parameters", "parameters", 0),
-    ("GFLOP a window", "GFLOP a window", 1),
+    ("GFLOP a window", "GFLOP per 64^3 voxels", 1),
     ("training_s", "training, s", 0),
     ("seconds", "inference, s", 0),
 )
+SCRATCH = "from scratch"
 MAX_COLUMNS = 5         # a table of more methods than this has a row per method
 
 
@@ -386,6 +431,14 @@ def spread(values, digits: int = 3) -> str:
 def span(limits: list[float] | None) -> str:
     """ " (0.41 to 0.52)"; nothing without limits"""
     return f" ({limits[0]:.2f} to {limits[1]:.2f})" if limits else ""
+
+
+def difference_cell(limits: dict) -> str:
+    """ "+0.031 (0.01 to 0.05)"; nothing for the method that others are compared with"""
+    if "difference" not in limits:
+        return ""
+    difference, *ends = limits["difference"]
+    return f"{difference:+.3f}{span(ends)}"
 
 
 def mean_over_classes(run: dict, measure: str) -> float | None:
@@ -422,8 +475,7 @@ def mean_lines(content: dict) -> dict:
             cell + span(limits[method]["dice"]["mean"])
             for method, cell in zip(methods, lines["mean Dice, organs"], strict=True)]
         lines[f"difference from {next(iter(methods))}"] = [
-            f"{limits[method]['difference'][0]:+.3f}" + span(limits[method]["difference"][1:])
-            if "difference" in limits[method] else "" for method in methods]
+            difference_cell(limits[method]) for method in methods]
     for measure in ("nsd", "nsd at 2 mm"):
         lines[f"mean {measure.replace('nsd', 'NSD')}"] = [
             spread([mean_over_classes(run, measure) for run in runs])
@@ -461,16 +513,21 @@ def detection_lines(methods: dict) -> dict:
 
 
 def grid_of(content: dict) -> list[list[str]]:
-    """The mean Dice of methods that are named "column, row"."""
+    """The mean Dice of methods that are named "column, row", and below each row, where there are
+    intervals, the differences from training from scratch."""
     limits = content.get("intervals", {})
     columns = list(dict.fromkeys(method.split(", ", 1)[0] for method in content["runs"]))
     lines: dict[str, list] = {}
     for method, runs in content["runs"].items():
         column, row = method.split(", ", 1)
-        cells = lines.setdefault(row, [""] * len(columns))
-        cells[columns.index(column)] = (
-            spread([run["mean"]["organ"] for run in runs])
-            + span(limits.get(method, {}).get("dice", {}).get("mean")))
+        k = columns.index(column)
+        own = limits.get(method, {})
+        value = spread([run["mean"]["organ"] for run in runs])
+        lines.setdefault(row, [""] * len(columns))[k] = (
+            value + span(own.get("dice", {}).get("mean")))
+        if own:
+            below = lines.setdefault(f"{row}, difference", [""] * len(columns))
+            below[k] = difference_cell(own)
     return [["", *columns], *([name, *cells] for name, cells in lines.items())]
 
 
@@ -489,14 +546,17 @@ def table(content: dict) -> str:
         lines |= detection_lines(content["runs"])
         grid = [["", *content["runs"]]]
         for name, values in lines.items():
-            if any(values) and (not content["shown"] or name in content["shown"]):
+            if any(values):
                 grid.append([name, *values])
         if many:
             grid = [list(column) for column in zip(*grid, strict=True)]
+        if content["shown"]:
+            grid = [grid[0], *(row for row in grid[1:] if row[0] in content["shown"])]
     grid.insert(1, ["---"] * len(grid[0]))
     rows = "".join(f"| {' | '.join(row)} |\n" for row in grid)
-    seeds = "one seed" if content["seeds"] == 1 else f"up to {content['seeds']} seeds"
-    return f"{content['steps']} steps, {seeds}.\n\n{rows}"
+    seeds = [len(runs) for runs in content["runs"].values()]
+    number = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    return f"`--steps {content['steps']}`, seeds: {number}.\n\n{rows}"
 
 
 # ---- partial labels ----------------------------------------------------------------------------
@@ -522,17 +582,22 @@ def one_per_dataset(args, study: Study, seed: int) -> dict:
         for measure in of_class[0]:
             if measure == "dice" or measure.startswith("nsd"):
                 classes[name][measure] = statistics.mean(values[measure] for values in of_class)
-    table_of_classes = labels.load_classes(study.classes)
-    lesions = {c.name for c in table_of_classes if c.lesion}
-    organ_dice = [v["dice"] for name, v in classes.items() if name not in lesions]
-    lesion_dice = [v["dice"] for name, v in classes.items() if name in lesions]
     return {
         "classes": classes,
-        "mean": {"organ": statistics.mean(organ_dice or [0]),
-                 "lesion": statistics.mean(lesion_dice) if lesion_dice else None},
+        "mean": mean_dice(classes, labels.load_classes(study.classes)),
         "cases": [case for run in scores for case in run["cases"]],
         **{key: sum(run[key] for run in scores) for key in ("parameters", "seconds", "training_s")},
     }
+
+
+def mean_dice(scores: dict, classes) -> dict:
+    """{"organ", "lesion"}: the mean Dice of {class: {"dice": value}}; None where there is none."""
+    lesions = {c.name for c in classes if c.lesion}
+    means = {}
+    for kind, is_lesion in (("organ", False), ("lesion", True)):
+        own = [values["dice"] for name, values in scores.items() if (name in lesions) == is_lesion]
+        means[kind] = statistics.mean(own) if own else None
+    return means
 
 
 @claim("phantom", "openkbp", "hospitals", shown=(
@@ -549,15 +614,15 @@ def partial_labels(args, study: Study) -> dict:
         if len(study.datasets) > 1:
             alone = one_per_dataset(args, study, seed)
             result.setdefault("one per dataset", []).append(alone)
-    if study.patients:
-        draw_patients(args.out, study, result["masked"][0],
-                      args.out / f"{study.name}_masked_0" / f"out_{study.test.name}")
+    if study.bootstrap_patients:
+        checkpoint = run_folder(args, study, "masked", 0) / "last.pt"
+        draw_patients(args.out, study, result["masked"][0], result_folder(checkpoint, study.test))
     return result
 
 
 def draw_patients(folder: Path, study: Study, run: dict, predictions: Path) -> None:
     """STUDY_median.png and STUDY_worst.png: the test patients of median and of lowest mean Dice,
-    with what is contoured above and what was predicted below."""
+    each over the patient's own contours, which are drawn above what was predicted."""
     scores: dict[str, list[float]] = {}
     for case in run["cases"]:
         if case["dice"] is not None:
@@ -791,7 +856,10 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
     return [float(np.nanmean(of_pair)) for of_pair in scores]
 
 
-@claim()
+@claim(shown=(
+    "its own row", "random, 0.95", "random, 0.88", "towards a class not trained, 0.95",
+    "row of a class not trained", "towards another trained class, 0.95",
+    "row of another trained class"))
 def words(args, study: Study) -> dict:
     """A class asked for with another text embedding than the one that it was trained with.
 
@@ -823,12 +891,7 @@ def mean_of_pairs(pairs: list, dice: list[float]) -> dict:
     for (k, _), value in zip(pairs, dice, strict=True):
         of_class.setdefault(labels.CLASSES[k].name, []).append(value)
     classes = {name: {"dice": statistics.mean(values)} for name, values in of_class.items()}
-    lesions = {c.name for c in labels.CLASSES if c.lesion}
-    means = {}
-    for kind, is_lesion in (("organ", False), ("lesion", True)):
-        own = [c["dice"] for name, c in classes.items() if (name in lesions) == is_lesion]
-        means[kind] = statistics.mean(own) if own else None
-    return {"classes": classes, "mean": means}
+    return {"classes": classes, "mean": mean_dice(classes, labels.CLASSES)}
 
 
 # ---- false positives ---------------------------------------------------------------------------
@@ -926,9 +989,9 @@ def false_positives(args, study: Study) -> dict:
                     run = with_detection(score(study, checkpoint, *flags, test=sick),
                                          score(study, checkpoint, *flags, test=healthy))
                     result.setdefault(prefix + way, []).append(run)
-    last = args.out / f"{study.name}_masked_{args.seeds - 1}"
+    last = run_folder(args, study, "masked", args.seeds - 1) / "last.pt"
     draw_change(args.out / "postprocessing.png", sick / "imagesTs",
-                last / f"out_{sick.name}_no-postprocess", last / f"out_{sick.name}")
+                result_folder(last, sick, "--no-postprocess"), result_folder(last, sick))
     return result
 
 
@@ -955,7 +1018,7 @@ def gflop(checkpoint: Path) -> float:
 
 @claim("phantom", "openkbp", shown=(
     "mean Dice, organs", "mean Dice, lesions", "difference from unet", "mean NSD", "parameters",
-    "GFLOP a window", "training, s", "inference, s"))
+    "GFLOP per 64^3 voxels", "training, s", "inference, s"))
 def backbones(args, study: Study) -> dict:
     """U-Net and a small Swin UNETR in about the same training time, with their arithmetic."""
     swin = {**SMALL_SWIN, "steps": max(1, round(steps_of(args, study) / study.swin_cost))}
@@ -1004,7 +1067,7 @@ def transfer(args, study: Study) -> dict:
         base = fit(args, study, "base", seed, [kidney, liver, spleen], classes=str(old_classes),
                    steps=2 * long, **small)
         ways = {"--extend": {"extend": str(base)}, "--init": {"init": str(base)},
-                "--pretrained": {"pretrained": str(base)}, "from scratch": {}}
+                "--pretrained": {"pretrained": str(base)}, SCRATCH: {}}
         for steps, n in combinations:
             few = first_scans(trunk, n, args.out / f"few{n}")
             for way, flags in ways.items():
@@ -1039,10 +1102,13 @@ def new_structure(args, study: Study) -> dict:
         for seed in range(args.seeds):
             base = fit(args, study, f"without_{structure}", seed, classes=str(others))
             ways = {"--init": {"init": str(base)}, "--pretrained": {"pretrained": str(base)},
-                    "from scratch": {}}
+                    SCRATCH: {}}
             having = [case for case, names in contoured.items() if structure in names]
             random.Random(seed).shuffle(having)
             for n in (1, 2, 5, 10):
+                if n > len(having):
+                    print(f"{structure} from {n} patients: skipped, {len(having)} have it")
+                    continue
                 few = part_of(training, args.out / f"few_{structure}_{n}_{seed}", having[:n],
                               [structure])
                 for way, flags in ways.items():
@@ -1109,31 +1175,37 @@ STUDIES = {"phantom": phantom_study, "openkbp": openkbp_study, "hospitals": hosp
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.claims",
                                      description=__doc__.split("\n")[0])
-    parser.add_argument("claim", choices=CLAIMS)
+    parser.add_argument("claim", choices=CLAIMS, help="what to measure")
+    several = [f"{name} has {' and '.join(c.studies)}" for name, c in CLAIMS.items()
+               if len(c.studies) > 1]
     parser.add_argument("--study", choices=STUDIES,
-                        help="what to train and score on: partial-labels takes phantom, openkbp or "
-                             "hospitals, backbones phantom or openkbp; every other claim has one "
-                             "study (default: the first)")
+                        help=f"what to train and score on: {', '.join(several)} (default: the "
+                             "first); every other claim has one")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("claims"),
                         help="folder for datasets, models and tables (default claims)")
     parser.add_argument("--seeds", type=int, default=3,
                         help="number of models trained per method (default 3)")
     parser.add_argument("--steps", type=int,
-                        help="training steps of the U-Net (default: 2700 on the phantom, 2000 on "
-                             "openkbp, 4000 on hospitals)")
+                        help="training steps of the U-Net (default: 2000 on openkbp, 4000 on "
+                             "hospitals, 2700 elsewhere); transfer trains its base for twice as "
+                             "many, new-structure its new models for a quarter, and one model per "
+                             "dataset gets its share")
     parser.add_argument("--scans", type=int, default=50,
                         help="training scans of the phantom (default 50)")
     parser.add_argument("--test-scans", type=int, default=6,
                         help="scans in each test set of the phantom (default 6)")
     parser.add_argument("--kbp", metavar="DIR", type=Path, default=Path("kbp"),
-                        help="folder of experiments.openkbp, for the studies openkbp and hospitals "
-                             "(default kbp)")
+                        help="the --out folder of experiments.openkbp, for the studies openkbp and "
+                             "hospitals (default kbp)")
     parser.add_argument("--rows", metavar="FILE",
                         help="file of CLIP text embeddings, for the claims text and words "
                              "(the released txt_encoding.pth)")
     parser.add_argument("--real", metavar="DIR", type=Path,
                         help="folder that holds Dataset001 to Dataset004, for the claim real-scans")
     args = parser.parse_args(argv)
+    for flag in ("seeds", "steps", "scans", "test_scans"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"argument --{flag.replace('_', '-')}: must be at least 1")
     possible = CLAIMS[args.claim].studies
     args.study = args.study or possible[0]
     if args.study not in possible:
@@ -1156,13 +1228,14 @@ def main(argv=None) -> int:
                          "released txt_encoding.pth)")
     study = STUDIES[args.study](args)
     result = without_nan(claim.function(args, study))
-    content = {"steps": steps_of(args, study), "seeds": args.seeds, "shown": claim.shown,
+    content = {"steps": steps_of(args, study), "shown": claim.shown,
                "grid": claim.grid, "runs": result}
-    if study.patients:
-        content["intervals"] = intervals(result, ("dice", "nsd", "nsd at 2 mm"))
+    if study.bootstrap_patients:
+        content["intervals"] = intervals(result, ("dice", "nsd", "nsd at 2 mm"), claim.grid)
     for runs in result.values():
         for run in runs:
-            run.pop("cases", None)          # single scans stand in metrics.json of that run
+            run.pop("cases", None)          # single scans stand in score.json of that run
+            run.pop("made_with", None)
     name = args.claim if args.study == claim.studies[0] else f"{args.claim}-{args.study}"
     with data.atomic_write(args.out / f"{name}.json") as part:
         part.write_text(json.dumps(content) + "\n")

@@ -1,5 +1,6 @@
 """A table by hand; the tables of RESULTS.md are those of the stored numbers; every claim runs from
 end to end, with five steps and five scans (no number in it means anything)."""
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -25,13 +26,13 @@ def _run(liver, cyst, **more):
 
 
 def _content(runs, **more):
-    return {"steps": 7, "seeds": 2, "shown": [], "grid": False, "runs": runs, **more}
+    return {"steps": 7, "shown": [], "grid": False, "runs": runs, **more}
 
 
 def test_a_table_by_hand():
     runs = {"a": [_run(0.5, 0.25, parameters=1200), _run(0.75, 0.5, parameters=1200)],
             "b": [_run(1.0, None, parameters=7), _run(0.5, None, parameters=7)]}
-    assert claims.table(_content(runs)) == """7 steps, up to 2 seeds.
+    assert claims.table(_content(runs)) == """`--steps 7`, seeds: 2.
 
 |  | a | b |
 | --- | --- | --- |
@@ -46,8 +47,8 @@ def test_a_table_by_hand():
 
 
 def test_a_table_shows_the_rows_that_its_claim_names():
-    content = _content({"a": [_run(0.5, 0.25)]}, shown=["Liver", "mean NSD"], seeds=1)
-    assert claims.table(content) == """7 steps, one seed.
+    content = _content({"a": [_run(0.5, 0.25)]}, shown=["Liver", "mean NSD"])
+    assert claims.table(content) == """`--steps 7`, seeds: 1.
 
 |  | a |
 | --- | --- |
@@ -64,12 +65,14 @@ def test_many_methods_get_rows_and_patients_are_summed_over_seeds():
     assert lines[2].startswith("|  | mean Dice, organs | mean Dice, lesions | mean NSD |")
     assert lines[4].startswith("| a | 0.500 |")
     assert lines[4].endswith("| 4 of 6 | 2 of 8 | 0.36 |")     # harmonic mean: 2 / (6/4 + 8/2)
+    some = claims.table(_content(runs, shown=["b", "mean NSD"])).splitlines()
+    assert some[2] == lines[2] and [line[:4] for line in some[4:]] == ["| b "]
 
 
 def test_a_grid_has_the_first_part_of_a_method_in_columns():
     runs = {"--init, 1 scan": [_run(0.5, 0.25)], "from scratch, 1 scan": [_run(0.25, 0.25)],
             "--init, 2 scans": [_run(1.0, 0.25)]}
-    assert claims.table(_content(runs, grid=True)) == """7 steps, up to 2 seeds.
+    assert claims.table(_content(runs, grid=True)) == """`--steps 7`, seeds: 1.
 
 |  | --init | from scratch |
 | --- | --- | --- |
@@ -93,7 +96,7 @@ def test_intervals_over_patients_by_hand():
     first = [_cases(p1_Liver=0.2, p2_Liver=0.6, p1_Cord=0.5, p2_Cord=None),
              _cases(p1_Liver=0.4, p2_Liver=0.8, p1_Cord=0.5, p2_Cord=None)]
     second = [_cases(p1_Liver=0.4, p2_Liver=0.8, p1_Cord=0.5, p2_Cord=None)]
-    content = claims.intervals({"a": first, "b": second}, ["dice"])
+    content = claims.intervals({"a": first, "b": second}, ["dice"], grid=False)
     of_a = content["a"]["dice"]
     assert of_a["Liver"] == pytest.approx([0.3, 0.7])
     assert of_a["Cord"] == pytest.approx([0.5, 0.5])
@@ -101,6 +104,25 @@ def test_intervals_over_patients_by_hand():
     assert "difference" not in content["a"]
     # b has 0.1 more in the liver: 0.05 of the mean of two classes, 0.1 where p2 is alone
     assert content["b"]["difference"] == pytest.approx([0.05, 0.05, 0.1])
+
+
+def test_a_method_of_a_grid_is_compared_with_its_row_from_scratch():
+    """Of the cord, which only one of two patients has, the difference counts as much as of the
+    liver. What the reference does not score is left out."""
+    runs = {"--init, Liver": [_cases(p1_Liver=0.5, p2_Liver=0.7, p1_Cord=0.9)],
+            "from scratch, Liver": [_cases(p1_Liver=0.4, p2_Liver=0.6, p1_Cord=0.6)],
+            "--init, Cord": [_cases(p1_Cord=0.5, p1_Liver=0.1)],
+            "from scratch, Cord": [_cases(p1_Cord=0.75)]}
+    content = claims.intervals(runs, ["dice"], grid=True)
+    assert content["--init, Liver"]["difference"] == pytest.approx([0.2, 0.1, 0.2])
+    assert content["--init, Cord"]["difference"] == pytest.approx([-0.25, -0.25, -0.25])
+    assert "difference" not in content["from scratch, Cord"]
+    for runs_of in runs.values():
+        for run in runs_of:
+            run["mean"] = {"organ": 0.5, "lesion": None}
+    lines = claims.table(_content(runs, grid=True, intervals=content)).splitlines()
+    assert lines[5] == "| Liver, difference | +0.200 (0.10 to 0.20) |  |"
+    assert lines[7] == "| Cord, difference | -0.250 (-0.25 to -0.25) |  |"
 
 
 def test_an_interval_is_that_of_the_normal_law_for_many_patients():
@@ -117,7 +139,7 @@ def test_intervals_stand_in_brackets_behind_the_values():
                     "difference": [-0.05, -0.071, 0.02]}}
     runs = {"a": [_run(0.5, 0.25)], "b": [_run(0.25, 0.25)]}
     assert claims.table(_content(runs, intervals=limits, shown=[
-        "Liver", "mean Dice, organs", "difference from a"])) == """7 steps, up to 2 seeds.
+        "Liver", "mean Dice, organs", "difference from a"])) == """`--steps 7`, seeds: 1.
 
 |  | a | b |
 | --- | --- | --- |
@@ -176,18 +198,50 @@ def test_a_score_is_read_again_until_the_checkpoint_changes(tmp_path, monkeypatc
     checkpoint.touch()
     folder = tmp_path / "out_test"
     folder.mkdir()
-    (folder / "score.json").write_text('{"seconds": 4}')
     study = claims.Study("s", [], Path("test"), {}, swin_cost=1)
+    kept = {"seconds": 4, "made_with": {"tolerances_mm": [3], "infer_flags": ["--batch", "2"],
+                                        "test": "test", "part": "Ts"}}
+    (folder / "score.json").write_text(json.dumps(kept))
     os.utime(checkpoint, (1, 1))
-    assert claims.score(study, checkpoint) == {"seconds": 4}
+    assert claims.score(study, checkpoint) == kept
 
     def infer(flags):
         raise RuntimeError("segments again")
     monkeypatch.setattr(claims.infer, "main", infer)
+    with pytest.raises(RuntimeError, match="segments again"):
+        claims.score(dataclasses.replace(study, tolerances_mm=(2,)), checkpoint)
+    with pytest.raises(RuntimeError, match="segments again"):
+        claims.score(study, checkpoint, part="Tr")
     os.utime(folder / "score.json", (1, 1))
     os.utime(checkpoint, (2, 2))
     with pytest.raises(RuntimeError, match="segments again"):
         claims.score(study, checkpoint)
+
+
+def test_a_part_of_other_scans_in_the_same_folder_is_refused(tmp_path):
+    source = _write_openkbp(tmp_path / "kbp") / "Dataset007_OpenKBP"
+    copy = claims.part_of(source, tmp_path / "few", ["pt_0", "pt_1"], ["Esophagus"])
+    assert json.loads((copy / "dataset.json").read_text())["annotated"] == {"pt_0": ["Esophagus"]}
+    assert [file.name for file in (copy / "imagesTr").iterdir()] == ["pt_0_0000.nii.gz"]
+    assert claims.part_of(source, tmp_path / "few", ["pt_0", "pt_1"], ["Esophagus"]) == copy
+    with pytest.raises(ValueError, match="few: holds other scans"):
+        claims.part_of(source, tmp_path / "few", ["pt_2"], ["Esophagus"])
+
+
+def test_a_phantom_of_another_size_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "phantom"
+    monkeypatch.setattr(claims.phantom, "write_datasets", lambda out, **_: out.mkdir())
+    claims.phantom_study(claims.parse(["text", "--out", str(tmp_path), "--scans", "5"]))
+    with pytest.raises(ValueError, match="phantom of another size.*5"):
+        claims.phantom_study(claims.parse(["text", "--out", str(tmp_path), "--scans", "6"]))
+    assert [path.name for path in folder.iterdir()] == ["complete.json"]
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--steps", "--scans", "--test-scans"])
+def test_a_number_below_one_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        claims.main(["text", flag, "0"])
+    assert f"{flag}: must be at least 1" in capsys.readouterr().err
 
 
 def test_openkbp_without_its_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
@@ -202,6 +256,15 @@ def test_a_claim_on_a_study_that_it_does_not_know_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         claims.main(["text", "--study", "openkbp", "--out", str(tmp_path)])
     assert "text can be run on phantom, not on openkbp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_stored_numbers_are_shown_as_their_claim_says(name):
+    for file in STORED:
+        if file.stem.startswith(name) and not file.stem.startswith("bench"):
+            content = json.loads(file.read_text())
+            assert content["shown"] == list(claims.CLAIMS[name].shown)
+            assert content["grid"] == claims.CLAIMS[name].grid
 
 
 @pytest.mark.parametrize("file", STORED, ids=lambda f: f.stem)
@@ -266,5 +329,8 @@ def test_a_claim_writes_its_numbers(name, study, tmp_path, capsys):
     for runs in content["runs"].values():
         assert set(runs[0]["mean"]) == {"organ", "lesion"} and runs[0]["seconds"] > 0
     assert ("intervals" in content) == patients
+    if name == "partial-labels" and patients:
+        assert (tmp_path / f"{study}_median.png").is_file()
+        assert (tmp_path / f"{study}_worst.png").is_file()
     table = (tmp_path / f"{stem}.md").read_text()
     assert table == claims.table(content) and table in capsys.readouterr().out

@@ -247,6 +247,15 @@ def test_a_picture_shows_the_reference_above_the_result_and_leaves_out_air(tmp_p
     assert seen["alone", "lower", 0] == seen["beside", "lower", 0] > 0.2 * 200 ** 2
 
 
+def test_a_picture_of_more_classes_than_the_legend_holds(tmp_path):
+    pytest.importorskip("matplotlib")
+    n = 60
+    label = np.arange(8 * 8 * 8).reshape(8, 8, 8) % (n + 1)
+    volume = data.Volume(np.full((8, 8, 8), 40, np.int16), np.diag([30., 30, 30, 1]))
+    infer.draw(tmp_path / "a.png", volume, label, [labels.Class(f"c{k}") for k in range(n)])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
 def test_a_derivative_with_other_classes_than_the_built_in_ones_is_refused(tmp_path, capsys,
                                                                            monkeypatch):
     network = build_model({"backbone": "unet", "width": 8, "text_dim": 3})

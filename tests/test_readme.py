@@ -18,7 +18,7 @@ import labels
 import metrics
 import model
 import train
-from experiments import bench, claims, phantom
+from experiments import bench, claims, openkbp, phantom
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -27,7 +27,7 @@ TEXT = README.read_text()
 MAINS = {"train.py": train.parse, "infer.py": infer.main, "metrics.py": metrics.main,
          "clip_text.py": clip_text.main, "labels.py": labels.main,
          "experiments.phantom": phantom.main, "experiments.bench": bench.main,
-         "experiments.claims": claims.main}
+         "experiments.claims": claims.main, "experiments.openkbp": openkbp.main}
 
 
 def fences(text):
@@ -117,7 +117,7 @@ EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tes
 
 
 def needs_reference_files(args):
-    beginnings = ("Dataset00", "knee/", "real/")
+    beginnings = ("Dataset00", "knee/", "real/", "open-kbp", "kbp")
     return any(a.startswith(beginnings) or a == "txt_encoding.pth" for a in args)
 
 
@@ -144,7 +144,8 @@ def commands_to_run():
 @pytest.mark.slow
 def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path):
     """In the order of the documents, in one folder: few scans, two steps, no network."""
-    for part in (*(SHARED / "data").glob("Dataset00*"), SHARED / "clip" / "txt_encoding.pth"):
+    for part in (*(SHARED / "data").glob("Dataset00*"), SHARED / "data" / "open-kbp",
+                 SHARED / "clip" / "txt_encoding.pth"):
         if part.exists():
             (tmp_path / part.name).symlink_to(part)
     table = re.search(r"^knee.json\s+(\[.*?\])", TEXT, re.S | re.M).group(1)
