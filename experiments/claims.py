@@ -314,12 +314,16 @@ def score(study: Study, checkpoint: Path, *flags, test: Path | None = None,
 
 
 def training_cost(log: Path) -> dict:
-    """Seconds of all training steps, and the mean Dice loss over the middle third of them."""
+    """Seconds of all training steps, and the mean Dice loss over the middle third of them.
+
+    The seconds are those of the median step times their number, so that a pause does not count.
+    """
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     third = len(steps) // 3
     middle = steps[third:2 * third + 1]
-    return {"training_s": sum(record["seconds"] for record in steps),
+    median = statistics.median(record["seconds"] for record in steps)
+    return {"training_s": median * len(steps),
             "Dice loss, middle third": statistics.mean(record["dice"] for record in middle)}
 
 

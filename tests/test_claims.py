@@ -193,6 +193,17 @@ def test_three_hospitals_have_other_patients_and_only_their_own_structures(tmp_p
         "Larynx", "Mandible"]
 
 
+def test_the_cost_of_a_training_by_hand(tmp_path):
+    """Six steps of 2 s, during one of which the machine slept for an hour; records of validation
+    are passed over. The middle third are the third to the fifth step."""
+    records = [{"loss": 1.0, "dice": float(i), "seconds": 3600.0 if i == 4 else 2.0}
+               for i in range(6)]
+    records.insert(2, {"val_dice": 0.5})
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert claims.training_cost(log) == {"training_s": 12.0, "Dice loss, middle third": 3.0}
+
+
 def test_a_score_is_read_again_until_the_checkpoint_changes(tmp_path, monkeypatch):
     checkpoint = tmp_path / "last.pt"
     checkpoint.touch()
