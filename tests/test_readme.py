@@ -1,4 +1,6 @@
 """The commands, links and snippets of README.md and experiments/RESULTS.md work."""
+import json
+import math
 import os
 import re
 import shlex
@@ -64,6 +66,16 @@ def test_every_flag_of_every_command_exists(document, capsys):
         known = capsys.readouterr().out
         for flag in (a for a in args if a.startswith("--")):
             assert re.search(rf"{flag}\b", known), (name, flag)
+
+
+@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+def test_the_table_of_the_real_patients_is_that_of_the_stored_scores(document, capsys):
+    """results/openkbp.json is the metrics.json of the commands under "Real patients"."""
+    stored = json.loads((ROOT / "experiments/results/openkbp.json").read_text())
+    cases = [{key: math.nan if value is None else value for key, value in case.items()}
+             for case in stored["cases"]]
+    metrics._print_table(cases, metrics._summarise(cases))
+    assert capsys.readouterr().out in document.read_text()
 
 
 @pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
