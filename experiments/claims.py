@@ -186,13 +186,15 @@ def part_of(source: Path, to: Path, cases, structures=None, split: str = "Tr") -
                              "for now; choose another --out")
         return to
     for case in cases:
-        image = to / f"images{split}" / f"{case}_0000.nii.gz"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / f"images{split}" / image.name, image)
-        label = data.load_volume(source / f"labels{split}" / f"{case}.nii.gz")
-        kept = np.isin(label.array, list(info["labels"].values()))
-        phantom.write_nifti(to / f"labels{split}" / f"{case}.nii.gz",
-                            np.where(kept, label.array, 0).astype(np.uint8), label.affine)
+        image, label = f"images{split}/{case}_0000.nii.gz", f"labels{split}/{case}.nii.gz"
+        for file in (image, label):
+            (to / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / file, to / file)
+        if structures is not None:
+            volume = data.load_volume(to / label)
+            kept = np.isin(volume.array, list(info["labels"].values()))
+            phantom.write_nifti(to / label, np.where(kept, volume.array, 0).astype(np.uint8),
+                                volume.affine)
     with data.atomic_write(to / "dataset.json") as part:
         part.write_text(json.dumps(info) + "\n")
     return to
