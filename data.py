@@ -844,13 +844,18 @@ def annotated_per_case(info: dict, classes, where: Path,
         raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
     own = info.get("labels")
     own_names = [*own, *own.values()] if isinstance(own, dict) else []      # MSD: {value: name}
+
+    def lacking(name: str) -> bool:
+        """Whether a name is known, but to no class of this table. select() refuses unknown ones."""
+        known = labels.match(name) or name in own_names
+        return bool(known) and not labels.match(name, classes)
+
     masks = {}
     for case, names in table.items():
         if only is not None and case != only:
             continue
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            names = [name for name in names if labels.match(name, classes)
-                     or not (labels.match(name) or name in own_names)]
+            names = [name for name in names if not lacking(name)]
         masks[case] = np.zeros(len(classes), bool)
         masks[case][labels.select(names, classes)] = True
     return masks

@@ -694,27 +694,27 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     fig = data.new_figure(12, 8, facecolor="black")
     from matplotlib.patches import Patch
 
-    low, high = data.grey_range(volume)
-    box = data.bounding_box(volume.array > low)                # without the air around a body
+    grey_range = data.grey_range(volume)
+    box = data.bounding_box(volume.array > grey_range[0])      # without the air around a body
     if box is None:
         box = ...
     array, label = volume.array[box], label[box]
-    if reference is None:
-        rows, chosen = (np.zeros_like(label), label), label
-    else:
-        rows, chosen = (reference[box], label), reference[box]
-    shown = np.union1d(*rows)
+    shown, chosen = np.unique(label), label
+    if reference is not None:
+        reference = reference[box]
+        shown, chosen = np.union1d(shown, np.unique(reference)), reference
     colours = np.array([(0, 0, 0), *COLOURS[:len(classes)]]) / 255
     for column, view in enumerate(VIEWS):
         index = _most_labelled_plane(chosen, view.axis)
-        plane = np.take(array, index, view.axis).astype(np.float32)
-        grey = np.repeat(np.clip((plane - low) / (high - low), 0, 1)[..., None], 3, axis=2)
+        grey = _grey_plane(np.take(array, index, view.axis), *grey_range)
         upper = fig.add_axes([column / 3, 0.52, 0.325, 0.4])
         lower = fig.add_axes([column / 3, 0.12, 0.325, 0.4])
-        for ax, row in zip((upper, lower), rows, strict=True):
-            values = np.take(row, index, view.axis)
-            coloured = np.where(values[..., None] > 0, 0.5 * grey + 0.5 * colours[values], grey)
-            _show(ax, coloured, view, volume.spacing_mm)
+        for ax, label_map in ((upper, reference), (lower, label)):
+            picture = grey
+            if label_map is not None:
+                values = np.take(label_map, index, view.axis)
+                picture = np.where(values[..., None] > 0, 0.5 * grey + 0.5 * colours[values], grey)
+            _show(ax, picture, view, volume.spacing_mm)
         upper.set_title(view.name, color="white", fontsize=10)
     fig.text(0.01, 0.97, f"{title}, bar 5 cm" if title else "bar 5 cm", color="white", fontsize=10)
     names = [Patch(color=colours[v], label=classes[v - 1].name) for v in shown[shown > 0][:40]]
@@ -728,6 +728,12 @@ def _most_labelled_plane(label: np.ndarray, axis: int) -> int:
     """The plane with the most labelled voxels along an axis; the middle one if there are none."""
     counts = np.count_nonzero(label, axis=tuple(a for a in range(3) if a != axis))
     return int(counts.argmax()) if counts.any() else len(counts) // 2
+
+
+def _grey_plane(plane: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A plane of intensities as an RGB picture (width, height, 3), from low, 0, to high, 1."""
+    grey = np.clip((plane.astype(np.float32) - low) / (high - low), 0, 1)
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _show(ax, rgb: np.ndarray, view: View, spacing_mm) -> None:

@@ -226,6 +226,21 @@ def steps_of(args, study: Study) -> int:
     return args.steps or study.settings["steps"]
 
 
+def small_swin(args, study: Study) -> dict:
+    """Fields of train.Config of a small Swin UNETR that trains about as long as the U-Net."""
+    return {**SMALL_SWIN, "steps": max(1, round(steps_of(args, study) / study.swin_cost))}
+
+
+def run_name(way: str, *rest) -> str:
+    """("--init", 2, 800) -> "init_2_800" """
+    return "_".join([way.strip("-").replace(" ", "_"), *map(str, rest)])
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 scan", "2 scans" """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def run_folder(args, study: Study, name: str, seed: int) -> Path:
     """The folder of a training run."""
     return args.out / f"{study.name}_{name}_{seed}"
@@ -400,8 +415,10 @@ def intervals(result: dict, measures, grid: bool) -> dict:
             samples = bootstrap(by_patient(runs, measure, names, patients))
             own[measure] = {name: interval(samples[:, k])
                             for k, name in enumerate([*names, "mean"])}
-        first = next(iter(result))
-        reference = f"{SCRATCH}, {method.split(', ', 1)[1]}" if grid else first
+        reference = next(iter(result))
+        if grid:
+            _, row = method.split(", ", 1)
+            reference = f"{SCRATCH}, {row}"
         if method != reference:
             own["difference"] = paired_difference(runs, result[reference])
     return content
@@ -1027,9 +1044,9 @@ def gflop(checkpoint: Path) -> float:
     "GFLOP per 64^3 voxels", "training, s", "inference, s"))
 def backbones(args, study: Study) -> dict:
     """U-Net and a small Swin UNETR in about the same training time, with their arithmetic."""
-    swin = {**SMALL_SWIN, "steps": max(1, round(steps_of(args, study) / study.swin_cost))}
+    models = (("unet", "masked", {}), ("swin_unetr", "swin_unetr", small_swin(args, study)))
     result = {}
-    for method, name, flags in (("unet", "masked", {}), ("swin_unetr", "swin_unetr", swin)):
+    for method, name, flags in models:
         result[method] = []
         for seed in range(args.seeds):
             checkpoint = fit(args, study, name, seed, **flags)
@@ -1063,8 +1080,8 @@ def transfer(args, study: Study) -> dict:
     new_classes.write_text(json.dumps(["Aorta"]))
     kidney, liver, _, spleen, trunk = study.datasets
     small = {"spacing_mm": 6.0, "patch": 32}
-    steps = steps_of(args, study)
-    long, short = steps, max(1, steps // 4)
+    long = steps_of(args, study)
+    short = max(1, long // 4)
     combinations = [(steps, n) for steps in (long, short) for n in (1, 2, 4, 8)]
     result = {}
     for seed in range(args.seeds):
@@ -1077,14 +1094,14 @@ def transfer(args, study: Study) -> dict:
         for steps, n in combinations:
             few = first_scans(trunk, n, args.out / f"few{n}")
             for way, flags in ways.items():
-                name = f"{way.strip('-').replace(' ', '_')}_{n}_{steps}"
-                checkpoint = fit(args, study, name, seed, [few], classes=str(new_classes),
-                                 steps=steps, head_lr=5e-4, **small, **flags)
+                checkpoint = fit(args, study, run_name(way, n, steps), seed, [few],
+                                 classes=str(new_classes), steps=steps, head_lr=5e-4, **small,
+                                 **flags)
                 run = score(study, checkpoint, "--classes", "Aorta")
                 if way == "--extend":
                     run["old logits change by"] = change_of_old_logits(base, checkpoint)
-                scans = "1 scan" if n == 1 else f"{n} scans"
-                result.setdefault(f"{way}, {scans}, {steps} steps", []).append(run)
+                method = f"{way}, {counted(n, 'scan')}, {steps} steps"
+                result.setdefault(method, []).append(run)
     return result
 
 
@@ -1092,39 +1109,46 @@ def transfer(args, study: Study) -> dict:
 def new_structure(args, study: Study) -> dict:
     """A new structure from few patients: from all weights of a model of the other six structures,
     from its backbone, and from scratch, each in a quarter of --steps."""
-    training, = study.datasets
-    contoured = data.read_json(training / "dataset.json")["annotated"]
-    contoured_in_test = data.read_json(study.test / "dataset.json")["annotated"]
-    entries = data.read_json(study.classes, kinds=(list,))
     result: dict[str, list] = {}
     for structure in ("Esophagus", "Larynx"):
-        others = args.out / f"without_{structure}.json"
-        others.write_text(json.dumps([entry for entry in entries if entry["name"] != structure]))
-        alone = args.out / f"only_{structure}.json"
-        alone.write_text(json.dumps([entry for entry in entries if entry["name"] == structure]))
-        test = part_of(study.test, args.out / f"test_{structure}",
-                       [case for case, names in contoured_in_test.items() if structure in names],
-                       [structure], split="Ts")
         for seed in range(args.seeds):
-            base = fit(args, study, f"without_{structure}", seed, classes=str(others))
-            ways = {"--init": {"init": str(base)}, "--pretrained": {"pretrained": str(base)},
-                    SCRATCH: {}}
-            having = [case for case, names in contoured.items() if structure in names]
-            random.Random(seed).shuffle(having)
-            for n in (1, 2, 5, 10):
-                if n > len(having):
-                    print(f"{structure} from {n} patients: skipped, {len(having)} have it")
-                    continue
-                few = part_of(training, args.out / f"few_{structure}_{n}_{seed}", having[:n],
-                              [structure])
-                for way, flags in ways.items():
-                    name = f"{way.strip('-').replace(' ', '_')}_{structure}_{n}"
-                    checkpoint = fit(args, study, name, seed, [few], classes=str(alone),
-                                     steps=max(1, steps_of(args, study) // 4), **flags)
-                    patients = "1 patient" if n == 1 else f"{n} patients"
-                    method = f"{way}, {structure}, {patients}"
-                    result.setdefault(method, []).append(score(study, checkpoint, test=test))
+            for method, run in learn_structure(args, study, structure, seed).items():
+                result.setdefault(method, []).append(run)
     return result
+
+
+def learn_structure(args, study: Study, structure: str, seed: int) -> dict:
+    """{method: its score} of one new structure and seed."""
+    entries = data.read_json(study.classes, kinds=(list,))
+    others = args.out / f"without_{structure}.json"
+    others.write_text(json.dumps([entry for entry in entries if entry["name"] != structure]))
+    alone = args.out / f"only_{structure}.json"
+    alone.write_text(json.dumps([entry for entry in entries if entry["name"] == structure]))
+    training, = study.datasets
+    test = part_of(study.test, args.out / f"test_{structure}",
+                   patients_with(structure, study.test), [structure], split="Ts")
+    having = patients_with(structure, training)
+    random.Random(seed).shuffle(having)
+
+    base = fit(args, study, f"without_{structure}", seed, classes=str(others))
+    ways = {"--init": {"init": str(base)}, "--pretrained": {"pretrained": str(base)}, SCRATCH: {}}
+    scores = {}
+    for n in (1, 2, 5, 10):
+        if n > len(having):
+            print(f"{structure} from {n} patients: skipped, {len(having)} have it")
+            continue
+        few = part_of(training, args.out / f"few_{structure}_{n}_{seed}", having[:n], [structure])
+        for way, flags in ways.items():
+            checkpoint = fit(args, study, run_name(way, structure, n), seed, [few],
+                             classes=str(alone), steps=max(1, steps_of(args, study) // 4), **flags)
+            scores[f"{way}, {structure}, {counted(n, 'patient')}"] = score(study, checkpoint,
+                                                                           test=test)
+    return scores
+
+
+def patients_with(structure: str, dataset: Path) -> list[str]:
+    annotated = data.read_json(dataset / "dataset.json")["annotated"]
+    return [case for case, names in annotated.items() if structure in names]
 
 
 # ---- another anatomy, real scans ---------------------------------------------------------------
@@ -1136,11 +1160,10 @@ def knee(args, study: Study) -> dict:
     Masked and unmasked training, U-Net and Swin UNETR; Dice and NSD at 1.5 mm. CLIP embeddings are
     included where CLIP's weights are in its cache.
     """
-    swin_steps = max(1, round(steps_of(args, study) / study.swin_cost))
     methods = {                     # method: name of the run, flags of train.py
         "masked": ("masked", {}),
         "unmasked": ("unmasked", {"unmasked": True}),
-        "Swin UNETR": ("swin_unetr", {**SMALL_SWIN, "steps": swin_steps}),
+        "Swin UNETR": ("swin_unetr", small_swin(args, study)),
     }
     if any(clip_text.cache_folder().glob("ViT-B-32*")):
         methods["CLIP rows"] = ("clip", {"text": "clip",
