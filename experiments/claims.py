@@ -305,19 +305,7 @@ def score(study: Study, checkpoint: Path, *flags, test: Path | None = None,
                 "--output", str(out), "--overwrite",    # the time of all scans is measured
                 *study.infer_flags, *flags])
     seconds = time.perf_counter() - start
-    class_table = ["--class-table", str(study.classes)] if study.classes else []
-    contents = []
-    for tolerance in study.tolerances_mm:
-        metrics.main(["--pred", str(out), "--ref", str(test / f"labels{part}"),
-                      "--tolerance", str(tolerance), *class_table])
-        contents.append(json.loads((out / "metrics.json").read_text()))
-    result = contents[0]
-    for tolerance, content in zip(study.tolerances_mm[1:], contents[1:], strict=True):
-        measure = f"nsd at {tolerance:g} mm"
-        for name, values in content["classes"].items():
-            result["classes"][name][measure] = values["nsd"]
-        for case, values in zip(result["cases"], content["cases"], strict=True):
-            case[measure] = values["nsd"]
+    result = scores_at_tolerances(study, out, test / f"labels{part}")
     model, _, _ = load_checkpoint(checkpoint)
     result |= {
         "made_with": made_with,
@@ -327,6 +315,25 @@ def score(study: Study, checkpoint: Path, *flags, test: Path | None = None,
     }
     with data.atomic_write(kept) as temporary:
         temporary.write_text(json.dumps(result))
+    return result
+
+
+def scores_at_tolerances(study: Study, predictions: Path, references: Path) -> dict:
+    """The content of metrics.json at the first tolerance, with the NSD at the others added to the
+    classes and the cases, as "nsd at 2 mm" and so on."""
+    class_table = ["--class-table", str(study.classes)] if study.classes else []
+    contents = []
+    for tolerance in study.tolerances_mm:
+        metrics.main(["--pred", str(predictions), "--ref", str(references),
+                      "--tolerance", str(tolerance), *class_table])
+        contents.append(json.loads((predictions / "metrics.json").read_text()))
+    result = contents[0]
+    for tolerance, content in zip(study.tolerances_mm[1:], contents[1:], strict=True):
+        measure = f"nsd at {tolerance:g} mm"
+        for name, values in content["classes"].items():
+            result["classes"][name][measure] = values["nsd"]
+        for case, values in zip(result["cases"], content["cases"], strict=True):
+            case[measure] = values["nsd"]
     return result
 
 
