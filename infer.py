@@ -512,6 +512,7 @@ def _colour(k: int) -> tuple[int, int, int]:
 
 
 COLOURS = [_colour(k) for k in range(1024)]
+LONGEST_FILE_NAME = 200     # bytes; file systems allow 255, and unfinished files have longer names
 
 
 def mask_file(class_name: str) -> str:
@@ -529,7 +530,7 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
                  probabilities: bool = False, preview: bool = False) -> list[str]:
     """The files of one scan's result, relative to the output folder.
 
-    raises ValueError  if two classes would write one file
+    raises ValueError  if two classes would write one file, or a name is too long for a file
     """
     files = [f"{name}.nii.gz", f"{name}.json"]
     if preview:
@@ -539,6 +540,9 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
     if probabilities:
         files += [f"{name}/{probability_file(c)}" for c in class_names]
     for i, file in enumerate(files):
+        if len(os.path.basename(file).encode()) > LONGEST_FILE_NAME:
+            raise ValueError(f"{file}: is too long for the name of a file; shorten the name of the "
+                             "class, or leave out --masks and --probabilities")
         if file in files[:i]:
             raise ValueError(f"two classes would write the same file {file}; rename one of them "
                              "in the class table, or segment one at a time with --classes")
@@ -663,7 +667,8 @@ def write_itksnap_labels(path: Path, classes) -> None:
     lines = [CLEAR_LABEL]
     for k, c in enumerate(classes):
         red, green, blue = COLOURS[k % len(COLOURS)]
-        lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{c.name}"')
+        name = c.name.replace('"', "'")
+        lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{name}"')
     with data.atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -759,7 +764,7 @@ class Job:
     """What all scans of one run share."""
     model: torch.nn.Module
     w: Tensor                 # (K, E) text embeddings of the classes asked for
-    classes: tuple            # the checkpoint's class table
+    classes: tuple            # the checkpoint's class table, and after it those of --prompt
     indices: list[int]        # the classes asked for, as indices into it
     spacing_mm: float         # of the working grid
     patch: int                # side of a window
@@ -790,14 +795,19 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", metavar="NAME",
-                    help="segment only these classes (default: all that the model was trained on)")
+                    help="segment only these classes (default: all that the model was trained on, "
+                         "or with --prompt none)")
+    ap.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                    help="segment the structure that a text describes, such as \"A computerized "
+                         "tomography of a spleen\"; the text is encoded with CLIP and becomes the "
+                         "name of the structure; may be repeated, and be given beside --classes")
     ap.add_argument("--text", metavar="FILE", type=Path,
                     help="ask for classes with other text embeddings than those of training: a "
                          "JSON file {class: prompt}, whose prompts are encoded with CLIP, or a "
                          "file of embeddings (clip_text.py --out); they must be of the same origin")
     ap.add_argument("--clip-weights", metavar="FILE",
-                    help="the CLIP weights that encode the prompts of --text (default: ViT-B/32, "
-                         "downloaded on first use)")
+                    help="the CLIP weights that encode the prompts of --text and --prompt (default: "
+                         "ViT-B/32, downloaded on first use)")
     ap.add_argument("--masks", action="store_true",
                     help="also write one binary mask per class; masks may overlap")
     ap.add_argument("--probabilities", action="store_true",
@@ -840,8 +850,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--overlap {args.overlap}: must be at least 0 and below 1")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output}: is a file; name a folder for the results")
-    if args.clip_weights and (args.text is None or args.text.suffix != ".json"):
-        raise ValueError("--clip-weights encodes prompts; give them with --text FILE.json")
+    text_has_prompts = args.text is not None and args.text.suffix == ".json"
+    if args.clip_weights and not (text_has_prompts or args.prompt):
+        raise ValueError("--clip-weights encodes prompts; give them with --prompt or --text "
+                         "FILE.json")
     if args.preview:
         data.new_figure(1, 1)                # needs matplotlib
 
@@ -1004,6 +1016,66 @@ def read_prompts(path: Path, classes) -> dict[str, str]:
     return prompts
 
 
+def encode_prompts(args: argparse.Namespace, prompts: dict[str, str], trained: clip_text.Rows,
+                   advice: str) -> clip_text.Rows:
+    """CLIP embeddings of prompts {name: prompt} for a network that was trained with others.
+
+    raises ValueError  with the advice, if they mean nothing to the network; before CLIP's weights
+                       are downloaded
+    """
+    origin = clip_text.clip_origin("", args.clip_weights)
+    none = clip_text.Rows([], trained.w[:0], origin)
+    clip_text.check_origin(args.checkpoint, trained, none, advice)
+    w = clip_text.encode_classes(list(prompts.values()), "{}", weights=args.clip_weights)
+    return clip_text.Rows(list(prompts), w, origin)
+
+
+def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
+    """A class for each --prompt, whose name is the prompt.
+
+    raises ValueError  if a prompt is empty, is given twice or is the name of a class
+    """
+    known = {labels.name_key(c.name): c.name for c in classes}
+    names: list[str] = []
+    for prompt in prompts:
+        name = " ".join(prompt.split())
+        if not name:
+            raise ValueError("--prompt: is empty; write what is to be segmented, such as "
+                             '"A computerized tomography of a spleen"')
+        if labels.name_key(name) in known:
+            raise ValueError(f"--prompt {name!r}: {known[labels.name_key(name)]!r} is a class of "
+                             "the checkpoint; ask for it with --classes, or write a sentence")
+        if name in names:
+            raise ValueError(f"--prompt {name!r}: is given twice")
+        names.append(name)
+    return [labels.Class(name) for name in names]
+
+
+def read_text_of_prompts(args: argparse.Namespace, names: list[str],
+                         trained: clip_text.Rows) -> tuple[Tensor, dict]:
+    """The text embeddings of --prompt.
+
+    For each prompt the class of training with the most similar text is printed, because a network
+    answers reliably to texts that are close to those of training only.
+
+    returns  w (number of prompts, E), and what the JSON of a result records
+    raises   ValueError  if they mean nothing to the network
+    """
+    advice = "--prompt needs a checkpoint that was trained with --text clip"
+    given = encode_prompts(args, {name: name for name in names}, trained, advice)
+    similarity = clip_text.cosine(torch.cat([given.w, trained.w]))[:len(names), len(names):]
+    for name, row in zip(names, similarity, strict=True):
+        nearest = int(row.argmax())
+        if row[nearest] < clip_text.MIN_COSINE:
+            raise ValueError(f"{args.checkpoint}: its text embeddings have a cosine of at most "
+                             f"{row[nearest]:.2f} to that of {name!r}, so they are not of these "
+                             f"CLIP weights; {advice} and the same weights")
+        if process_rank() == 0:
+            print(f"prompt {name!r}: of the texts of training, that of "
+                  f"{trained.names[nearest]!r} is the most similar (cosine {row[nearest]:.3f})")
+    return given.w, {"prompts": names, "origin": given.origin}
+
+
 def read_text(args: argparse.Namespace, classes, trained: clip_text.Rows,
               part: Tensor) -> tuple[Tensor, dict]:
     """The text embeddings of --text, in place of those of training for the classes that it names.
@@ -1016,11 +1088,7 @@ def read_text(args: argparse.Namespace, classes, trained: clip_text.Rows,
     record = {"file": file_identity(args.text)}
     if args.text.suffix == ".json":
         prompts = read_prompts(args.text, classes)
-        origin = clip_text.clip_origin("", args.clip_weights)
-        none = clip_text.Rows([], trained.w[:0], origin)
-        clip_text.check_origin(args.checkpoint, trained, none, advice)   # before CLIP is downloaded
-        w = clip_text.encode_classes(list(prompts.values()), "{}", weights=args.clip_weights)
-        given = clip_text.Rows(list(prompts), w, origin)
+        given = encode_prompts(args, prompts, trained, advice)
         record["prompts"] = prompts
     else:
         given = clip_text.read_rows(args.text, trained.names)
@@ -1047,15 +1115,21 @@ def load_job(args: argparse.Namespace) -> Job:
     classes = labels.classes_of_checkpoint(content, len(w), str(args.checkpoint))
     config = content.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
     trained = content.get("trained", [c.name for c in classes])
-    indices = labels.select(args.classes or trained, classes)
+    names = args.classes or ([] if args.prompt else trained)
+    indices = labels.select(names, classes)
     untrained = [classes[k].name for k in indices if classes[k].name not in trained]
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
-    text = None
+    rows = clip_text.Rows([c.name for c in classes], w, clip_text.origin_of_checkpoint(content))
+    text = prompts = None
     if args.text:
-        rows = clip_text.Rows([c.name for c in classes], w, clip_text.origin_of_checkpoint(content))
         w, text = read_text(args, classes, rows, model.part_of(w))
+    if args.prompt:
+        new = classes_of_prompts(args.prompt, classes)
+        new_w, prompts = read_text_of_prompts(args, [c.name for c in new], rows)
+        indices = [*indices, *range(len(classes), len(classes) + len(new))]
+        classes, w = (*classes, *new), torch.cat([w, new_w])
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
@@ -1066,6 +1140,8 @@ def load_job(args: argparse.Namespace) -> Job:
                 "flags": flags, "overlap": args.overlap}
     if text:
         settings["text"] = text
+    if prompts:
+        settings["prompts"] = prompts
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
                args.modality or content.get("modality", "ct"), amp, settings,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import clip_text
+import data
 import infer
 import labels
 import train
@@ -317,6 +318,92 @@ def test_the_json_of_a_result_says_which_words_were_used(tmp_path, tiny, spoken,
     words.write_text('{"Liver": "The liver"}')
     assert labels.run(infer.main, command) == 0
     assert "there already" not in capsys.readouterr().out
+
+
+# ---- infer.py --prompt ---------------------------------------------------------------------------
+SPLEEN = "A computerized tomography of a spleen"
+
+
+def test_a_prompt_is_a_class_of_its_own_after_those_of_the_checkpoint(tmp_path, spoken, capsys):
+    """Of (3, 4, 0, 1.5), Liver's text (3, 4, 0, 1) is the nearest: cosine 26.5 / sqrt(27.25 * 26),
+    which is 0.996."""
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    given = job(path, "--prompt", f" {SPLEEN} ")
+    assert spoken == [SPLEEN]
+    assert given.w.tolist() == [[3, 4, 0, 1.5]] and given.indices == [3]
+    assert [c.name for c in given.classes] == ["Liver", "Spleen", "Colon", SPLEEN]
+    assert given.settings["prompts"] == {"prompts": [SPLEEN],
+                                         "origin": {**VIT_B_32, "template": ""}}
+    assert f"prompt {SPLEEN!r}: of the texts of training, that of 'Liver' is the most similar " \
+           "(cosine 0.996)" in capsys.readouterr().out
+
+
+def test_prompts_stand_beside_classes_and_other_words_for_them(tmp_path, spoken):
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    (tmp_path / "words.json").write_text('{"Spleen": "The lien"}')
+    given = job(path, "--classes", "spleen", "--prompt", SPLEEN, "--prompt", "A CT of a heart",
+                "--text", tmp_path / "words.json")
+    assert given.indices == [1, 3, 4]
+    assert given.w.tolist() == [[3, 4, 0, 1.5], [3, 4, 0, 1.5], [4, 3, 1, 0.5]]
+
+
+@pytest.mark.parametrize("prompts, words", [
+    (["spleen"], "'Spleen' is a class of the checkpoint; ask for it with --classes"),
+    ([SPLEEN, SPLEEN], "is given twice"),
+    ([" "], "is empty; write what is to be segmented"),
+])
+def test_a_prompt_that_names_nothing_new_is_refused(tmp_path, no_clip, prompts, words):
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    with pytest.raises(ValueError, match=words):
+        job(path, *flags)
+
+
+def test_a_prompt_for_a_model_of_other_texts_is_refused_before_clip_is_needed(tmp_path, no_clip):
+    for w, text, words in ((torch.eye(3) * 8.8, ONEHOT, "one-hot vectors, now there are CLIP"),
+                           (CLIP_ROWS, OTHER_WEIGHTS, "of other weights")):
+        path = write_checkpoint(tmp_path / "m.pt", w, text=text)
+        with pytest.raises(ValueError, match=f"{words}.*--prompt needs a checkpoint"):
+            job(path, "--prompt", SPLEEN)
+
+
+def test_a_prompt_unlike_every_text_of_training_is_refused(tmp_path, spoken):
+    """Embeddings of unknown origin that point the other way are not of its space. Of the prompt's,
+    (3, 4, 0, 1.5), Spleen's -(4, 3, 1, 0) is the nearest: cosine -24 / sqrt(27.25 * 26) = -0.90."""
+    path = write_checkpoint(tmp_path / "m.pt", -CLIP_ROWS, text=FILE)
+    with pytest.raises(ValueError, match="m.pt: its text embeddings have a cosine of at most -0.90"):
+        job(path, "--prompt", SPLEEN)
+
+
+def test_the_prompt_of_a_class_finds_what_the_class_finds(tmp_path, tiny, monkeypatch):
+    """The result is named after the prompt, in the JSON, in the file of the mask and in ITK-SNAP's
+    label file; its voxels are those of Liver, before post-processing."""
+    prompt = 'The organ called "liver"'
+    monkeypatch.setattr(clip_text, "encode_classes", lambda *args, **kwargs: CLIP_ROWS[:1])
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    content = torch.load(path, weights_only=True)
+    content["model"]["controller.out.bias"][-1] = 0         # an untrained head finds nothing
+    torch.save(content, path)
+    scan = sorted((tiny / "raw/Dataset901_Liver/imagesTr").iterdir())[0]
+    out = tmp_path / "out"
+    command = ["--checkpoint", path, "--input", str(scan), "--output", str(out), "--classes",
+               "liver", "--prompt", prompt, "--masks", "--no-postprocess", "--device", "cpu",
+               "--overlap", "0"]
+    assert labels.run(infer.main, command) == 0
+    liver, asked = json.loads((out / "c0.json").read_text())["classes"]
+    assert asked == {"value": 4, "name": prompt, "volume_ml": liver["volume_ml"]}
+    assert asked["volume_ml"] > 0
+    masks = [data.load_volume(out / "c0" / file).array
+             for file in ("liver.nii.gz", 'the_organ_called_"liver".nii.gz')]
+    assert (masks[0] == masks[1]).all()
+    assert '"The organ called \'liver\'"' in (out / "itksnap_labels.txt").read_text()
+
+
+def test_a_prompt_too_long_for_a_file_is_refused_before_anything_is_computed():
+    assert infer.result_files("c0", ["x" * 193], masks=True)[-1] == f"c0/{'x' * 193}.nii.gz"
+    with pytest.raises(ValueError, match="too long for the name of a file; shorten the name"):
+        infer.result_files("c0", ["x" * 194], masks=True)
+    assert infer.result_files("c0", ["x" * 194]) == ["c0.nii.gz", "c0.json"]
 
 
 def test_an_origin_that_train_py_cannot_have_written_is_unknown():
