@@ -119,12 +119,26 @@ def load_volume(path: str | Path) -> Volume:
     img = _open(path)
     _note_orientation(path, img)
     raw = _read_voxels(path, img)
-    raw = raw.reshape(raw.shape[:3])
-    orientation = nib.io_orientation(img.affine)
-    array = nib.apply_orientation(raw, orientation)
-    affine = img.affine @ nib.orientations.inv_ornt_aff(orientation, raw.shape)
-    native = array.dtype.newbyteorder("=")
-    return Volume(array.astype(native, copy=False), affine)
+    volume = to_ras(raw.reshape(raw.shape[:3]), img.affine)
+    native = volume.array.dtype.newbyteorder("=")
+    volume.array = volume.array.astype(native, copy=False)
+    return volume
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> Volume:
+    """A scan (three axes in any order and direction; voxel -> RAS mm) with its axes flipped and
+    permuted to closest RAS+."""
+    orientation = nib.io_orientation(affine)
+    turned = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
+    return Volume(nib.apply_orientation(array, orientation), turned)
+
+
+def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """An array in RAS+ axes, such as a result of infer.segment, in the axes of the scan with this
+    affine: the inverse of to_ras."""
+    ras = nib.orientations.axcodes2ornt("RAS")
+    back = nib.orientations.ornt_transform(ras, nib.io_orientation(affine))
+    return nib.apply_orientation(array, back)
 
 
 def _open(path: str | Path) -> nib.Nifti1Image:
@@ -279,8 +293,6 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
     The file appears complete or not at all.
     """
     img = _open(like)
-    ras = nib.orientations.axcodes2ornt("RAS")
-    back = nib.orientations.ornt_transform(ras, nib.io_orientation(img.affine))
     header = img.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
@@ -288,7 +300,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
     header["cal_max"] = 0
     if description is not None:
         header["descrip"] = description
-    voxels = nib.apply_orientation(array, back).reshape(img.shape)
+    voxels = from_ras(array, img.affine).reshape(img.shape)
     out = type(img)(voxels, None, header)
     out.header.set_slope_inter(slope, 0)
     with atomic_write(path) as part:

@@ -627,8 +627,9 @@ def extended(backbone, form):
     return old, new, torch.rand(2, 1, 64, 64, 64), w, w_new
 
 
-@pytest.mark.parametrize("backbone", ["unet", "swin_unetr"])
-@pytest.mark.parametrize("form", ["plain", "fast"])
+@pytest.mark.parametrize("backbone, form", [
+    ("unet", "plain"), ("unet", "fast"), ("swin_unetr", "fast"),
+    pytest.param("swin_unetr", "plain", marks=SLOW)])
 def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
     """In any order of the classes, before and after the new weights have changed."""
     old, new, x, w, w_new = extended(backbone, form)

@@ -1,4 +1,4 @@
-"""The commands, links and snippets of README.md and experiments/RESULTS.md work."""
+"""The commands, links and snippets of README.md, docs and experiments/RESULTS.md work."""
 import json
 import math
 import os
@@ -7,12 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, affine_of, body, write_nifti
 
 import clip_text
 import infer
@@ -25,7 +27,10 @@ from experiments import bench, claims, openkbp, phantom
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "RESULTS.md"
-TEXT = README.read_text()
+DOCS = ROOT / "docs"
+GUIDE = DOCS / "guide.md"
+DOCUMENTS = [README, *sorted(DOCS.glob("*.md")), RESULTS]
+LONGEST_README = 12_000         # bytes
 MAINS = {"train.py": train.parse, "infer.py": infer.main, "metrics.py": metrics.main,
          "clip_text.py": clip_text.main, "labels.py": labels.main,
          "experiments.phantom": phantom.main, "experiments.bench": bench.main,
@@ -55,10 +60,10 @@ def headings(text):
         yield re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+@pytest.mark.parametrize("document", [README, GUIDE, RESULTS], ids=lambda p: p.name)
 def test_every_flag_of_every_command_exists(document, capsys):
     found = list(commands(document))
-    assert len(found) > 10
+    assert len(found) > 5
     for name, args in found:
         with pytest.raises(SystemExit) as e:
             MAINS[name](["--help"])
@@ -78,7 +83,7 @@ def test_the_table_of_the_real_patients_is_that_of_the_stored_scores(document, c
     assert capsys.readouterr().out in document.read_text()
 
 
-@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_files_pictures_and_sections_it_points_to_are_there(document):
     for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
         if target.startswith("http"):
@@ -90,35 +95,113 @@ def test_files_pictures_and_sections_it_points_to_are_there(document):
             assert section in headings(path.read_text()), target
 
 
-SNIPPETS = {re.match(r"import (\w+)", code).group(1): code
-            for language, code in fences(TEXT) if language == "python"}
+SNIPPETS = {title: code for title, code in re.findall(
+    r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", (DOCS / "snippets.md").read_text(),
+    re.S | re.M)}
 
 
-@pytest.mark.parametrize("name", ["losses", "model", "metrics", "clip_text"])
-def test_the_snippets_run_as_they_stand(name, monkeypatch, tmp_path):
-    """With inputs of their shapes; absent weights are stood in for, or missed in one clear line."""
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """What the snippets start from, and the files that they name, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = model.build_model({"backbone": "unet", "width": 8, "text_dim": 4})
+    network.controller.out.bias.data[-1] = 0           # an untrained head finds nothing
+    (tmp_path / "run").mkdir()
+    torch.save({"format": model.FORMAT, "spec": {"backbone": "unet", "width": 8, "text_dim": 4},
+                "model": network.state_dict(), "w": torch.randn(3, 4),
+                "classes": [{"name": "Liver"}, {"name": "Spleen"}, {"name": "Colon"}],
+                "trained": ["Liver", "Colon"], "config": {"spacing_mm": 4.0, "patch": 32}},
+               tmp_path / "run/last.pt")
     mask = np.zeros((8, 9, 10), bool)
     mask[2:5, 3:6, 4:7] = True
-    given = {"logits": torch.randn(1, 3, 4, 5, 6), "y": torch.ones(1, 3, 4, 5, 6, dtype=torch.bool),
-             "annotated": torch.tensor([[True, False, True]]), "pred": mask, "ref": mask.copy(),
-             "x": torch.zeros(1, 1, 64, 64, 64)}
+    hu, _ = body(0)
+    return {"logits": torch.randn(1, 3, 4, 5, 6, requires_grad=True),
+            "y": torch.ones(1, 3, 4, 5, 6, dtype=torch.bool),
+            "annotated": torch.tensor([[True, False, True]]), "pred": mask, "ref": mask.copy(),
+            "x": torch.zeros(1, 1, 64, 64, 64), "w": torch.randn(2, 512),
+            "array": hu[::-1].transpose(2, 0, 1).copy(), "affine": affine_of("SLA", (5., 4., 4.5))}
+
+
+def test_the_page_of_snippets_is_complete():
+    assert list(SNIPPETS) == [
+        "Masked loss for partial labels", "Text-driven heads on a backbone of your own",
+        "Swin UNETR in place of MONAI's", "The released model", "Dice, NSD and HD95",
+        "Text embeddings", "Segmenting an array", "Export"]
+    assert [language for language, _ in fences((DOCS / "snippets.md").read_text())] \
+        == ["python"] * len(SNIPPETS)
+
+
+def test_snippet_of_the_losses(parts):
+    exec(SNIPPETS["Masked loss for partial labels"], parts)
+    gradient = parts["logits"].grad
+    assert (gradient[:, 1] == 0).all() and (gradient[:, [0, 2]] != 0).all()
+
+
+def test_snippet_of_the_heads(parts):
+    exec(SNIPPETS["Text-driven heads on a backbone of your own"], parts)
+    assert parts["logits"].shape == (1, 2, 64, 64, 64)
+
+
+def test_snippet_of_swin_unetr(parts, tmp_path):
+    """With all weights of MONAI's network in MONAI's names, which give its features."""
+    nets = pytest.importorskip("monai.networks.nets.swin_unetr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        monai = nets.SwinUNETR(img_size=(64, 64, 64), in_channels=1, out_channels=1,
+                               feature_size=48, use_v2=False)
+    torch.save({"state_dict": monai.state_dict()},
+               tmp_path / "swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt")
+    with torch.no_grad():
+        parts["x"] = torch.rand(1, 1, 64, 64, 64)
+        exec(SNIPPETS["Swin UNETR in place of MONAI's"], parts)
+        kept = {}
+        monai.out.register_forward_pre_hook(lambda module, inputs: kept.update(fine=inputs[0]))
+        monai(parts["x"])
+    assert (parts["fine"] - kept["fine"]).abs().max() < 1e-4
+    assert set(parts["filled"]) == {f"backbone.{name}" for name, _ in
+                                    parts["net"].backbone.named_parameters()}
+
+
+def test_snippet_of_the_released_model(parts, monkeypatch):
+    """The files of the release are not at hand; reading them is tested in test_model.py."""
     monkeypatch.setattr(model, "load_released", lambda path: (model.build_model(
         {"backbone": "unet", "width": 8, "text_dim": 32}), torch.randn(32, 32)))
+    exec(SNIPPETS["The released model"], parts)
+    assert parts["logits"].shape == (1, 2, 64, 64, 64)
+
+
+def test_snippet_of_the_metrics(parts):
+    exec(SNIPPETS["Dice, NSD and HD95"], parts)
+    assert (parts["dice"], parts["nsd"], parts["hd95_mm"]) == (1, 1, 0)
+
+
+def test_snippet_of_the_text_embeddings(parts, monkeypatch, tmp_path):
+    """Without network the missing weights are named in one line."""
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    if name == "clip_text":
-        with pytest.raises((OSError, ValueError), match="ViT-B-32|bpe_simple"):
-            exec(SNIPPETS[name], given)
-        return
-    exec(SNIPPETS[name], given)
-    if name == "losses":
-        assert given["loss"].ndim == 0
-    if name == "metrics":
-        assert given["nsd"] == 1
-    if name == "model":
-        assert given["deep"].shape == (1, 768, 2, 2, 2)
-        assert given["fine"].shape == (1, 48, 64, 64, 64)
-        assert given["logits"].shape == (1, 2, 64, 64, 64)
+    with pytest.raises((OSError, ValueError), match="ViT-B-32|bpe_simple"):
+        exec(SNIPPETS["Text embeddings"], parts)
+
+
+def test_snippet_of_segmenting_an_array(parts, tmp_path):
+    """The same labels, in the axes of the array, as the command gives for a file."""
+    exec(SNIPPETS["Segmenting an array"], parts)
+    label = parts["label"]
+    assert label.shape == parts["array"].shape and label.any()
+    write_nifti(tmp_path / "scan.nii.gz", parts["array"], parts["affine"])
+    assert infer.main(["--checkpoint", "run/last.pt", "--input", "scan.nii.gz", "--output", "out",
+                       "--device", "cpu"]) == 0
+    written = np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj)
+    assert (written == np.array([0, 1, 3])[label]).all()        # Liver is 1, Colon 3
+
+
+def test_snippet_of_the_export(parts, tmp_path):
+    exec(SNIPPETS["Export"], parts)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    x = torch.rand(1, 1, 64, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(program(x, parts["w"]), parts["net"](x, parts["w"]), atol=1e-4)
 
 
 # Beginnings of the commands that cannot run here: no network, no public dataset.
@@ -141,9 +224,9 @@ def shortened(name):
 
 
 def commands_to_run():
-    """Every command of both documents once, in their order, that can run here."""
+    """Every command of the documents once, in their order, that can run here."""
     done = []
-    for command in [*commands(README), *commands(RESULTS)]:
+    for command in [*commands(README), *commands(GUIDE), *commands(RESULTS)]:
         name, args = command
         if command in done or name in EXPERIMENTS or (name == "experiments.phantom" and not args):
             continue
@@ -160,7 +243,7 @@ def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path):
                  SHARED / "clip" / "txt_encoding.pth"):
         if part.exists():
             (tmp_path / part.name).symlink_to(part)
-    table = re.search(r"^knee.json\s+(\[.*?\])", TEXT, re.S | re.M).group(1)
+    table = re.search(r"^knee.json\s+(\[.*?\])", GUIDE.read_text(), re.S | re.M).group(1)
     (tmp_path / "knee.json").write_text(table)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CLIP_CACHE": str(tmp_path / "clip"),
            "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -181,6 +264,10 @@ def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path):
     assert all(any(c.startswith(known) for c in lacking) for known in LACKING)
 
 
-@pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_no_number_is_missing(document):
     assert not re.findall(r"@[A-Z]+@", document.read_text())
+
+
+def test_the_readme_is_short():
+    assert README.stat().st_size <= LONGEST_README
