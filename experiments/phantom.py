@@ -3,7 +3,8 @@
     python -m experiments.phantom --out data/raw --scans 60 --seed 0 --picture assets/phantom.png
 
 This command deals 60 scans in turn to five nnU-Net raw folders, each of which labels only a part of
-the anatomy, and writes six fully labelled test scans that are never used for training:
+the anatomy, and writes six fully labelled test scans, two of them without lesions, that are never
+used for training:
 
     Dataset101_PhantomKidney    both kidneys as one structure, and their cysts
     Dataset102_PhantomLiver     liver and its tumours
@@ -935,19 +936,22 @@ class Job(NamedTuple):
     seed: int
     split: str          # "Tr" or "Ts"
     anatomy: str
+    healthy: bool = False       # without lesions; only of the abdomen
 
 
 def _write_case(job: Job) -> None:
     """One scan into one dataset folder: the image, and the labels that this dataset has."""
     kind = ANATOMY[job.anatomy]
-    image, truth, affine = kind.make(job.seed)
+    scan = kind.make(job.seed, healthy=True) if job.healthy else kind.make(job.seed)
+    image, truth, affine = scan
     label = values_for(kind.datasets[job.folder.name], job.anatomy)[truth]
     write_nifti(job.folder / f"images{job.split}" / f"{job.case}_0000.nii.gz", image, affine)
     write_nifti(job.folder / f"labels{job.split}" / f"{job.case}.nii.gz", label, affine)
 
 
 def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> list[Job]:
-    """Training scans in turn to the training datasets, test scans to the last dataset.
+    """Training scans in turn to the training datasets, test scans to the last dataset. Every third
+    test scan of the abdomen has no lesions, so that detection has a specificity.
 
     Training scans have even seeds and test scans odd ones, so no test scan is ever a training scan
     of another run, whatever --scans and --test-scans are.
@@ -955,16 +959,17 @@ def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> li
     *training, test = ANATOMY[anatomy].datasets
     first = 10 ** 6 * seed
 
-    def job(name, n, case_seed, split):
+    def job(name, n, case_seed, split, healthy=False):
         case = f"{name.split('Phantom')[1].lower()}_{n:04d}"
-        return Job(out / name, case, case_seed, split, anatomy)
+        return Job(out / name, case, case_seed, split, anatomy, healthy)
 
     jobs = []
     for i in range(scans):
         name = training[i % len(training)]
         jobs.append(job(name, i // len(training), 2 * (first + i), "Tr"))
     for i in range(test_scans):
-        jobs.append(job(test, i, 2 * (first + i) + 1, "Ts"))
+        healthy = anatomy == "abdomen" and i % 3 == 2
+        jobs.append(job(test, i, 2 * (first + i) + 1, "Ts", healthy))
     return jobs
 
 

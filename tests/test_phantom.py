@@ -168,6 +168,17 @@ def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_every_third_test_scan_of_the_abdomen_has_no_lesions(tmp_path):
+    def healthy(anatomy):
+        jobs = phantom._deal(tmp_path, 5, 6, 1, anatomy)
+        return [job.case[-1] for job in jobs if job.healthy]
+    assert healthy("abdomen") == ["2", "5"] and healthy("knee") == []
+    phantom._write_case(phantom.Job(tmp_path / TEST, "t", 3, "Ts", "abdomen", healthy=True))
+    label = np.asarray(nib.load(tmp_path / TEST / "labelsTs/t.nii.gz").dataobj)
+    sick = phantom.values_for(phantom.DATASETS[TEST])[12:18]        # the lesions of TRUTH
+    assert label.any() and not np.isin(label, sick).any()
+
+
 @pytest.mark.parametrize("args", [["--scans", "0"], ["--scans", "1", "--out", "{file}/data"]])
 def test_a_users_mistake_is_one_line_and_status_two(tmp_path, capsys, args):
     (tmp_path / "file").write_text("in the way")
