@@ -795,8 +795,8 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", metavar="NAME",
-                    help="segment only these classes (default: all that the model was trained on, "
-                         "or with --prompt none)")
+                    help="segment only these classes (default: all that the model was trained on; "
+                         "none beside --prompt)")
     ap.add_argument("--prompt", action="append", default=[], metavar="TEXT",
                     help="segment the structure that a text describes, such as \"A computerized "
                          "tomography of a spleen\"; the text is encoded with CLIP and becomes the "
@@ -806,8 +806,8 @@ def parse(argv=None) -> argparse.Namespace:
                          "JSON file {class: prompt}, whose prompts are encoded with CLIP, or a "
                          "file of embeddings (clip_text.py --out); they must be of the same origin")
     ap.add_argument("--clip-weights", metavar="FILE",
-                    help="the CLIP weights that encode the prompts of --text and --prompt (default: "
-                         "ViT-B/32, downloaded on first use)")
+                    help="the CLIP weights that encode the prompts of --text and --prompt "
+                         "(default: ViT-B/32, downloaded on first use)")
     ap.add_argument("--masks", action="store_true",
                     help="also write one binary mask per class; masks may overlap")
     ap.add_argument("--probabilities", action="store_true",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # pytest -n starts several processes, which share the cores
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
 
 import nibabel as nib
 import numpy as np
