@@ -20,6 +20,18 @@ import labels
 
 
 # ---- files -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "ASL", "SAR", "ILA"])
+def test_an_array_is_turned_to_ras_and_back(codes):
+    """The first voxel of the array lies at the origin of the affine, wherever it is turned to."""
+    array = np.arange(24).reshape(2, 3, 4)
+    affine = affine_of(codes, (1.0, 2.0, 3.0))
+    volume = data.to_ras(array, affine)
+    assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+    where = np.argwhere(volume.array == 0)[0]
+    assert np.allclose(volume.affine @ [*where, 1], affine @ [0, 0, 0, 1])
+    assert np.array_equal(data.from_ras(volume.array, affine), array)
+
+
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "ASL", "SAR"])
 def test_any_axis_order_gives_the_same_anatomy(tmp_path, codes):
     """The value of a voxel is 1000 x + 10 y + z of its world coordinates in mm, so that a voxel
