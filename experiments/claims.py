@@ -86,7 +86,10 @@ class Study:
     bootstrap_patients: bool = False        # give intervals over the test patients
 
 
-PHANTOM_SETTINGS = {"spacing_mm": 5.0, "patch": 48, "batch": 1, "steps": 2700}
+PHANTOM_SETTINGS = {"spacing_mm": 6.0, "patch": 32, "batch": 2, "steps": 1500, "lr": 3e-3}
+KNEE_SETTINGS = {"spacing_mm": 1.5, "patch": 48, "batch": 1, "steps": 2700, "head_lr": 5e-4}
+REAL_SETTINGS = {"spacing_mm": 5.0, "patch": 64, "batch": 2, "steps": 2700, "lr": 3e-3,
+                 "head_lr": 5e-4}
 OPENKBP_SETTINGS = {"spacing_mm": 4.0, "patch": 32, "batch": 2, "steps": 2000, "head_lr": 5e-4}
 HOSPITALS_STEPS = 4000          # a crop annotates a third of the structures
 HOSPITALS = {                   # dataset of a hospital -> the structures that it contours
@@ -109,14 +112,14 @@ def phantom_study(args, anatomy: str = "abdomen") -> Study:
         raise ValueError(f"{folder}: holds a phantom of another size ({complete.read_text()}); "
                          "choose another --out")
     datasets = sorted(path for path in folder.iterdir() if (path / "imagesTr").is_dir())
-    return Study(folder.name, datasets, folder / test, PHANTOM_SETTINGS, swin_cost=10)
+    return Study(folder.name, datasets, folder / test, PHANTOM_SETTINGS, swin_cost=16)
 
 
 def knee_study(args) -> Study:
     """Partially labelled MR scans of synthetic knees."""
     study = phantom_study(args, "knee")
     return replace(study, classes=study.test.parent / "knee.json", tolerances_mm=(1.5,),
-                   settings={**study.settings, "spacing_mm": 1.5, "head_lr": 5e-4})
+                   settings=KNEE_SETTINGS, swin_cost=10)
 
 
 def real_study(args) -> Study:
@@ -125,8 +128,7 @@ def real_study(args) -> Study:
         raise ValueError("real-scans needs --real DIR, the folder that holds "
                          + ", ".join(REAL_DATASETS))
     datasets = [args.real / name for name in REAL_DATASETS]
-    settings = {**PHANTOM_SETTINGS, "patch": 64, "batch": 2, "lr": 3e-3, "head_lr": 5e-4}
-    return Study("real", datasets, datasets[0], settings, swin_cost=10)
+    return Study("real", datasets, datasets[0], REAL_SETTINGS, swin_cost=10)
 
 
 def openkbp_study(args) -> Study:
@@ -252,7 +254,8 @@ def result_folder(checkpoint: Path, test: Path, *flags) -> Path:
 
 
 def fit(args, study: Study, name: str, seed: int, datasets=None, **flags) -> Path:
-    """Train with settings as small as those of the README's first command.
+    """Train with the settings of the study; those of the phantom are those of the README's first
+    command.
 
     datasets  other folders than those of the study
     flags     fields of train.Config that differ from those of the study
@@ -1075,7 +1078,7 @@ def change_of_old_logits(old: Path, new: Path) -> float:
 def transfer(args, study: Study) -> dict:
     """A new class (aorta) with few scans, in four ways: as an extension of a model of six classes
     that never saw it, from all weights of that model, from its backbone, and from scratch. Each is
-    trained for --steps steps and for a quarter of them, the model of six classes for twice --steps.
+    trained for a half and for an eighth of --steps, the model of six classes for --steps.
 
     An extension leaves the logits of the old classes as they were. Further seeds are run for three
     of the eight combinations of scans and steps only.
@@ -1086,24 +1089,21 @@ def transfer(args, study: Study) -> dict:
                                        "Left Kidney", "Kidney Cyst"]))
     new_classes.write_text(json.dumps(["Aorta"]))
     kidney, liver, _, spleen, trunk = study.datasets
-    small = {"spacing_mm": 6.0, "patch": 32}
-    long = steps_of(args, study)
+    long = max(1, steps_of(args, study) // 2)
     short = max(1, long // 4)
     combinations = [(steps, n) for steps in (long, short) for n in (1, 2, 4, 8)]
     result = {}
     for seed in range(args.seeds):
         if seed > 0:
             combinations = [(long, 2), (long, 8), (short, 1)]
-        base = fit(args, study, "base", seed, [kidney, liver, spleen], classes=str(old_classes),
-                   steps=2 * long, **small)
+        base = fit(args, study, "base", seed, [kidney, liver, spleen], classes=str(old_classes))
         ways = {"--extend": {"extend": str(base)}, "--init": {"init": str(base)},
                 "--pretrained": {"pretrained": str(base)}, SCRATCH: {}}
         for steps, n in combinations:
             few = first_scans(trunk, n, args.out / f"few{n}")
             for way, flags in ways.items():
                 checkpoint = fit(args, study, run_name(way, n, steps), seed, [few],
-                                 classes=str(new_classes), steps=steps, head_lr=5e-4, **small,
-                                 **flags)
+                                 classes=str(new_classes), steps=steps, head_lr=5e-4, **flags)
                 run = score(study, checkpoint, "--classes", "Aorta")
                 if way == "--extend":
                     run["old logits change by"] = change_of_old_logits(base, checkpoint)
@@ -1222,10 +1222,10 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3,
                         help="number of models trained per method (default 3)")
     parser.add_argument("--steps", type=int,
-                        help="training steps of the U-Net (default: 2000 on openkbp, 4000 on "
-                             "hospitals, 2700 elsewhere); transfer trains its base for twice as "
-                             "many, new-structure its new models for a quarter, and one model per "
-                             "dataset gets its share")
+                        help="training steps of the U-Net (default: 1500 on the phantom, 2000 on "
+                             "openkbp, 4000 on hospitals, 2700 elsewhere); transfer trains its new "
+                             "models for a half and an eighth of them, new-structure for a "
+                             "quarter, and one model per dataset gets its share")
     parser.add_argument("--scans", type=int, default=50,
                         help="training scans of the phantom (default 50)")
     parser.add_argument("--test-scans", type=int, default=6,
