@@ -769,8 +769,7 @@ def _print_table(results: list[dict], summary: dict) -> None:
     mean = summary["mean"]
     cases = len({r["case"] for r in results})
     print(f"{'mean Dice':{width}}  {mean['organ']:6.3f}  {mean['lesion']:6.3f}  "
-          f"({cases} cases; where both are empty a case does not count, where one is it scores 0 "
-          "and has no HD95)")
+          f"({cases} cases; a case with both masks empty is skipped; with one empty, Dice is 0)")
     for name, scores in summary["classes"].items():
         if "detection" in scores:
             print(f"detection, {name}: {_detection_line(scores['detection'])}")

@@ -206,8 +206,9 @@ def test_snippet_of_the_export(parts, tmp_path):
 
 # Beginnings of the commands that cannot run here: no network, no public dataset.
 LACKING = {"clip_text.py --out rows.pt", "clip_text.py --classes liver",
-           "train.py --data /data/btcv", "labels.py kits DIR", "labels.py btcv DIR --folds 5",
-           "labels.py --classes FILE"}
+           "infer.py --checkpoint clip_driven_universal", "train.py --data /data/btcv",
+           "train.py --data Dataset042_Mine", "metrics.py --pred out --ref Dataset042_Mine",
+           "labels.py kits DIR", "labels.py btcv DIR --folds 5", "labels.py --classes FILE"}
 EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
 
 
