@@ -86,7 +86,7 @@ class Study:
     bootstrap_patients: bool = False        # give intervals over the test patients
 
 
-PHANTOM_SETTINGS = {"spacing_mm": 6.0, "patch": 32, "batch": 2, "steps": 1500, "lr": 3e-3}
+PHANTOM_SETTINGS = {"spacing_mm": 6.0, "patch": 32, "batch": 2, "steps": 1800, "lr": 3e-3}
 KNEE_SETTINGS = {"spacing_mm": 1.5, "patch": 48, "batch": 1, "steps": 2700, "head_lr": 5e-4}
 REAL_SETTINGS = {"spacing_mm": 5.0, "patch": 64, "batch": 2, "steps": 2700, "lr": 3e-3,
                  "head_lr": 5e-4}
@@ -1222,7 +1222,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3,
                         help="number of models trained per method (default 3)")
     parser.add_argument("--steps", type=int,
-                        help="training steps of the U-Net (default: 1500 on the phantom, 2000 on "
+                        help="training steps of the U-Net (default: 1800 on the phantom, 2000 on "
                              "openkbp, 4000 on hospitals, 2700 elsewhere); transfer trains its new "
                              "models for a half and an eighth of them, new-structure for a "
                              "quarter, and one model per dataset gets its share")
