@@ -1051,13 +1051,19 @@ def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
     return [labels.Class(name) for name in names]
 
 
+# Of the texts of a prompt and of a trained class: there organs lose a third of their Dice, see
+# "Other words" in experiments/RESULTS.md
+CLOSE_COSINE = 0.95
+
+
 def read_text_of_prompts(args: argparse.Namespace, names: list[str],
                          trained: clip_text.Rows) -> tuple[Tensor, dict]:
     """The text embeddings of --prompt.
 
-    For each prompt the class of training with the most similar text is printed, because a network
-    answers reliably to texts that are close to those of training only.
+    For each prompt the trained class with the most similar text is printed, because a network
+    answers reliably only to texts that are close to those of training.
 
+    trained  the classes that the network was trained on
     returns  w (number of prompts, E), and what the JSON of a result records
     raises   ValueError  if they mean nothing to the network
     """
@@ -1071,8 +1077,10 @@ def read_text_of_prompts(args: argparse.Namespace, names: list[str],
                              f"{row[nearest]:.2f} to that of {name!r}, so they are not of these "
                              f"CLIP weights; {advice} and the same weights")
         if process_rank() == 0:
+            doubt = "; what is found may mean nothing" if row[nearest] < CLOSE_COSINE else ""
             print(f"prompt {name!r}: of the texts of training, that of "
-                  f"{trained.names[nearest]!r} is the most similar (cosine {row[nearest]:.3f})")
+                  f"{trained.names[nearest]!r} is the most similar (cosine {row[nearest]:.3f})"
+                  f"{doubt}")
     return given.w, {"prompts": names, "origin": given.origin}
 
 
@@ -1127,7 +1135,9 @@ def load_job(args: argparse.Namespace) -> Job:
         w, text = read_text(args, classes, rows, model.part_of(w))
     if args.prompt:
         new = classes_of_prompts(args.prompt, classes)
-        new_w, prompts = read_text_of_prompts(args, [c.name for c in new], rows)
+        of_trained = [k for k, c in enumerate(classes) if c.name in trained]
+        known = clip_text.Rows([rows.names[k] for k in of_trained], rows.w[of_trained], rows.origin)
+        new_w, prompts = read_text_of_prompts(args, [c.name for c in new], known)
         indices = [*indices, *range(len(classes), len(classes) + len(new))]
         classes, w = (*classes, *new), torch.cat([w, new_w])
     model = model.to(args.device)

@@ -335,7 +335,20 @@ def test_a_prompt_is_a_class_of_its_own_after_those_of_the_checkpoint(tmp_path, 
     assert given.settings["prompts"] == {"prompts": [SPLEEN],
                                          "origin": {**VIT_B_32, "template": ""}}
     assert f"prompt {SPLEEN!r}: of the texts of training, that of 'Liver' is the most similar " \
-           "(cosine 0.996)" in capsys.readouterr().out
+           "(cosine 0.996)\n" in capsys.readouterr().out
+
+
+def test_a_prompt_far_from_every_trained_text_is_doubted(tmp_path, monkeypatch, capsys):
+    """Colon's text is that of the prompt, but Colon was not trained. Of (4, 4, 0, 0), Liver's
+    (3, 4, 0, 1) has cosine 28 / sqrt(32 * 26) = 0.971, Spleen's the same; of (4, 8, 0, 0), Liver's
+    44 / sqrt(80 * 26) = 0.965; of (0, 4, 0, 0), Liver's 16 / sqrt(16 * 26) = 0.784."""
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    for embedding, line in (([4., 4, 0, 0], "cosine 0.971)\n"), ([4., 8, 0, 0], "cosine 0.965)\n"),
+                            ([0., 4, 0, 0], "cosine 0.784); what is found may mean nothing\n")):
+        w = torch.tensor([embedding])
+        monkeypatch.setattr(clip_text, "encode_classes", lambda *a, _w=w, **k: _w)
+        job(path, "--prompt", SPLEEN)
+        assert line in capsys.readouterr().out
 
 
 def test_prompts_stand_beside_classes_and_other_words_for_them(tmp_path, spoken):
