@@ -3,8 +3,8 @@
     python -m experiments.phantom --out data/raw --scans 60 --seed 0 --picture assets/phantom.png
 
 This command deals 60 scans in turn to five nnU-Net raw folders, each of which labels only a part of
-the anatomy, and writes six fully labelled test scans that are never used for training. Every third
-scan of a folder has no lesions.
+the anatomy, and writes six fully labelled test scans, two of them without lesions, that are never
+used for training:
 
     Dataset101_PhantomKidney    both kidneys as one structure, and their cysts
     Dataset102_PhantomLiver     liver and its tumours
@@ -951,8 +951,7 @@ def _write_case(job: Job) -> None:
 
 def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> list[Job]:
     """Training scans in turn to the training datasets, test scans to the last dataset. Every third
-    scan of a dataset of the abdomen has no lesions, so that detection can be learned and has a
-    specificity.
+    test scan of the abdomen has no lesions, so that detection has a specificity.
 
     Training scans have even seeds and test scans odd ones, so no test scan is ever a training scan
     of another run, whatever --scans and --test-scans are.
@@ -960,9 +959,8 @@ def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> li
     *training, test = ANATOMY[anatomy].datasets
     first = 10 ** 6 * seed
 
-    def job(name, n, case_seed, split):
+    def job(name, n, case_seed, split, healthy=False):
         case = f"{name.split('Phantom')[1].lower()}_{n:04d}"
-        healthy = anatomy == "abdomen" and n % 3 == 2
         return Job(out / name, case, case_seed, split, anatomy, healthy)
 
     jobs = []
@@ -970,7 +968,8 @@ def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> li
         name = training[i % len(training)]
         jobs.append(job(name, i // len(training), 2 * (first + i), "Tr"))
     for i in range(test_scans):
-        jobs.append(job(test, i, 2 * (first + i) + 1, "Ts"))
+        healthy = anatomy == "abdomen" and i % 3 == 2
+        jobs.append(job(test, i, 2 * (first + i) + 1, "Ts", healthy))
     return jobs
 
 

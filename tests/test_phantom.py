@@ -168,12 +168,11 @@ def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_every_third_scan_of_a_dataset_of_the_abdomen_has_no_lesions(tmp_path):
+def test_every_third_test_scan_of_the_abdomen_has_no_lesions(tmp_path):
     def healthy(anatomy):
-        jobs = phantom._deal(tmp_path, 12, 6, 1, anatomy)
-        return [job.case for job in jobs if job.healthy]
-    assert healthy("abdomen") == ["kidney_0002", "liver_0002", "test_0002", "test_0005"]
-    assert healthy("knee") == []
+        jobs = phantom._deal(tmp_path, 5, 6, 1, anatomy)
+        return [job.case[-1] for job in jobs if job.healthy]
+    assert healthy("abdomen") == ["2", "5"] and healthy("knee") == []
     phantom._write_case(phantom.Job(tmp_path / TEST, "t", 3, "Ts", "abdomen", healthy=True))
     label = np.asarray(nib.load(tmp_path / TEST / "labelsTs/t.nii.gz").dataobj)
     sick = phantom.values_for(phantom.DATASETS[TEST])[12:18]        # the lesions of TRUTH
