@@ -86,7 +86,8 @@ class Study:
     bootstrap_patients: bool = False        # give intervals over the test patients
 
 
-PHANTOM_SETTINGS = {"spacing_mm": 6.0, "patch": 32, "batch": 2, "steps": 1800, "lr": 3e-3}
+PHANTOM_SETTINGS = {"spacing_mm": 6.0, "patch": 32, "batch": 2, "steps": 1800, "lr": 3e-3,
+                    "head_lr": 1e-3}
 KNEE_SETTINGS = {"spacing_mm": 1.5, "patch": 48, "batch": 1, "steps": 2700, "head_lr": 5e-4}
 REAL_SETTINGS = {"spacing_mm": 5.0, "patch": 64, "batch": 2, "steps": 2700, "lr": 3e-3,
                  "head_lr": 5e-4}
