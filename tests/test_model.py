@@ -101,21 +101,29 @@ def layouts(state):
 
 
 @needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet", "swinunetr"])
+def test_every_layout_of_a_released_file_gives_the_same_tensors(name, tmp_path):
+    state, _ = released(name)
+    models = []
+    for content in layouts(state).values():
+        torch.save(content, tmp_path / "file.pth")
+        network, w = model.load_released(tmp_path / "file.pth")
+        assert torch.equal(w, state["organ_embedding"])
+        models.append(network.state_dict().values())
+    for tensors in zip(*models, strict=True):
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+
+
+@needs_shared
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("form", ["plain", pytest.param("fast", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["unet", "swinunetr"])
-def test_model_equals_the_released_one(name, form, threads, tmp_path):
-    """Every layout gives the same tensors, and those the released outputs, plain and fast."""
+def test_model_equals_the_released_one(name, form, threads):
+    """The released outputs, plain and fast."""
     state, x = released(name)
-    models = {}
-    for layout, content in layouts(state).items():
-        torch.save(content, tmp_path / "file.pth")
-        models[layout], w = model.load_released(tmp_path / "file.pth")
-        assert torch.equal(w, state["organ_embedding"])
-    network = FORMS[form](models["bare"])
-    for other in models.values():
-        for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True):
-            assert torch.equal(a, b)
+    network, w = model.load_released(state)
+    network = FORMS[form](network)
     want = np.load(SHARED / f"golden/{name}_64x96x64_seed1.npz")
     kept = []              # copies: without gradients the fast form reuses the memory of `fine`
     network.backbone.register_forward_hook(lambda m, i, o: kept.extend(t.clone() for t in o))
@@ -391,7 +399,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("merging, size, seed", [
-    ("merging", (64, 64, 64), 5), ("mergingv2", (64, 64, 64), 6),
+    ("merging", (64, 64, 64), 5), pytest.param("mergingv2", (64, 64, 64), 6, marks=SLOW),
     pytest.param("merging", (96, 96, 96), 7, marks=SLOW),
     pytest.param("merging", (64, 96, 128), 8, marks=SLOW)])
 def test_swin_unetr_equals_monai(form, merging, size, seed):
@@ -628,7 +636,7 @@ def extended(backbone, form):
 
 
 @pytest.mark.parametrize("backbone, form", [
-    ("unet", "plain"), ("unet", "fast"), ("swin_unetr", "fast"),
+    ("unet", "plain"), ("unet", "fast"), pytest.param("swin_unetr", "fast", marks=SLOW),
     pytest.param("swin_unetr", "plain", marks=SLOW)])
 def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
     """In any order of the classes, before and after the new weights have changed."""
@@ -646,7 +654,7 @@ def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
     assert part.tolist() == [1, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("backbone", ["unet", "swin_unetr"])
+@pytest.mark.parametrize("backbone", ["unet", pytest.param("swin_unetr", marks=SLOW)])
 def test_only_an_extension_is_trained_and_an_extended_model_can_be_extended_again(backbone):
     _, network, x, w, first = extended(backbone, "fast")
     x = x[:1]

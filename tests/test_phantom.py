@@ -232,6 +232,7 @@ def test_grey_alone_does_not_solve_a_knee(knees):
     assert np.mean(dice) < 0.5
 
 
+@pytest.mark.slow
 def test_knee_datasets_are_written_with_their_class_table(tmp_path):
     assert phantom.main(["--out", str(tmp_path), "--scans", "3", "--test-scans", "1",
                          "--anatomy", "knee"]) == 0

@@ -79,6 +79,7 @@ def test_a_lock_of_a_killed_process_blocks_nobody(tmp_path):
         assert held
 
 
+@pytest.mark.slow
 def test_who_waited_for_a_lock_does_not_get_the_deleted_file_of_its_last_holder(tmp_path):
     """Otherwise it and one that comes later would both be in."""
     lock = tmp_path / ".lock"
@@ -138,6 +139,7 @@ NAMES = ["Dataset901_Liver/c0", "Dataset901_Liver/c1", "Dataset902_Kidney/c0",
          "Dataset902_Kidney/c1"]
 
 
+@pytest.mark.slow
 def test_two_processes_preprocess_every_scan_once_and_both_return_all(tiny, tmp_path):
     log = tmp_path / "log"
     both = [start(tmp_path, BUILD, tiny / "raw", tmp_path / "cache", log, 0.7) for _ in range(2)]
@@ -148,6 +150,7 @@ def test_two_processes_preprocess_every_scan_once_and_both_return_all(tiny, tmp_
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_scan_of_a_killed_process_is_preprocessed_by_another(tiny, tmp_path):
     log = tmp_path / "log"
     killed = start(tmp_path, BUILD, tiny / "raw", tmp_path / "cache", log, 100)
@@ -328,6 +331,7 @@ def test_slow_preprocessing_outlasts_no_timeout_and_validation_is_shared(tiny, t
 INFER = "import infer, labels\nsys.exit(labels.run(infer.main, sys.argv[1:]))\n"
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_scans_of_a_folder(tiny, tmp_path):
     """Three scans, one of them damaged: two results, one summary, status 1 as in one process."""
     torch.manual_seed(0)

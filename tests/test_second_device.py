@@ -180,8 +180,8 @@ def relative(got, want):
 @pytest.mark.parametrize("backbone, form, amp", [
     ("unet", "plain", False),
     ("unet", "gpu", False),
-    ("unet", "gpu", True),
-    ("swin_unetr", "gpu", False),
+    pytest.param("unet", "gpu", True, marks=slow),
+    pytest.param("swin_unetr", "gpu", False, marks=slow),
     pytest.param("unet", "fast", False, marks=slow),
     pytest.param("unet", "plain", True, marks=slow),
     pytest.param("unet", "fast", True, marks=slow),

@@ -240,7 +240,8 @@ def test_a_killed_rank_ends_the_run_and_does_not_hang(tiny, tmp_path):
     assert model.read_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM,
+                                    pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_and_the_run_goes_on(tiny, tmp_path, monkeypatch, number):
     """Asked to stop during step 2 of 4: three steps are in last.pt, the rest makes the same end."""
     at = train.lr_at
@@ -520,6 +521,7 @@ def test_which_classes_count():
 
 
 # ---- plain and fast, older checkpoints -----------------------------------------------------------
+@pytest.mark.slow
 def test_plain_training_ends_where_fast_training_does(tiny, tmp_path):
     """And a run of one form does not resume as the other."""
     train.train(config(tiny, tmp_path / "fast", amp=False, steps=2))
