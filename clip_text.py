@@ -660,7 +660,7 @@ def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path |
     """The text embeddings (N, E) of prompts that are not in the cache."""
     weights = weights or fetch(
         *WEIGHTS, alternative="pass --clip-weights FILE (ViT-B-32.pt or Hugging Face's "
-        "model.safetensors), or --text onehot or a file")
+        "model.safetensors); train.py also takes --text onehot, or --text FILE with embeddings")
     tokenizer = Tokenizer(merges or fetch(*MERGES))
     encoder = load_text_encoder(weights, activation)
     tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))
@@ -675,6 +675,8 @@ def weights_id(weights: str | Path | None = None) -> str:
     """
     if weights is None:
         return WEIGHTS[1][:16]
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"{weights}: no such weights file")
     activation = find_activation(weights)
     suffix = "" if activation == "quick_gelu" else f"-{activation}"
     return sha256(weights)[:16] + suffix
@@ -696,10 +698,8 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     if "{}" not in template:
         raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
     prompts = [template.replace("{}", name) for name in names]
-    if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"{weights}: no such weights file")
-    activation = "quick_gelu" if weights is None else find_activation(weights)
     cache = cache_folder() / f"prompts-{weights_id(weights)}.pt"
+    activation = "quick_gelu" if weights is None else find_activation(weights)
     embeddings = _read_prompts(cache)
     if not embeddings.keys() >= set(prompts):
         with _one_process_at_a_time(cache):
@@ -868,6 +868,9 @@ def read_embeddings(path: str | Path) -> Tensor:
 
 def _load_rows(path: str | Path) -> Tensor | dict:
     """The content of a file of text embeddings: a tensor, or the dict of save_rows."""
+    if Path(path).suffix == ".json":
+        raise ValueError(f"{path}: a JSON file of prompts is for infer.py --text; encode prompts "
+                         "with clip_text.py --out")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1224,7 +1224,7 @@ def report(summary: Summary, output: Path) -> None:
     if summary.results:
         found = [r for r in summary.results if r["volume_ml"] > 0]
         volumes = ", ".join(f"{r['name']} {r['volume_ml']:.1f} ml" for r in found)
-        print(f"in {summary.done[-1]}: {volumes}")
+        print(f"in {summary.done[-1]}: {volumes or 'no structure found'}")
     for line in summary.failed:
         print(f"failed: {line}", file=sys.stderr)
 

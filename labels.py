@@ -1009,7 +1009,7 @@ def public_json(name: str, folder: Path | None = None) -> dict:
                          "%i_0000 -o imagesTr DICOM_FOLDER`), put the label maps into labelsTr, "
                          "and write a dataset.json with their values")
     if name not in PUBLIC:
-        raise ValueError(f"unknown dataset {name!r}; known: {', '.join([*PUBLIC, *NOT_NIFTI])}")
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(PUBLIC)}")
     content = {"name": name, "channel_names": {"0": "CT"},
                "labels": {"background": 0, **PUBLIC[name].labels}}
     if name.startswith("msd-"):
@@ -1035,6 +1035,8 @@ def _find_cases(name: str, folder: Path) -> list[str]:
 
     Hidden files are passed over. What is left out for another reason is printed.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     image = PUBLIC[name].image
     before, after = image.split("{}")
     files = [path.relative_to(folder) for path in sorted(folder.glob(image.format("*")))]
@@ -1058,7 +1060,8 @@ def _find_pairs(name: str, folder: Path, cases: list[str]) -> list[dict[str, str
     pairs = [{"image": image.format(case), "label": label.format(case)} for case in cases
              if case not in unlabelled]
     if not pairs:
-        raise ValueError(f"{folder}: no pair {image} and {label} in it")
+        raise ValueError(f"{folder}: no pair {image.format('NAME')} and {label.format('NAME')} in "
+                         "it")
     _report_left_out(f"no {label}", image, unlabelled)
     return pairs
 

@@ -757,7 +757,7 @@ def _finite(average, values) -> float:
 
 def _print_table(results: list[dict], summary: dict) -> None:
     """Per class: mean and median Dice, NSD, HD95 and the worst case by name; then detection."""
-    width = max(len(name) for name in summary["classes"])
+    width = max(len(name) for name in ("mean Dice", *summary["classes"]))
     print(f"{'':{width}}   organ  lesion  median     NSD  HD95 mm  worst case")
     for name, scores in summary["classes"].items():
         of_class = [r for r in results if r["class"] == name]

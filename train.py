@@ -328,8 +328,17 @@ def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
                   rows: clip_text.Rows, trained: list[str]) -> Task:
     """--extend: the frozen classes of a checkpoint, and after them the new ones."""
     new = tuple(c for c in classes if c.name not in rows.names)
+    known = [c.name for c in classes if c.name in rows.names]
     if not new:
-        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in it")
+        untrained = [name for name in known if name not in trained]
+        advice = (f"; it was never trained on {', '.join(untrained[:5])}: train it with --init, or "
+                  "give it another name in --classes" if untrained else "")
+        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in its "
+                         f"table{advice}")
+    if process_rank() == 0:
+        left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
+        print(f"{cfg.extend}: its {len(old)} classes are kept and frozen; new: "
+              f"{', '.join(c.name for c in new)}{left}")
     w = rows_beside(cfg, new, rows, cfg.extend).w
     if cfg.text == "onehot":
         w = free_onehot_rows(rows.w, [c.name for c in new], cfg.extend)
@@ -429,8 +438,11 @@ def describe_dataset(name: str, training, validation, classes) -> str:
     return line
 
 
-def describe(scans, val, classes, trained: list[str]) -> None:
-    """Print what the data covers, before anything is trained."""
+def describe(scans, val, classes, missing: list[str]) -> None:
+    """Print what the data covers, before anything is trained.
+
+    missing  names of the classes to be trained that no training scan annotates
+    """
     first_of: dict[str, str] = {}                  # fingerprint -> name of the first scan with it
     for name in sorted({s.case.dataset for s in scans + val}):
         training = [s for s in scans if s.case.dataset == name]
@@ -442,9 +454,8 @@ def describe(scans, val, classes, trained: list[str]) -> None:
             twin = first_of.setdefault(scan.meta["fingerprint"], scan.case.name)
             if twin != scan.case.name:
                 print(f"  {scan.case.name} is the same scan as {twin}")
-    nobody = [c.name for c in classes if c.name not in trained]
-    if nobody:
-        print(f"annotated by no dataset: {', '.join(nobody)}")
+    if missing:
+        print(f"annotated by no dataset: {', '.join(missing)}")
 
 
 def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoader:
@@ -870,7 +881,14 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
 def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     torch.manual_seed(cfg.seed)
-    check_output(cfg)
+    if not cfg.dry_run:
+        check_output(cfg)
+    if cfg.clip_weights and cfg.text != "clip":
+        raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
+                         f"--text {cfg.text}")
+    data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
+    if cfg.dry_run and not (cfg.init or cfg.extend):
+        cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     out = Path(cfg.out)
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     device = infer.open_device(cfg.device)
@@ -890,8 +908,12 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     scans, val = split(cfg, scans, parts)
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
+    missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
     if first:
-        describe(scans, val, task.classes, trained)
+        describe(scans, val, task.classes, missing)
+    if len(missing) == len(task.classes) - task.frozen:
+        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
+                         "nothing to learn; see above how the names of each dataset.json were read")
     if cfg.dry_run:
         return {}
     run = start_run(cfg, task, scans, val, trained)
@@ -913,8 +935,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                                 "seconds": round(time.perf_counter() - start, 3)})
             run.step += 1
             bar.update()
-            bar.set_postfix(bce=f"{numbers['bce']:.3f}", dice=f"{numbers['dice']:.3f}",
-                            refresh=False)
+            bar.set_postfix({"bce loss": f"{numbers['bce']:.3f}",
+                             "dice loss": f"{numbers['dice']:.3f}"}, refresh=False)
             done = run.step == cfg.steps
             if val and (run.step % cfg.val_every == 0 or done):
                 scores = validate_and_keep_best(run, val, cfg, amp, file, bar)

@@ -380,6 +380,14 @@ def test_a_prompt_for_a_model_of_other_texts_is_refused_before_clip_is_needed(tm
             job(path, "--prompt", SPLEEN)
 
 
+def test_missing_weights_are_named(tmp_path):
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    with pytest.raises(FileNotFoundError, match="none.pt: no such weights file"):
+        job(path, "--prompt", SPLEEN, "--clip-weights", "none.pt")
+    with pytest.raises(ValueError, match="words.json: a JSON file of prompts is for infer.py"):
+        clip_text.read_rows("words.json", ["Liver"])
+
+
 def test_a_prompt_unlike_every_text_of_training_is_refused(tmp_path, spoken):
     """Embeddings of unknown origin that point the other way are not of its space. The nearest to
     that of the prompt, (3, 4, 0, 1.5), is -(4, 3, 1, 0): -24 / sqrt(27.25 * 26) = -0.90."""

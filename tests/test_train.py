@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SHARED, needs_shared
 
+import clip_text
 import data
 import labels
 import model
@@ -290,13 +291,31 @@ def test_unmasked_counts_what_is_not_labelled_as_background(tiny, tmp_path):
     assert seen[False] == [2, 2, 2, 2] and seen[True] == [4, 4, 4, 4]
 
 
-def test_report_and_dry_run(tiny, tmp_path, capsys):
-    assert train.train(config(tiny, tmp_path / "run", dry_run=True)) == {}
+def test_report_and_dry_run(tiny, tmp_path, capsys, monkeypatch):
+    """The report needs no text embeddings, so CLIP is not downloaded."""
+    monkeypatch.setattr(clip_text, "encode_classes", None)
+    assert train.train(config(tiny, tmp_path / "run", dry_run=True, text="clip")) == {}
     out = capsys.readouterr().out
     assert "Dataset901_Liver: 2 scans, ct, spacing 4 x 4.5 x 5 mm; annotated: Liver" in out
     assert "\n  1 liver -> Liver\n  2 liver, liver tumor -> Liver + Liver Tumor\n" in out
     assert "\n  1 kidney -> Right Kidney or Left Kidney\n" in out
     assert "annotated by no dataset: Spleen" in out and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_disturbs_no_run(tiny, tmp_path):
+    train.train(config(tiny, tmp_path / "run", steps=1))
+    before = (tmp_path / "run/last.pt").read_bytes()
+    assert train.train(config(tiny, tmp_path / "run", dry_run=True)) == {}
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_a_misspelt_folder_is_reported_before_clip_is_downloaded(tiny, tmp_path, monkeypatch,
+                                                                 capsys):
+    monkeypatch.setattr(clip_text, "encode_classes", None)
+    assert labels.run(train.main, config(tiny, tmp_path / "run", text="clip", data=("nope",))) == 2
+    assert "nope: no such folder" in capsys.readouterr().err
+    assert labels.run(train.main, config(tiny, tmp_path / "run", clip_weights="c.pt")) == 2
+    assert "leave it out with --text onehot" in capsys.readouterr().err
 
 
 def test_an_unclear_channel_stops_the_run_unless_the_modality_is_given(tiny, tmp_path, capsys):
@@ -408,7 +427,7 @@ def test_folds_hold_out_every_scan_once(tiny, tmp_path):
             data.split_scans(scans, 0.5, 3, wrong)
 
 
-def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path):
+def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, capsys):
     """Kidneys are learned first, then the liver is added from a table that names only it."""
     kidney = str(tiny / "raw" / "Dataset902_Kidney")
     liver = str(tiny / "raw" / "Dataset901_Liver")
@@ -427,8 +446,28 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path):
         assert torch.equal(old(x, w), new(x, v[:2]))                   # bit for bit
         assert torch.equal(old(x, w), new(x, v)[:, :2])                # also beside new ones
     assert new.extensions[0].b1.abs().sum() > 0                        # it has learned something
+    out = capsys.readouterr().out
+    assert "a/last.pt: its 2 classes are kept and frozen; new: Liver\n" in out
+    assert "annotated by no dataset" not in out                        # of those to be trained
     assert labels.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
                                     classes=str(tmp_path / "old.json"))) == 2
+
+
+def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
+    """A new class that the data does not annotate; an old class that was never trained."""
+    kidney = str(tiny / "raw" / "Dataset902_Kidney")
+    train.train(config(tiny, tmp_path / "a", data=(kidney,), steps=1))
+    for names, words in ((["Femur", "Left Kidney"], "no dataset annotates Femur, so there is"),
+                         (["Liver"], "never trained on Liver: train it with --init, or give it")):
+        (tmp_path / "new.json").write_text(json.dumps(names))
+        capsys.readouterr()
+        assert labels.run(train.main, config(
+            tiny, tmp_path / "b", data=(kidney,), extend=str(tmp_path / "a/last.pt"),
+            classes=str(tmp_path / "new.json"))) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err and not (tmp_path / "b").exists()
+        if "Femur" in names:
+            assert "new: Femur; in it already and left as they are: Left Kidney\n" in printed.out
 
 
 # ---- one step alone ------------------------------------------------------------------------------
