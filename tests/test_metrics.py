@@ -600,3 +600,12 @@ def test_scores_are_utf_8(tmp_path):
         shutil.move(tmp_path / file.format("a"), tmp_path / file.format("Bauch_ä"))
     metrics.main(args)
     assert "\nBauch_ä,Kidney Tumor" in (tmp_path / "pred/metrics.csv").read_text("utf-8")
+
+
+def test_columns_stand_under_their_names_also_where_class_names_are_short(capsys):
+    case = {"case": "c", "class": "Lens", "lesion": False, "dice": 0.5, "nsd": 0.25, "hd95_mm": 2.0,
+            "pred_ml": 1.0, "ref_ml": 1.0}
+    metrics._print_table([case], metrics._summarise([case]))
+    ends = [line.index(word) + len(word) for line, word in zip(
+        capsys.readouterr().out.splitlines(), ("organ", "0.500", "0.500"), strict=True)]
+    assert len(set(ends)) == 1
