@@ -604,7 +604,7 @@ def test_scores_are_utf_8(tmp_path):
 
 def test_columns_stand_under_their_names_also_where_class_names_are_short(capsys):
     case = {"case": "c", "class": "Lens", "lesion": False, "dice": 0.5, "nsd": 0.25, "hd95_mm": 2.0,
-            "pred_ml": 1.0, "ref_ml": 1.0}
+            "pred_ml": 1.0, "ref_ml": 1.0, "tolerance_mm": 3.0}
     metrics._print_table([case], metrics._summarise([case]))
     ends = [line.index(word) + len(word) for line, word in zip(
         capsys.readouterr().out.splitlines(), ("organ", "0.500", "0.500"), strict=True)]
