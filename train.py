@@ -886,7 +886,6 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     if cfg.clip_weights and cfg.text != "clip":
         raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
                          f"--text {cfg.text}")
-    data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     out = Path(cfg.out)
@@ -894,6 +893,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
+    data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
                                skip_bad=cfg.skip_bad)
