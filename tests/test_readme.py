@@ -204,7 +204,7 @@ def test_snippet_of_the_export(parts, tmp_path):
 LACKING = {"clip_text.py --out rows.pt", "clip_text.py --classes liver",
            "infer.py --checkpoint clip_driven_universal", "train.py --data /data/btcv",
            "train.py --data Dataset042_Mine", "metrics.py --pred out --ref Dataset042_Mine",
-           "labels.py kits DIR", "labels.py btcv DIR --folds 5", "labels.py --classes FILE"}
+           "labels.py NAME DIR", "labels.py btcv DIR --folds 5", "labels.py --classes FILE"}
 EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
 
 
