@@ -837,6 +837,25 @@ def check_output(cfg: Config) -> None:
         raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another --out")
 
 
+def check_settings(cfg: Config) -> None:
+    """raises ValueError  if OUT cannot be used (a dry run writes nothing there), or a flag is of no
+    use
+    """
+    if not cfg.dry_run:
+        check_output(cfg)
+    if cfg.clip_weights and cfg.text != "clip":
+        raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
+                         f"--text {cfg.text}")
+
+
+def check_missing(task: Task, missing: list[str]) -> None:
+    """raises ValueError  if no training scan annotates a class to be trained; missing: see describe
+    """
+    if len(missing) == len(task.classes) - task.frozen:
+        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
+                         "nothing to learn; see above how the names of each dataset.json were read")
+
+
 def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
@@ -881,11 +900,7 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
 def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     torch.manual_seed(cfg.seed)
-    if not cfg.dry_run:
-        check_output(cfg)
-    if cfg.clip_weights and cfg.text != "clip":
-        raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
-                         f"--text {cfg.text}")
+    check_settings(cfg)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     out = Path(cfg.out)
@@ -911,9 +926,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
     if first:
         describe(scans, val, task.classes, missing)
-    if len(missing) == len(task.classes) - task.frozen:
-        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
-                         "nothing to learn; see above how the names of each dataset.json were read")
+    check_missing(task, missing)
     if cfg.dry_run:
         return {}
     run = start_run(cfg, task, scans, val, trained)

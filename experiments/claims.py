@@ -982,20 +982,20 @@ def without_image_feature():
         yield
 
 
-def with_detection(sick: dict, healthy: dict) -> dict:
-    """The score of the scans with lesions, and detection per patient over both test sets.
+def with_detection(run: dict, healthy: dict) -> dict:
+    """The score of the test set, and detection per patient over it and further healthy scans.
 
     A patient is positive if any lesion voxel is predicted.
     """
-    cases = sick["cases"] + healthy["cases"]
+    cases = run["cases"] + healthy["cases"]
     detection = {}
-    for lesion, values in sick["classes"].items():
+    for lesion, values in run["classes"].items():
         if "detection" in values:
             own = [case for case in cases if case["class"] == lesion]
             predicted = [case["pred_ml"] > 0 for case in own]
             present = [case["ref_ml"] > 0 for case in own]
             detection[lesion] = metrics.detection(predicted, present)
-    return {**sick, "cases": cases, "detection": detection}
+    return {**run, "cases": cases, "detection": detection}
 
 
 @claim(shown=("mean Dice, organs", "mean Dice, lesions", "mean NSD",
@@ -1007,7 +1007,6 @@ def false_positives(args, study: Study) -> dict:
     The same for a model whose heads are generated from the text alone, without the image feature f.
     Draws the plane that post-processing changes most.
     """
-    sick = study.test
     healthy = test_set(args, study, "healthy", healthy=True)
     models = (                      # name of the run, beginning of the method's name, context
         ("masked", "", contextlib.nullcontext),
@@ -1020,12 +1019,13 @@ def false_positives(args, study: Study) -> dict:
             with context():
                 checkpoint = fit(args, study, name, seed)
                 for way, flags in cleaning.items():
-                    run = with_detection(score(study, checkpoint, *flags, test=sick),
+                    run = with_detection(score(study, checkpoint, *flags),
                                          score(study, checkpoint, *flags, test=healthy))
                     result.setdefault(prefix + way, []).append(run)
     last = run_folder(args, study, "masked", args.seeds - 1) / "last.pt"
-    draw_change(args.out / "postprocessing.png", sick / "imagesTs",
-                result_folder(last, sick, "--no-postprocess"), result_folder(last, sick))
+    draw_change(args.out / "postprocessing.png", study.test / "imagesTs",
+                result_folder(last, study.test, "--no-postprocess"),
+                result_folder(last, study.test))
     return result
 
 
