@@ -195,12 +195,13 @@ def test_paths_that_are_not_files(tmp_path):
 BAD = ["gz cut late", "rgb", "nan voxels", "4D", "gigantic gz"]
 
 
-@pytest.fixture
-def checkpoint(tiny, tmp_path):
-    train.train(train.Config(data=(str(tiny / "raw"),), out=str(tmp_path / "run"), text="onehot",
-                             spacing_mm=6.0, patch=64, width=8, steps=1, batch=1, val_fraction=0.0,
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("checkpoint")
+    train.train(train.Config(data=(str(tiny / "raw"),), out=str(out), text="onehot",
+                             spacing_mm=6.0, patch=32, width=8, steps=1, batch=1, val_fraction=0.0,
                              cache=str(tiny / "cache")))
-    return str(tmp_path / "run/last.pt")
+    return str(out / "last.pt")
 
 
 def lines(text):
@@ -406,10 +407,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(left, disk, checkpoi
     write_nifti(scan, body(0)[0], affine_of("LPS", (4, 4, 5)))
     write_nifti(ref, rng.integers(0, 9, (60, 60, 60)).astype(np.uint8), EYE)   # 100 KB
     write_nifti(folder / "pred/s0.nii.gz", rng.integers(0, 9, (60, 60, 60)).astype(np.uint8), EYE)
-    shutil.copytree(tmp_path / "run", folder / "run")
+    shutil.copytree(Path(checkpoint).parent, folder / "run")
     before = files(folder)
     fill(left)
-    size = ["--text", "onehot", "--spacing-mm", "6", "--patch", "64", "--width", "8", "--batch",
+    size = ["--text", "onehot", "--spacing-mm", "6", "--patch", "32", "--width", "8", "--batch",
             "1", "--val-fraction", "0", "--data", str(tiny / "raw")]
     for main, argv, needs in (
             (infer.main, ["--checkpoint", checkpoint, "--input", str(scan), "--masks", "--output",

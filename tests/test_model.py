@@ -118,7 +118,7 @@ def test_every_layout_of_a_released_file_gives_the_same_tensors(name, tmp_path):
 @needs_shared
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("form", ["plain", pytest.param("fast", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["unet", "swinunetr"])
+@pytest.mark.parametrize("name", ["unet", pytest.param("swinunetr", marks=pytest.mark.slow)])
 def test_model_equals_the_released_one(name, form, threads):
     """The released outputs, plain and fast."""
     state, x = released(name)
@@ -469,7 +469,8 @@ UNET_LAYERS = {"down": "abcd", "merge": "efg"}          # ours -> the letters ab
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size, seed", [((32, 48, 64), 1), ((64, 32, 32), 2)])
+@pytest.mark.parametrize("size, seed", [
+    ((32, 32, 48), 1), pytest.param((48, 32, 32), 2, marks=SLOW)])
 def test_unet_equals_one_written_out_from_nn_modules(form, size, seed):
     """Values in float32, gradients in float64, where no ReLU flips by rounding."""
     torch.manual_seed(seed)
@@ -519,7 +520,8 @@ SMALL = {"unet": ({"backbone": "unet", "width": 8}, 32),
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["unet", pytest.param("swin_unetr", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SMALL)
 def test_the_plain_model_exports_between_other_uses_in_one_process(kind):
     """Inference, export with a dynamic batch, use of the program, inference, then training."""
     spec, side = SMALL[kind]
@@ -556,7 +558,8 @@ def test_the_plain_model_compiles(kind):
 
 @pytest.mark.parametrize("kind", ["unet", pytest.param("swin_unetr", marks=pytest.mark.slow)])
 def test_recomputing_in_backward_changes_no_gradient(kind):
-    x, w = torch.rand(1, 1, 64, 64, 64), torch.randn(2, 7)
+    _, side = SMALL[kind]
+    x, w = torch.rand(1, 1, side, side, side), torch.randn(2, 7)
     grads = []
     for recompute in (False, True):
         network, _ = small_released(kind)
@@ -572,7 +575,7 @@ def test_a_window_alone_equals_the_window_in_a_batch(kind):
     """The fast form, whose sums are exact, in float32; the plain form in float64."""
     network = small_released(kind)[0].eval()
     torch.manual_seed(1)
-    side = {"unet": 32, "swin_unetr": 64}[kind]
+    _, side = SMALL[kind]
     x, w = torch.rand(2, 1, side, side, side), torch.randn(2, 7)
     x[1] *= 3
 
@@ -595,14 +598,14 @@ def test_any_subset_of_classes_in_any_order_is_the_same_as_a_slice():
 
 def test_a_window_does_not_depend_on_its_neighbours():
     network = tiny_model()
-    x, w = torch.randn(3, 1, 64, 64, 64), torch.randn(2, 5)
+    x, w = torch.randn(3, 1, 32, 32, 32), torch.randn(2, 5)
     with torch.no_grad():
         assert torch.allclose(network(x, w)[1:2], network(x[1:2], w), atol=1e-5)
 
 
 def test_unannotated_class_gets_exactly_zero_gradient_through_its_text_row():
     network, w = tiny_model(), torch.randn(4, 5, requires_grad=True)
-    logits = network(torch.randn(2, 1, 64, 64, 64), w)
+    logits = network(torch.randn(2, 1, 32, 32, 32), w)
     y = (torch.rand_like(logits) > 0.5).float()
     annotated = torch.tensor([[True, False, False, True], [False, False, True, True]])
     (losses.masked_bce(logits, y, annotated) + losses.masked_dice(logits, y, annotated)).backward()
@@ -624,15 +627,14 @@ def test_wrong_sides_are_named():
 def extended(backbone, form):
     """A model, its extension by two classes, an input, embeddings of old and of new classes."""
     torch.manual_seed(0)
-    spec = {"unet": {"backbone": "unet", "width": 8},
-            "swin_unetr": {"backbone": "swin_unetr", "feature_size": 12}}[backbone]
+    spec, side = SMALL[backbone]
     old = model.build_model({**spec, "text_dim": 5}).eval()
     new = copy.deepcopy(old)
     w, w_new = torch.randn(3, 5), torch.randn(2, 5)
     new.extend(w_new)
     if form == "fast":
         fast.accelerate(old), fast.accelerate(new)
-    return old, new, torch.rand(2, 1, 64, 64, 64), w, w_new
+    return old, new, torch.rand(2, 1, side, side, side), w, w_new
 
 
 @pytest.mark.parametrize("backbone, form", [

@@ -12,7 +12,7 @@ import labels
 from experiments import phantom
 from experiments.phantom import DATASETS, SPELLING, TEST, TRUTH, make_scan, values_for
 
-SEEDS = (0, 1, 2, 3, 4, 5)
+SEEDS = (0, 1, 2, 3)
 HOSTS = {"Liver Tumor": {"Liver"},
          "Kidney Cyst": {"Left Kidney", "Right Kidney"}, "Lung Tumor": {"Left Lung", "Right Lung"},
          "Pancreas Tumor": {"Pancreas"}}
@@ -139,6 +139,7 @@ def test_label_values_by_hand():
     assert np.array_equal(values_for(DATASETS[TEST]), np.arange(18))
 
 
+@pytest.mark.slow
 def test_each_dataset_labels_its_part_and_nothing_else(tmp_path):
     """Five scans, one per dataset. A scan that is written twice gives the same bytes."""
     args = ["--scans", "5", "--test-scans", "1", "--seed", "7"]

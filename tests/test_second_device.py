@@ -388,7 +388,7 @@ def test_swin_unetr_trains_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path,
 
 
 @pytest.mark.parametrize("form, flag", [
-    ("plain", "extend"),
+    pytest.param("plain", "extend", marks=slow),
     ("plain", "init"),
     pytest.param("gpu", "extend", marks=slow),
     pytest.param("fast", "extend", marks=slow),

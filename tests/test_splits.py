@@ -354,7 +354,7 @@ def test_a_copy_of_a_held_out_scan_is_left_out_and_named(capsys):
 # ---- a run with a split --------------------------------------------------------------------------
 def config(tiny, out, **how):
     base = {"data": (str(tiny / "raw"),), "out": str(out), "text": "onehot", "spacing_mm": 4.0,
-            "patch": 64, "width": 8, "steps": 1, "batch": 1, "val_fraction": 0.0, "val_scans": 1,
+            "patch": 32, "width": 8, "steps": 1, "batch": 1, "val_fraction": 0.0, "val_scans": 1,
             "cache": str(tiny / "cache")}
     return train.Config(**{**base, **how})
 

@@ -27,7 +27,7 @@ ROOT = Path(train.__file__).parent
 
 def config(tiny, out, **how):
     base = {"data": (str(tiny / "raw"),), "out": str(out), "text": "onehot", "spacing_mm": 4.0,
-            "patch": 64, "width": 8, "steps": 4, "batch": 1, "lr": 1e-3, "save_every": 2,
+            "patch": 32, "width": 8, "steps": 4, "batch": 1, "lr": 1e-3, "save_every": 2,
             "val_fraction": 0.0, "cache": str(tiny / "cache")}
     return train.Config(**{**base, **how})
 
@@ -107,7 +107,7 @@ def test_runs_killed_at_random_moments_resume_to_identical_weights(tiny, tmp_pat
     """SIGKILL five times, at any moment of start, step or save."""
     def command(out):
         return [sys.executable, "train.py", "--data", str(tiny / "raw"), "--out", str(out),
-                "--text", "onehot", "--spacing-mm", "4", "--patch", "64", "--width", "8",
+                "--text", "onehot", "--spacing-mm", "4", "--patch", "32", "--width", "8",
                 "--steps", "120", "--batch", "1", "--save-every", "1", "--val-fraction", "0",
                 "--resume", "--cache", str(tmp_path / f"cache_{out.name}")]
     subprocess.run(command(tmp_path / "a"), cwd=ROOT, check=True, capture_output=True)
@@ -183,7 +183,7 @@ def test_released_text_embeddings_are_a_file():
 def two_processes(out, tiny, *more):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
             "train.py", "--data", str(tiny / "raw"), "--out", str(out), "--text", "onehot",
-            "--spacing-mm", "4", "--patch", "64", "--width", "8", "--steps", "4", "--batch", "1",
+            "--spacing-mm", "4", "--patch", "32", "--width", "8", "--steps", "4", "--batch", "1",
             "--lr", "1e-3", "--save-every", "2", "--val-fraction", "0", "--no-amp", "--cache",
             str(tiny / "cache"), *more]
 
@@ -370,7 +370,7 @@ def test_a_bad_scan_is_skipped_by_name_if_asked_for(tiny, tmp_path, capsys):
     assert "skipped: " in out.out + out.err and "Dataset901_Liver: 1 scan, " in out.out
 
 
-@pytest.mark.parametrize("backbone", ["unet", "swin_unetr"])
+@pytest.mark.parametrize("backbone", ["unet", pytest.param("swin_unetr", marks=pytest.mark.slow)])
 def test_a_pretrained_backbone_is_reported_and_used(tiny, tmp_path, capsys, backbone):
     width = {"unet": 8, "swin_unetr": 12}[backbone]
     size = {"unet": "width", "swin_unetr": "feature_size"}[backbone]
@@ -378,8 +378,8 @@ def test_a_pretrained_backbone_is_reported_and_used(tiny, tmp_path, capsys, back
     torch.save({"state_dict": {k: torch.full_like(v, 0.125) for k, v in
                                network.state_dict().items() if "backbone" in k}},
                tmp_path / "pre.pt")
-    train.train(config(tiny, tmp_path / "run", backbone=backbone, width=width, lr=0.0, steps=1,
-                       pretrained=str(tmp_path / "pre.pt"), weight_decay=0.0))
+    train.train(config(tiny, tmp_path / "run", backbone=backbone, width=width, patch=64, lr=0.0,
+                       steps=1, pretrained=str(tmp_path / "pre.pt"), weight_decay=0.0))
     n = len(network.backbone.state_dict())
     assert f"pre.pt: {n} of {n} tensors" in capsys.readouterr().out
     got = weights(tmp_path / "run/last.pt")
