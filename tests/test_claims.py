@@ -318,10 +318,17 @@ def test_other_rows_have_the_cosine_and_norm_that_they_are_named_after():
 RUNS = [(name, study) for name, claim in claims.CLAIMS.items() for study in claim.studies]
 
 
+@pytest.fixture(scope="module")
+def phantom_out(tmp_path_factory):
+    """One --out for all claims on the phantom, which use each other's scans and models."""
+    return tmp_path_factory.mktemp("claims")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, study", RUNS)
-def test_a_claim_writes_its_numbers(name, study, tmp_path, capsys):
-    args = [name, "--study", study, "--out", str(tmp_path), "--seeds", "1", "--steps", "5",
+def test_a_claim_writes_its_numbers(name, study, phantom_out, tmp_path, capsys):
+    out = phantom_out if study == "phantom" else tmp_path
+    args = [name, "--study", study, "--out", str(out), "--seeds", "1", "--steps", "5",
             "--scans", "5", "--test-scans", "1"]
     patients = study in ("openkbp", "hospitals")
     if patients:
@@ -336,13 +343,13 @@ def test_a_claim_writes_its_numbers(name, study, tmp_path, capsys):
         args += ["--rows", str(EMBEDDINGS)]
     assert claims.main(args) == 0
     stem = name if study == claims.CLAIMS[name].studies[0] else f"{name}-{study}"
-    content = json.loads((tmp_path / f"{stem}.json").read_text())
+    content = json.loads((out / f"{stem}.json").read_text())
     assert content["steps"] == 5 and len(content["runs"]) >= 2
     for runs in content["runs"].values():
         assert set(runs[0]["mean"]) == {"organ", "lesion"} and runs[0]["seconds"] > 0
     assert ("intervals" in content) == patients
     if name == "partial-labels" and patients:
-        assert (tmp_path / f"{study}_median.png").is_file()
-        assert (tmp_path / f"{study}_worst.png").is_file()
-    table = (tmp_path / f"{stem}.md").read_text()
+        assert (out / f"{study}_median.png").is_file()
+        assert (out / f"{study}_worst.png").is_file()
+    table = (out / f"{stem}.md").read_text()
     assert table == claims.table(content) and table in capsys.readouterr().out

@@ -495,7 +495,7 @@ def same_bytes(name, content, reference):
 def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
     def args(folder):
         return (["--data", str(tiny / "raw"), "--out", str(folder / "run"), "--cache",
-                 str(folder / "cache"), "--text", "onehot", "--spacing-mm", "2.5", "--patch", "64",
+                 str(folder / "cache"), "--text", "onehot", "--spacing-mm", "2.5", "--patch", "32",
                  "--width", "8", "--steps", "6", "--batch", "1", "--val-fraction", "0",
                  "--save-every", "1", "--resume"],)
 
