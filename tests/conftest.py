@@ -1,8 +1,10 @@
 """Inputs shared by the tests: two tiny nnU-Net datasets, a small HTTP server, and the one place
 that knows where the reference files are."""
+import ctypes
 import http.server
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int
 import nibabel as nib
 import numpy as np
 import pytest
+
+# glibc returns large blocks to the system, which costs a fifth of the time of these tests. Kept
+# blocks take half as much memory again, so the commands themselves leave this as it is.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                 # of malloc.h
+if sys.platform == "linux":
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):                            # musl has none
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 # Reference files that are not part of the repository (real scans, frozen outputs of the release).
 SHARED = Path(os.environ.get("UNIVERSAL_MODEL_SHARED", Path(__file__).parents[2] / "shared"))

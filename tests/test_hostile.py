@@ -453,12 +453,16 @@ def killed(kills, make_folder, target, args, check):
     returns                              both folders
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clip_text", "infer", "metrics", "train"])
+    context.set_forkserver_preload(["clip_text", "infer", "metrics", "train", "torch._dynamo",
+                                    "matplotlib.pyplot"])
 
     def start(folder):
         p = context.Process(target=target, args=args(folder))
         p.start()
         return p
+    first = context.Process(target=int)         # waits for the server's imports
+    first.start()
+    first.join()
     reference = make_folder("reference")
     begun = time.perf_counter()
     p = start(reference)

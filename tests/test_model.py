@@ -116,8 +116,8 @@ def test_every_layout_of_a_released_file_gives_the_same_tensors(name, tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("form", ["plain", pytest.param("fast", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form, threads", [
+    ("plain", 2), pytest.param("fast", 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["unet", pytest.param("swinunetr", marks=pytest.mark.slow)])
 def test_model_equals_the_released_one(name, form, threads):
     """The released outputs, plain and fast."""
@@ -400,7 +400,6 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("merging, size, seed", [
     ("merging", (64, 64, 64), 5), pytest.param("mergingv2", (64, 64, 64), 6, marks=SLOW),
-    pytest.param("merging", (96, 96, 96), 7, marks=SLOW),
     pytest.param("merging", (64, 96, 128), 8, marks=SLOW)])
 def test_swin_unetr_equals_monai(form, merging, size, seed):
     monai, ours, kept = monai_pair(merging, size, seed)
@@ -413,8 +412,7 @@ def test_swin_unetr_equals_monai(form, merging, size, seed):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("merging", ["merging", "mergingv2"])
+@pytest.mark.parametrize("form, merging", [("plain", "merging"), ("fast", "mergingv2")])
 def test_gradients_of_swin_unetr_equal_monais(form, merging):
     """In float64, where no ReLU flips by rounding."""
     monai, ours, kept = monai_pair(merging, (64, 64, 64), 5)
@@ -532,7 +530,7 @@ def test_the_plain_model_exports_between_other_uses_in_one_process(kind):
         before = network(x, w)
     batch = torch.export.Dim("batch", min=1, max=8)
     program = torch.export.export(network, (x, w), dynamic_shapes=({0: batch}, None))
-    for part in (x, x[:1], torch.rand(3, 1, side, side, side)):
+    for part in (x, x[:1]):
         with torch.inference_mode():
             want = network(part, w)
         assert torch.allclose(program.module()(part, w), want, atol=1e-4)
@@ -638,8 +636,7 @@ def extended(backbone, form):
 
 
 @pytest.mark.parametrize("backbone, form", [
-    ("unet", "plain"), ("unet", "fast"), pytest.param("swin_unetr", "fast", marks=SLOW),
-    pytest.param("swin_unetr", "plain", marks=SLOW)])
+    ("unet", "plain"), ("unet", "fast"), pytest.param("swin_unetr", "fast", marks=SLOW)])
 def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
     """In any order of the classes, before and after the new weights have changed."""
     old, new, x, w, w_new = extended(backbone, form)

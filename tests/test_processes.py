@@ -309,7 +309,7 @@ sys.exit(labels.run(train.main, sys.argv[1:]))
 def test_slow_preprocessing_outlasts_no_timeout_and_validation_is_shared(tiny, tmp_path):
     """Preprocessing takes each of two processes 12 s, the group's timeout is 10 s. The scores are
     those of one process with twice the batch, as far as the weights are."""
-    flags = ["--data", tiny / "raw", "--text", "onehot", "--spacing-mm", "4", "--patch", "64",
+    flags = ["--data", tiny / "raw", "--text", "onehot", "--spacing-mm", "4", "--patch", "32",
              "--width", "8", "--steps", "2", "--lr", "1e-3", "--val-fraction", "0.5", "--no-amp",
              "--device", "cpu", "--workers", "0"]
     began = time.monotonic()
@@ -336,7 +336,7 @@ def test_two_processes_share_the_scans_of_a_folder(tiny, tmp_path):
     """Three scans, one of them damaged: two results, one summary, status 1 as in one process."""
     torch.manual_seed(0)
     cfg = train.Config(data=(str(tiny / "raw/Dataset901_Liver"),), out=str(tmp_path / "run"),
-                       text="onehot", spacing_mm=4.0, patch=64, width=8, steps=1, batch=1,
+                       text="onehot", spacing_mm=4.0, patch=32, width=8, steps=1, batch=1,
                        val_fraction=0.0, cache=str(tiny / "cache"), device="cpu")
     train.train(cfg)
     images = tmp_path / "imagesTs"

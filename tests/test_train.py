@@ -3,7 +3,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -100,31 +99,6 @@ def test_resume_equals_uninterrupted(tiny, tmp_path):
     assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
     steps = [json.loads(r)["step"] for r in (tmp_path / "b/log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
-
-
-@pytest.mark.slow
-def test_runs_killed_at_random_moments_resume_to_identical_weights(tiny, tmp_path):
-    """SIGKILL five times, at any moment of start, step or save."""
-    def command(out):
-        return [sys.executable, "train.py", "--data", str(tiny / "raw"), "--out", str(out),
-                "--text", "onehot", "--spacing-mm", "4", "--patch", "32", "--width", "8",
-                "--steps", "60", "--batch", "1", "--save-every", "1", "--val-fraction", "0",
-                "--resume", "--cache", str(tmp_path / f"cache_{out.name}")]
-    subprocess.run(command(tmp_path / "a"), cwd=ROOT, check=True, capture_output=True)
-    rng, kills = random.Random(time.time_ns()), 0
-    while kills < 5:
-        p = subprocess.Popen(command(tmp_path / "b"), cwd=ROOT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(2, 10))
-        if p.poll() is None:
-            os.kill(p.pid, signal.SIGKILL)
-            kills += 1
-        p.wait()
-        if p.returncode == 0:
-            break
-    assert kills == 5
-    subprocess.run(command(tmp_path / "b"), cwd=ROOT, check=True, capture_output=True)
-    assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
 
 
 @pytest.mark.parametrize("change, what", [
