@@ -315,7 +315,8 @@ def test_other_rows_have_the_cosine_and_norm_that_they_are_named_after():
                for _, row in asked["row of a class not trained"])
 
 
-RUNS = [(name, study) for name, claim in claims.CLAIMS.items() for study in claim.studies]
+RUNS = [(name, study) for name, claim in claims.CLAIMS.items() for study in claim.studies
+        if study == claim.studies[0] or name == "partial-labels"]
 
 
 @pytest.fixture(scope="module")
