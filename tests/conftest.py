@@ -18,8 +18,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-# glibc returns large blocks to the system, which costs a fifth of the time of these tests. Kept
-# blocks take half as much memory again, so the commands themselves leave this as it is.
+# glibc returns large blocks to the system, which costs a tenth to a third of the time of these
+# tests. Kept blocks take half as much memory again, so the commands themselves return them.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                 # of malloc.h
 if sys.platform == "linux":
     libc = ctypes.CDLL(None)

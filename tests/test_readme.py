@@ -4,6 +4,8 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -230,9 +232,17 @@ def commands_to_run():
         yield command
 
 
+def run_as_script(name, args):
+    """-> exit status, what the program printed on stderr"""
+    program = ["-m", name] if name.startswith("experiments.") else [str(ROOT / name)]
+    done = subprocess.run([sys.executable, *program, *args], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 @pytest.mark.slow
 def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path, monkeypatch, capsys):
-    """In the order of the documents, in one folder: few scans, two steps, no network. All commands
+    """In the order of the documents, in one folder: few scans, two steps, no network. The first
+    command of every program, and its first that lacks something, start it as a script; the others
     run in this process, because most of them take less time than Python takes to start."""
     for part in (*(SHARED / "data").glob("Dataset00*"), SHARED / "data" / "open-kbp",
                  SHARED / "clip" / "txt_encoding.pth"):
@@ -241,19 +251,26 @@ def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path, monkeypa
     table = re.search(r"^knee.json\s+(\[.*?\])", GUIDE.read_text(), re.S | re.M).group(1)
     (tmp_path / "knee.json").write_text(table)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "clip"))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     mains = {**MAINS, "train.py": train.main}
-    lacking = set()
+    started, lacking = set(), set()
     for name, args in commands_to_run():
         if "scan.nii.gz" in args:
             scan, = (tmp_path / "phantom/Dataset199_PhantomTest/imagesTs").iterdir()
             shutil.copy(scan, tmp_path / "scan.nii.gz")
         command = " ".join([name, *args])
-        status = labels.run(mains[name], [*args, *shortened(name)])
-        printed = capsys.readouterr().err
-        assert status in (0, 2), (command, printed)
+        args = [*args, *shortened(name)]
+        kind = name, command.startswith(tuple(LACKING))
+        if kind in started:
+            status = labels.run(mains[name], args)
+            printed = capsys.readouterr().err
+        else:
+            status, printed = run_as_script(name, args)
+            started.add(kind)
+        assert status in (0, 2) and "Traceback" not in printed, (command, printed)
         if status:
             assert printed.strip().splitlines()[-1].startswith("error:"), (command, printed)
             lacking.add(command)
