@@ -55,6 +55,7 @@ LEVELS = 255            # a stored probability is a whole number of steps of 1 /
 STEP = float(np.nextafter(np.float32(1 / LEVELS), np.float32(0)))     # that, so that 1 is not
                                                                       # exceeded by rounding
 BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")     # of x86, x86 and ARM
 
 
 # ---- devices -----------------------------------------------------------------------------------
@@ -96,13 +97,16 @@ def _devices_here() -> str:
 def use_amp(device: str | torch.device) -> bool:
     """Whether bf16 is the default on a device: only where the hardware computes in bf16.
 
-    Elsewhere bf16 is emulated and far slower than fp32.
+    Elsewhere bf16 is emulated and slower than fp32. For a CPU oneDNN's answer is not enough: it
+    supports bf16 on every processor with AVX-512, and emulates it where instructions are missing.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        processor = torch.cpu.get_capabilities()
+        instructions = any(processor.get(name) for name in BF16_INSTRUCTIONS)
+        return instructions and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
 
 

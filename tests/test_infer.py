@@ -91,7 +91,8 @@ def test_windows_of_air_are_computed_once():
 
 
 def test_bf16_is_the_default_only_where_the_hardware_computes_in_it(monkeypatch):
-    """CUDA: from compute capability 8.0 (Ampere). CPU: oneDNN is asked, in builds that have it."""
+    """CUDA: from compute capability 8.0 (Ampere). CPU: where oneDNN is built in and the processor
+    has the instructions; oneDNN supports bf16 on every AVX-512, and emulates it without them."""
     for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert infer.use_amp("cuda") is expected
@@ -100,7 +101,14 @@ def test_bf16_is_the_default_only_where_the_hardware_computes_in_it(monkeypatch)
     assert infer.use_amp("cpu") is False
     monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {
         "_is_mkldnn_bf16_supported": staticmethod(lambda: True)}))
-    assert infer.use_amp(torch.device("cpu")) is True
+    processors = (
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
+        ({"architecture": "aarch64", "bf16": True}, True),
+    )
+    for processor, expected in processors:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda p=processor: p)
+        assert infer.use_amp(torch.device("cpu")) is expected
 
 
 def sphere_scan(tmp_path, codes="LPS", spacing=(2.0, 2.5, 3.0), shape=(70, 60, 52)):
