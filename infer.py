@@ -97,17 +97,34 @@ def _devices_here() -> str:
 def use_amp(device: str | torch.device) -> bool:
     """Whether bf16 is the default on a device: only where the hardware computes in bf16.
 
-    Elsewhere bf16 is emulated and slower than fp32. For a CPU oneDNN's answer is not enough: it
-    supports bf16 on every processor with AVX-512, and emulates it where instructions are missing.
+    Elsewhere bf16 is emulated and slower than fp32.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
-        processor = torch.cpu.get_capabilities()
-        instructions = any(processor.get(name) for name in BF16_INSTRUCTIONS)
-        return instructions and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
+    return device.type == "cpu" and _onednn_takes_bf16() and _has_bf16_instructions()
+
+
+def emulates_bf16(device: str | torch.device) -> bool:
+    """Whether oneDNN emulates bf16 on a device, as it does on CPUs with AVX-512 but no bf16.
+
+    Results are right, gradients are not: the weight gradient of a 3x3x3 convolution over 2x2x2
+    voxels contains uninitialised memory (torch 2.13), which is the deepest one of a Swin UNETR that
+    trains on crops of 64^3.
+    """
+    return (torch.device(device).type == "cpu" and _onednn_takes_bf16()
+            and not _has_bf16_instructions())
+
+
+def _onednn_takes_bf16() -> bool:
+    if not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
+        return False                                    # this build has no oneDNN
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_bf16_instructions() -> bool:
+    processor = torch.cpu.get_capabilities()
+    return any(processor.get(name) for name in BF16_INSTRUCTIONS)
 
 
 @contextlib.contextmanager

@@ -848,6 +848,14 @@ def check_settings(cfg: Config) -> None:
                          f"--text {cfg.text}")
 
 
+def trains_in_bf16(cfg: Config) -> bool:
+    """raises ValueError  if --amp asks for it where gradients would be wrong"""
+    if cfg.amp and infer.emulates_bf16(cfg.device):
+        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
+                         "PyTorch computes in emulated bf16 are wrong; train without --amp")
+    return infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
+
+
 def check_missing(task: Task, missing: list[str]) -> None:
     """raises ValueError  if no training scan annotates a class to be trained; missing: see describe
     """
@@ -907,7 +915,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
-    amp = infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
+    amp = trains_in_bf16(cfg)
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,

@@ -98,7 +98,7 @@ def test_bf16_is_the_default_only_where_the_hardware_computes_in_it(monkeypatch)
         assert infer.use_amp("cuda") is expected
     assert infer.use_amp("mps") is False
     monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {}))
-    assert infer.use_amp("cpu") is False
+    assert infer.use_amp("cpu") is infer.emulates_bf16("cpu") is False
     monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {
         "_is_mkldnn_bf16_supported": staticmethod(lambda: True)}))
     processors = (
@@ -109,6 +109,7 @@ def test_bf16_is_the_default_only_where_the_hardware_computes_in_it(monkeypatch)
     for processor, expected in processors:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda p=processor: p)
         assert infer.use_amp(torch.device("cpu")) is expected
+        assert infer.emulates_bf16("cpu") is not expected
 
 
 def sphere_scan(tmp_path, codes="LPS", spacing=(2.0, 2.5, 3.0), shape=(70, 60, 52)):

@@ -17,6 +17,7 @@ from conftest import SHARED, needs_shared
 
 import clip_text
 import data
+import infer
 import labels
 import model
 import train
@@ -425,6 +426,13 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, 
     assert "annotated by no dataset" not in out                        # of those to be trained
     assert labels.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
                                     classes=str(tmp_path / "old.json"))) == 2
+
+
+def test_bf16_is_refused_where_its_gradients_would_be_wrong(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "emulates_bf16", lambda device: True)
+    with pytest.raises(ValueError, match="--amp: this processor has no instructions for bf16"):
+        train.train(config(tiny, tmp_path / "run", amp=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
