@@ -9,14 +9,18 @@ import threading
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# pytest -n starts several processes, which share the cores
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(
-    os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
-
 import nibabel as nib
 import numpy as np
 import pytest
+
+
+def pytest_configure() -> None:
+    """The processes of pytest -n share the cores. This runs before they load PyTorch."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+    if processes > 0:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+
 
 # glibc returns large blocks to the system, which costs a tenth to a third of the time of these
 # tests. Kept blocks take half as much memory again, so the commands themselves return them.
