@@ -450,7 +450,10 @@ def segment(checkpoint, scan, out, device, form):
                                   pytest.param("fast", marks=slow)])
 def test_results_are_those_of_the_cpu_and_windows_are_fetched_together(
         tmp_path, monkeypatch, device_for, checkpoint, scan, form):
-    """At most one fetch for every call of the model, which takes three windows."""
+    """At most one fetch for every call of the model, which takes three windows.
+
+    In the fast form, where the two devices take other kernels, rounding may move a few
+    probabilities to the next of the levels in which they are stored."""
     device, calls, fetched = device_for(form), [], []
     assert segment(checkpoint, scan, tmp_path / "cpu", "cpu", form) == 0
     with device as fetches, monkeypatch.context() as patch:
@@ -472,9 +475,13 @@ def test_results_are_those_of_the_cpu_and_windows_are_fetched_together(
     for file in files[0]:
         a, b = tmp_path / "cpu" / file, tmp_path / "there" / file
         if file.suffix == ".gz":
-            arrays = [np.asarray(nib.load(path).dataobj) for path in (a, b)]
-            assert np.array_equal(*arrays) and np.array_equal(nib.load(a).affine,
-                                                              nib.load(b).affine)
+            assert np.array_equal(nib.load(a).affine, nib.load(b).affine)
+            here, there = (np.asarray(nib.load(path).dataobj) for path in (a, b))
+            if form == "fast" and "probability" in file.name:
+                assert np.abs(here - there).max() * infer.LEVELS < 1.001
+                assert (here != there).mean() < 1e-4
+            else:
+                assert np.array_equal(here, there)
         elif file.suffix == ".json":
             assert json.loads(a.read_text()) == json.loads(b.read_text())
         else:
