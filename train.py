@@ -849,7 +849,10 @@ def check_settings(cfg: Config) -> None:
 
 
 def trains_in_bf16(cfg: Config) -> bool:
-    """raises ValueError  if --amp asks for it where gradients would be wrong"""
+    """Whether a run computes in bf16.
+
+    raises ValueError  if --amp asks for it where gradients would be wrong
+    """
     if cfg.amp and infer.emulates_bf16(cfg.device):
         raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
                          "PyTorch computes in emulated bf16 are wrong; train without --amp")
