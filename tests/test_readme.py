@@ -205,6 +205,7 @@ LACKING = {"clip_text.py --out rows.pt", "clip_text.py --classes liver",
            "train.py --data Dataset042_Mine", "metrics.py --pred out --ref Dataset042_Mine",
            "labels.py NAME DIR", "labels.py btcv DIR --folds 5", "labels.py --classes FILE"}
 EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
+NEED_FLAGS = ("experiments.phantom", "train.py")        # without flags they are only mentioned
 
 
 def needs_reference_files(args):
@@ -224,7 +225,7 @@ def commands_to_run():
     done = []
     for command in [*commands(README), *commands(GUIDE), *commands(RESULTS)]:
         name, args = command
-        if command in done or name in EXPERIMENTS or (name == "experiments.phantom" and not args):
+        if command in done or name in EXPERIMENTS or (name in NEED_FLAGS and not args):
             continue
         if needs_reference_files(args) and not SHARED.is_dir():
             continue
