@@ -108,9 +108,9 @@ def use_amp(device: str | torch.device) -> bool:
 def emulates_bf16(device: str | torch.device) -> bool:
     """Whether oneDNN emulates bf16 on a device, as it does on CPUs with AVX-512 but no bf16.
 
-    Results are right, gradients are not: the weight gradient of a 3x3x3 convolution over 2x2x2
-    voxels contains uninitialised memory (torch 2.13), which is the deepest one of a Swin UNETR that
-    trains on crops of 64^3.
+    Results are right there, but over 2x2x2 voxels the weight gradient of a 3x3x3 convolution
+    contains uninitialised memory (torch 2.13). The deepest convolutions of a Swin UNETR that trains
+    on crops of 64^3 are of this kind.
     """
     return (torch.device(device).type == "cpu" and _onednn_takes_bf16()
             and not _has_bf16_instructions())
