@@ -34,8 +34,17 @@ if sys.platform == "linux":
 # Reference files that are not part of the repository (real scans, frozen outputs of the release).
 SHARED = Path(os.environ.get("UNIVERSAL_MODEL_SHARED", Path(__file__).parents[2] / "shared"))
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(),
+    not (SHARED / "golden").is_dir(),
     reason=f"no reference files in {SHARED}; set UNIVERSAL_MODEL_SHARED to their folder")
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(tmp_path, monkeypatch):
+    """A test runs in an empty folder, without what torchrun or a proxy sets in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def write_nifti(path, array, affine):
