@@ -330,7 +330,7 @@ def size_of(checkpoint: Path) -> dict:
     """Parameters, and additions and multiplications of one 64^3 window, in 10^9."""
     network, w, _ = model.load_checkpoint(checkpoint)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.to("meta")(torch.zeros(1, 1, 64, 64, 64, device="meta"), w.to("meta"))
+        network(torch.zeros(1, 1, 64, 64, 64), w)
     return {"parameters": sum(p.numel() for p in network.parameters()),
             "GFLOP a window": counter.get_total_flops() / 1e9}
 
