@@ -1,17 +1,18 @@
 """Speed and memory against the release's way of computing, in one run on one machine.
 
     python -m experiments.bench                     every row, written to bench.json and bench.md
+    python -m experiments.bench --quick             the rows that matter most
     python -m experiments.bench --only heads unet   the rows whose names contain one of these
     python -m experiments.bench --device cuda       the GPU's measurements, at most five minutes,
                                                     written to experiments/results/bench-cuda.json
 
 Three forms of the network are compared. `base` is what the release computes, frozen in this file:
 a plain network (the Swin UNETR is that of MONAI 1.4.0), its feature map copied once per class,
-grouped convolutions as heads, all 32 classes also in training. `plain` is model.py; `fast` (in the
-keys of bench.json: `ours`) is model.py after fast.accelerate, as train.py and infer.py use it.
+grouped convolutions as heads, all 32 classes also in training. `plain` is model.py; `fast` (on the
+CPU: `ours`) is model.py after fast.accelerate, as train.py and infer.py use it.
 
-On the CPU every measurement runs in a fresh process, so that its peak memory is its own. The two
-sides of a comparison are timed in turn, and the table shows medians.
+On the CPU every measurement runs in a fresh process, so that its peak memory is its own. The sides
+of a comparison are timed in turn, and the table shows medians.
 
 B batch   K classes   D, H, W voxels
 """
@@ -19,14 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import gc
 import json
 import math
 import os
 import platform
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +32,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -47,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fast
@@ -192,7 +192,7 @@ def release_loss(logits: Tensor, y: Tensor) -> Tensor:
     return cross_entropy + dice.mean()
 
 
-# ---- networks and calls that both devices measure ------------------------------------------------
+# ---- what is measured on both devices ------------------------------------------------------------
 def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> nn.Module:
     """An untrained network: side is base, plain, fast or compiled (torch.compile of plain)."""
     spec = {"unet": {"backbone": "unet", "width": size.width},
@@ -204,10 +204,8 @@ def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> n
             return Release(MonaiSwinUNETR(size.side, size.feature_size), size.text_dim)
         network = plain_form.build_model({**spec, "text_dim": size.text_dim})
     if side == "fast":
-        fast.accelerate(network)
-    if side == "compiled":
-        network = torch.compile(network)
-    return network
+        return fast.accelerate(network)
+    return torch.compile(network) if side == "compiled" else network
 
 
 def inputs(size: Size, batch: int, device: str) -> tuple[Tensor, Tensor]:
@@ -263,18 +261,32 @@ def step(side: str, backbone: str, amp: bool = False, *, size: Size = FULL, batc
     return call
 
 
-def phantom_scan(folder, spacing=(1.5, 1.5, 2.0), shape=(220, 180, 120), seed: int = 0) -> Path:
+def medians(runs: int, *calls: Callable, warm_ups: int = 1, device: str = "cpu") -> list[float]:
+    """Seconds of each call: all are called in turn, first to warm up."""
+    seconds = [[] for _ in calls]
+    for i in range(warm_ups + runs):
+        for call, own in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i >= warm_ups:
+                own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in seconds if own]
+
+
+def write_scan(folder, spacing=(1.5, 1.5, 2.0), shape=(220, 180, 120)) -> Path:
     """Write a CT-like NIfTI of any size: noise as bright as soft tissue, with air around it."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     hu = np.full(shape, -1000, np.int16)
     inner = tuple(slice(n // 10, n - n // 10) for n in shape)
     hu[inner] = rng.integers(-100, 200, [s.stop - s.start for s in inner], np.int16)
-    path = Path(folder) / f"scan_{shape[2]}.nii.gz"
+    path = Path(folder) / "scan.nii.gz"
     nib.save(nib.Nifti1Image(hu, np.diag([*spacing, 1.0])), path)
     return path
 
 
-def checkpoint(folder, width: int = 8, spacing: float = 1.5, side: int = FULL.side) -> Path:
+def write_checkpoint(folder, width: int = FULL.width, side: int = FULL.side) -> Path:
     """Write the checkpoint of an untrained U-Net for all built-in classes."""
     names = [c.name for c in labels.CLASSES]
     spec = {"backbone": "unet", "width": width, "text_dim": len(names)}
@@ -282,7 +294,7 @@ def checkpoint(folder, width: int = 8, spacing: float = 1.5, side: int = FULL.si
     torch.save({"format": plain_form.FORMAT, "spec": spec,
                 "model": plain_form.build_model(spec).state_dict(), "w": torch.eye(len(names)),
                 "classes": names, "trained": names,
-                "config": {"spacing_mm": spacing, "patch": side}}, path)
+                "config": {"spacing_mm": 1.5, "patch": side}}, path)
     return path
 
 
@@ -294,40 +306,9 @@ def segment(scan: Path, weights: Path, out_dir, *flags: str) -> float:
     return time.perf_counter() - start
 
 
-# ---- the rows of the CPU's table -----------------------------------------------------------------
-PAIR = ("time", "base", "ours")                    # the parts of a row that compares two sides
-TRIPLE = ("time", "base", "plain", "ours")
-
-
-@dataclass(frozen=True)
-class Row:
-    goal: str
-    parts: tuple[str, ...]                         # each part is measured in a process of its own
-    measure: Callable[[str], dict]                 # part -> numbers under the keys of bench.json
-
-
-ROWS: dict[str, Row] = {}
-
-
-def row(goal: str, parts: tuple[str, ...] = ("time",)):
-    """Register a row under the name of its function."""
-    def register(measure):
-        ROWS[measure.__name__] = Row(goal, parts, measure)
-        return measure
-    return register
-
-
-def medians(n: int, *calls: Callable) -> list[float]:
-    """Seconds of each call: all are called in turn, once to warm up and then n times."""
-    for call in calls:
-        call()
-    seconds = [[] for _ in calls]
-    for _ in range(n):
-        for call, own in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in seconds]
+def count_windows(scan: Path) -> int:
+    image, *_ = data.preprocess(data.load_volume(scan))
+    return infer.count_windows(image.shape, FULL.side)
 
 
 def peak_gb() -> float:
@@ -340,181 +321,136 @@ def bf16() -> bool:
     return infer.use_amp("cpu")
 
 
-def compare_networks(part: str, make: Callable, backbone: str, n: int) -> dict:
-    """A part of a row that compares base, plain and fast; make is `window` or `step`."""
-    if part != "time":
-        before = peak_gb()
-        make("fast" if part == "ours" else part, backbone)()
-        return {f"{part}_gb": peak_gb(), f"{part}_start_gb": before}
-    calls = [make(side, backbone) for side in ("base", "plain", "fast")]
-    if bf16():
-        calls.append(make("fast", backbone, True))
-    base, plain, ours, *half = medians(n, *calls)
-    numbers = {"base_s": base, "plain_s": plain, "ours_s": ours, "fp32_ratio": base / ours}
-    if half:
-        return {**numbers, "bf16_s": half[0], "bf16_ratio": base / half[0]}
-    return {**numbers, "bf16": "not run: this processor does not compute in bf16"}
-
-
-def compare_calls(part: str, base: Callable, ours: Callable, n: int) -> dict:
-    """A part of a row that compares two calls: their times, or the peak memory of one of them."""
-    if part == "time":
-        base_s, ours_s = medians(n, base, ours)
-        return {"base_s": base_s, "ours_s": ours_s, "fp32_ratio": base_s / ours_s}
-    call = base if part == "base" else ours
-    call()
-    return {f"{part}_gb": peak_gb()}
-
-
-@row("fp32 3.3x, bf16 6.5x, memory 50 %", TRIPLE)
-def window_swin(part):
-    return compare_networks(part, window, "swin", 3)
-
-
-@row("fp32 2.3x, bf16 4.5x, memory 50 %", TRIPLE)
-def window_unet(part):
-    return compare_networks(part, window, "unet", 3)
-
-
-@row("fp32 3.5x, bf16 6.5x, memory 45 %", TRIPLE)
-def step_swin(part):
-    return compare_networks(part, step, "swin", 2)
-
-
-@row("fp32 2.4x, bf16 4.5x, memory 45 %", TRIPLE)
-def step_unet(part):
-    return compare_networks(part, step, "unet", 2)
-
-
-def two_scan_step(together: bool, size: Size = FULL, counts=(13, 2)) -> Callable[[], Tensor]:
-    """A training step of two scans that annotate different classes, as many as `counts` says.
-
-    together  True: one call for both scans, for the union of their classes, as in train.py
-              False: one call per scan, each for its own classes
-    """
-    network = build("fast", "unet", size).train()
-    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    x, w = inputs(size, 2, "cpu")
-    annotated = torch.zeros(2, sum(counts), dtype=torch.bool)
-    annotated[0, :counts[0]] = True
-    annotated[1, counts[0]:] = True
-    w = w[:sum(counts)]
-    y = torch.rand(2, sum(counts), *x.shape[2:]) > 0.8
-
-    def loss_of(scans: slice, classes: Tensor) -> Tensor:
-        logits = network(x[scans], w[classes])
-        target, own = y[scans][:, classes], annotated[scans][:, classes]
-        return losses.masked_bce(logits, target, own) + losses.masked_dice(logits, target, own)
+# ---- calls of single rows ------------------------------------------------------------------------
+def small_step(threads: int) -> Callable[[], None]:
+    """A training step like those of the README's first command (U-Net of width 8, a crop of 48^3,
+    5 annotated classes, fp32) on some threads."""
+    one = step("fast", "unet", size=Size(side=48, width=8, annotated=tuple(range(5))))
 
     def call():
-        if together:
-            loss = loss_of(slice(0, 2), torch.arange(sum(counts)))
-        else:
-            first = loss_of(slice(0, 1), annotated[0].nonzero()[:, 0])
-            second = loss_of(slice(1, 2), annotated[1].nonzero()[:, 0])
-            loss = (first + second) / 2
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        return loss.detach()
+        torch.set_num_threads(threads)
+        one()
     return call
 
 
-@row("shows what the union costs", PAIR)
-def two_scans(part):
-    """U-Net: two scans that annotate 13 and 2 other classes, in one call for all 15 classes (ours)
-    against one call per scan for its own classes (base)."""
-    if part == "time":
-        return compare_calls(part, two_scan_step(False), two_scan_step(True), 2)
-    call = two_scan_step(together=part == "ours")
-    return compare_calls(part, call, call, 1)
-
-
-@row("two threads 1.8x one, 0.25 s")
-def small_step(part):
-    """A training step like those of the README's first command (U-Net of width 8, a crop of 48^3,
-    5 annotated classes, fp32) on one thread and on two."""
-    call = step("fast", "unet", size=Size(side=48, width=8, annotated=tuple(range(5))))
-    threads = torch.get_num_threads()
-    seconds = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        seconds += medians(15, call)
-    torch.set_num_threads(threads)
-    one, two = seconds
-    return {"one_thread_s": one, "two_threads_s": two, "ratio": one / two}
-
-
-@row("20x", PAIR)
-def heads(part):
+def heads(side: str) -> Callable[[], Tensor]:
     """The heads alone, 32 classes."""
     feat, theta = torch.randn(1, 8, *(FULL.side,) * 3), torch.randn(FULL.classes, 153)
+    if side == "base":
+        return torch.inference_mode()(lambda: grouped_heads(feat, theta))
     channels_last = feat.contiguous(memory_format=torch.channels_last_3d)
     network = build("fast", "unet", Size(width=8))
-    with torch.inference_mode():
-        return compare_calls(part, lambda: grouped_heads(feat, theta),
-                             lambda: network.heads(channels_last, theta[None]), 5)
+    return torch.inference_mode()(lambda: network.heads(channels_last, theta[None]))
 
 
-@row("at most 1.08x")
-def whole_ct(part):
-    """Full-width U-Net, 32 classes; everything from reading to writing against the windows, both
-    medians of five runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        scan, weights = phantom_scan(folder), checkpoint(folder, width=FULL.width)
-        one_window = window("fast", "unet", bf16())            # as infer.py computes
-        shape = data.preprocess(data.load_volume(scan))[0].shape
-        windows = infer.count_windows(shape, FULL.side)
-        whole = statistics.median(segment(scan, weights, f"{folder}/out{i}") for i in range(5))
-        single, = medians(5, one_window)
-    return {"windows": windows, "window_s": single, "whole_s": whole,
-            "ratio": whole / (windows * single), "threads": torch.get_num_threads()}
-
-
-@row("4 GB")
-def huge_ct(part):
-    """512 x 512 x 1000 at 0.8 x 0.8 x 1 mm, width 8, 32 classes, written."""
-    with tempfile.TemporaryDirectory() as folder:
-        # another process writes the scan, so that its memory does not count
-        code = (f"from experiments.bench import phantom_scan; "
-                f"phantom_scan({folder!r}, (0.8, 0.8, 1), (512, 512, 1000))")
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-        scan = Path(folder) / "scan_1000.nii.gz"
-        seconds = segment(scan, checkpoint(folder), f"{folder}/out")
-        return {"peak_gb": peak_gb(), "seconds": seconds}
-
-
-def monai_preprocess(scan: str):
-    """The preprocessing of the release, without its labels."""
+def preprocess(side: str) -> Callable[[], object]:
+    """A CT from its file to the network's grid; the release does it with MONAI."""
+    folder = tempfile.TemporaryDirectory()
+    scan = write_scan(folder.name, (0.8, 0.8, 2.5), (400, 400, 160))
+    if side == "ours":
+        return lambda _=folder: data.preprocess(data.load_volume(scan))
     warnings.filterwarnings("ignore")
     from monai import transforms
-    return transforms.Compose([
+    release = transforms.Compose([
         transforms.LoadImage(image_only=True),
         transforms.EnsureChannelFirst(),
         transforms.Orientation("RAS"),
         transforms.Spacing((1.5,) * 3, mode="bilinear"),
         transforms.ScaleIntensityRange(-175, 250, 0, 1, clip=True),
         transforms.CropForeground(),
-    ])(scan)
+    ])
+    return lambda _=folder: release(str(scan))
 
 
-@row("2x faster, less memory", PAIR)
-def preprocess(part):
-    """A CT from its file to the network's grid, against MONAI."""
+def surfaces(side: str) -> Callable[[], list]:
+    """NSD, HD95 and Dice of 32 classes of a 512 x 512 x 200 pair."""
+    scores = scores_of_metrics if side == "ours" else scores_of_surface_distance
+    maps = ellipsoid_maps((512, 512, 200))
+    return lambda: scores(maps, (0.8, 0.8, 1.5))
+
+
+def ellipsoid_maps(shape) -> list[np.ndarray]:
+    """Two label maps of the same 32 ellipsoids of many sizes, moved a little in each."""
+    rng = np.random.default_rng(0)
+    maps = [np.zeros(shape, np.uint8) for _ in range(2)]
+    for value in range(1, FULL.classes + 1):
+        centre, radii = rng.uniform(0.15, 0.85, 3) * shape, rng.uniform(6, 60, 3)
+        for label_map in maps:
+            c, r = centre + rng.normal(0, 1, 3), radii * rng.uniform(0.95, 1.05, 3)
+            low, high = np.maximum(c - r, 0).astype(int), np.minimum(c + r + 2, shape).astype(int)
+            box = tuple(map(slice, low, high))
+            inside = sum(((g - a) / b) ** 2 for g, a, b in zip(np.ogrid[box], c, r, strict=True))
+            label_map[box][inside < 1] = value
+    return maps
+
+
+def scores_of_surface_distance(maps, spacing) -> list[tuple]:
+    """NSD, HD95 and Dice of every class by the package surface-distance."""
+    np.Inf = np.inf                                     # surface-distance is older than NumPy 2
+    import surface_distance
+    scores = []
+    for value in range(1, FULL.classes + 1):
+        pred, ref = (label_map == value for label_map in maps)
+        distances = surface_distance.compute_surface_distances(ref, pred, spacing)
+        nsd = surface_distance.compute_surface_dice_at_tolerance(distances, 2.0)
+        hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
+        scores.append((nsd, hd95, surface_distance.compute_dice_coefficient(ref, pred)))
+    return scores
+
+
+def scores_of_metrics(maps, spacing) -> list[tuple]:
+    """The same by metrics.py, inside the box of each class."""
+    scores = []
+    boxes = zip(*map(ndimage.find_objects, maps), strict=True)
+    for value, (first, second) in enumerate(boxes, 1):
+        box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
+                    for a, b in zip(first, second, strict=True))
+        pred, ref = (label_map[box] == value for label_map in maps)
+        distances = metrics.surface_distances(pred, ref, spacing_mm=spacing)
+        scores.append((metrics.nsd_of(distances, 2.0), metrics.hd_of(distances, 95),
+                       metrics.dice(pred, ref)))
+    return scores
+
+
+# ---- rows that are no comparison of two calls ----------------------------------------------------
+def whole_ct(part: str) -> dict:
+    """Full-width U-Net, 32 classes; everything from reading to writing against the windows, both
+    medians of five runs."""
     with tempfile.TemporaryDirectory() as folder:
-        scan = str(phantom_scan(folder, (0.8, 0.8, 2.5), (400, 400, 160)))
-        return compare_calls(part, lambda: monai_preprocess(scan),
-                             lambda: data.preprocess(data.load_volume(scan)), 3)
+        scan, weights = write_scan(folder), write_checkpoint(folder)
+        windows = count_windows(scan)
+        whole = statistics.median(segment(scan, weights, f"{folder}/out{i}") for i in range(5))
+    single, = medians(5, window("fast", "unet", bf16()))        # as infer.py computes
+    return {"windows": windows, "window_s": single, "whole_s": whole,
+            "ratio": whole / (windows * single), "threads": torch.get_num_threads()}
 
 
-@row("5x what training consumes")
-def pipeline(part):
+def size(part: str) -> dict:
+    """Scans of 1, 2, 4, 8 times the voxels (the part), full-width U-Net, 32 classes."""
+    with tempfile.TemporaryDirectory() as folder:
+        scan = write_scan(folder, (1.5,) * 3, (192, 192, 96 * int(part)))
+        windows = count_windows(scan)
+        seconds = segment(scan, write_checkpoint(folder), f"{folder}/out")
+    return {f"x{part}_s_per_window": seconds / windows, f"x{part}_gb": peak_gb()}
+
+
+def huge_ct(part: str) -> dict:
+    """512 x 512 x 1000 at 0.8 x 0.8 x 1 mm, width 8, 32 classes, written."""
+    with tempfile.TemporaryDirectory() as folder:
+        # another process writes the scan, so that its memory does not count
+        code = (f"from experiments.bench import write_scan; "
+                f"write_scan({folder!r}, (0.8, 0.8, 1), (512, 512, 1000))")
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+        seconds = segment(Path(folder, "scan.nii.gz"), write_checkpoint(folder, 8), f"{folder}/out")
+    return {"peak_gb": peak_gb(), "seconds": seconds}
+
+
+def pipeline(part: str) -> dict:
     """Cached crops a second with two workers against training steps a second (U-Net, 96^3)."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "experiments.phantom", "--out", folder, "--scans",
                         "6", "--test-scans", "0"], cwd=ROOT, check=True, capture_output=True)
-        cases = [case for dataset in data.find_datasets([folder])
-                 for case in data.read_dataset(dataset, labels.CLASSES)]
+        cases = data.read_datasets([folder], labels.CLASSES)
         scans = data.build_all(cases, Path(folder) / "cache")
         crops = data.Crops(scans, patch=FULL.side, length=64)
         loader = torch.utils.data.DataLoader(crops, 1, collate_fn=data.collate, num_workers=2)
@@ -526,32 +462,19 @@ def pipeline(part):
 
 
 def count_flops(backbone: str, size: Size = FULL) -> int:
-    """Two per multiply-add of the convolutions and linear layers of one window of model.py,
-    counted without computing."""
-    network = build("plain", backbone, size, "meta").backbone.eval()
-    total = 0
-
-    def count(module, inputs, output):
-        nonlocal total
-        per_output = module.weight[0].numel()                  # (out, in, ...)
-        if isinstance(module, nn.ConvTranspose3d):
-            per_output = module.weight.shape[0]                # (in, out, 2, 2, 2), stride 2
-        total += 2 * output.numel() * per_output
-    for module in network.modules():
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d | nn.Linear):
-            module.register_forward_hook(count)
-    with torch.inference_mode():
+    """Two per multiply-add of the plain backbone for one window, counted without computing."""
+    network = build("plain", backbone, size, "meta").backbone
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 1, *(size.side,) * 3, device="meta"))
-    return total
+    return counter.get_total_flops()
 
 
-@row("bf16: 90 % U-Net, 55 % Swin UNETR")
-def arithmetic(part):
+def arithmetic(part: str) -> dict:
     """The plain backbone's arithmetic per second of the fast one, as a share of that of a matrix
     product. The fast one does less arithmetic, so that a share may be above 1."""
     n = 2048
     numbers = {}
-    for name in ("unet", "swin"):
+    for name in BACKBONES:
         flops = count_flops(name)
         backbone = build("fast", name).backbone.eval()
         x = torch.rand(1, 1, *(FULL.side,) * 3)
@@ -559,7 +482,7 @@ def arithmetic(part):
             amp = precision == "bf16"
             a = torch.randn(n, n, dtype=torch.bfloat16 if amp else torch.float32)
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                seconds, matmul_s = medians(3, lambda net=backbone, x=x: net(x), lambda a=a: a @ a)
+                seconds, matmul_s = medians(3, partial(backbone, x), partial(torch.matmul, a, a))
             peak = 2 * n ** 3 / matmul_s
             numbers[f"{name}_{precision}_gflops"] = flops / seconds / 1e9
             numbers[f"matmul_{precision}_gflops"] = peak / 1e9
@@ -568,144 +491,110 @@ def arithmetic(part):
     return numbers
 
 
-@row("seconds per window within 10 %, memory below the volume's growth", ("1", "2", "4", "8"))
-def size(part):
-    """Scans of 1, 2, 4, 8 times the voxels, full-width U-Net, 32 classes."""
-    with tempfile.TemporaryDirectory() as folder:
-        scan = phantom_scan(folder, (1.5,) * 3, (192, 192, 96 * int(part)))
-        shape = data.preprocess(data.load_volume(scan))[0].shape
-        seconds = segment(scan, checkpoint(folder, width=FULL.width), f"{folder}/out")
-    return {f"x{part}_s_per_window": seconds / infer.count_windows(shape, FULL.side),
-            f"x{part}_gb": peak_gb()}
-
-
-def ellipsoid_maps(shape) -> list[np.ndarray]:
-    """Two label maps of the same 32 ellipsoids of many sizes, moved a little in each."""
-    rng = np.random.default_rng(0)
-    maps = [np.zeros(shape, np.uint8) for _ in range(2)]
-    for value in range(1, FULL.classes + 1):
-        centre, radii = rng.uniform(0.15, 0.85, 3) * shape, rng.uniform(6, 60, 3)
-        for label_map in maps:
-            c, r = centre + rng.normal(0, 1, 3), radii * rng.uniform(0.95, 1.05, 3)
-            box = tuple(slice(max(0, int(a - b)), int(a + b) + 2)
-                        for a, b in zip(c, r, strict=True))
-            grid = np.ogrid[tuple(slice(s.start, min(s.stop, n))
-                                  for s, n in zip(box, shape, strict=True))]
-            inside = sum(((g - a) / b) ** 2 for g, a, b in zip(grid, c, r, strict=True)) < 1
-            label_map[box][inside] = value
-    return maps
-
-
-def scores_of_surface_distance(maps, spacing) -> list[tuple]:
-    """NSD, HD95 and Dice of every class by the package surface-distance."""
-    np.Inf = np.inf                                     # surface-distance is older than NumPy 2
-    import surface_distance
-    pred_map, ref_map = maps
-    scores = []
-    for value in range(1, FULL.classes + 1):
-        pred, ref = pred_map == value, ref_map == value
-        distances = surface_distance.compute_surface_distances(ref, pred, spacing)
-        nsd = surface_distance.compute_surface_dice_at_tolerance(distances, 2.0)
-        hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
-        scores.append((nsd, hd95, surface_distance.compute_dice_coefficient(ref, pred)))
-    return scores
-
-
-def scores_of_metrics(maps, spacing) -> list[tuple]:
-    """The same by metrics.py, inside the box of each class."""
-    boxes = [ndimage.find_objects(label_map) for label_map in maps]
-    scores = []
-    for k in range(FULL.classes):
-        box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
-                    for a, b in zip(boxes[0][k], boxes[1][k], strict=True))
-        pred, ref = (label_map[box] == k + 1 for label_map in maps)
-        distances = metrics.surface_distances(pred, ref, spacing_mm=spacing)
-        scores.append((metrics.nsd_of(distances, 2.0), metrics.hd_of(distances, 95),
-                       metrics.dice(pred, ref)))
-    return scores
-
-
-@row("8x, memory below", PAIR)
-def surfaces(part):
-    """32 classes of a 512 x 512 x 200 pair: NSD, HD95 and Dice against surface-distance. The memory
-    is what comes on top of the imports, since neither side needs torch."""
-    before = peak_gb()
-    spacing = (0.8, 0.8, 1.5)
-    maps = ellipsoid_maps((512, 512, 200))
-    numbers = compare_calls(part, lambda: scores_of_surface_distance(maps, spacing),
-                            lambda: scores_of_metrics(maps, spacing), 1)
-    if part == "time":
-        assert np.allclose(scores_of_surface_distance(maps, spacing),
-                           scores_of_metrics(maps, spacing), atol=1e-6)
-        return numbers
-    return {f"{part}_gb": numbers[f"{part}_gb"] - before}
-
-
-def hostile_masks(shape=(512, 512, 300), specks: int = 3000) -> postprocess.PackedMasks:
-    """32 classes of one block and many specks of 3 x 4 x 3 voxels each, anywhere in the volume."""
+def hostile(part: str) -> dict:
+    """Post-processing of a 512 x 512 x 300 segmentation; each of its 32 classes is a block and
+    3000 specks of 3 x 4 x 3 voxels, anywhere in the volume."""
+    shape = (512, 512, 300)
     masks = postprocess.PackedMasks(shape, FULL.classes)
     rng = np.random.default_rng(0)
     speck, block = np.array([3, 4, 3]), np.array([80, 80, 40])
     for k in range(FULL.classes):
-        mask = np.zeros_like(masks.words[0], bool)
-        corners = rng.integers(0, shape - speck, (specks, 3), endpoint=True)
+        mask = np.zeros(shape, bool)
+        corners = rng.integers(0, shape - speck, (3000, 3), endpoint=True)
         corner_of_block = rng.integers(0, shape - block, endpoint=True)
-        for corner, size in [(corner_of_block, block), *((c, speck) for c in corners)]:
-            mask[tuple(map(slice, corner, corner + size))] = True
+        for corner, length in [(corner_of_block, block), *((c, speck) for c in corners)]:
+            mask[tuple(map(slice, corner, corner + length))] = True
         masks.set(k, mask)
-    return masks
-
-
-@row("at most 10 s")
-def hostile(part):
-    """Post-processing of a 512 x 512 x 300 segmentation with thousands of specks in every class."""
-    masks = hostile_masks()
     start = time.perf_counter()
     postprocess.postprocess(masks, labels.CLASSES, (0.8, 0.8, 1.0), midline=255.5)
     return {"seconds": time.perf_counter() - start, "peak_gb": peak_gb()}
 
 
-def smallest_dice(file_a, file_b) -> dict[int, float]:
-    """The smallest Dice of a class of two label maps, by the least volume (ml) that counts.
-
-    A class of at least 10 ml counts under 10, one of 1 to 10 ml under 1.
-    """
-    a, b = data.load_volume(file_a), data.load_volume(file_b)
-    voxel_ml = abs(np.linalg.det(a.affine)) / 1000
-    worst = {10: 1.0, 1: 1.0}
-    for value in np.unique(a.array[a.array > 0]):
-        in_a, in_b = a.array == value, b.array == value
-        volume_ml = in_a.sum() * voxel_ml
-        least = next((least for least in worst if volume_ml > least), None)
-        if least is not None:
-            dice = float(2 * (in_a & in_b).sum() / (in_a.sum() + in_b.sum()))
-            worst[least] = min(worst[least], dice)
-    return worst
-
-
-@row("Dice above 0.99 from 10 ml, 0.97 from 1 ml")
-def agreement(part):
-    """fp32 against bf16 segmentations by the README's first model and its one of real scans, with
+def agreement(part: str) -> dict:
+    """fp32 against bf16 segmentations by the README's first model and the one of four sources, with
     and without post-processing: the smallest Dice of a class in a scan."""
     numbers = {}
     for run, scans in (("run", "phantom/Dataset199_PhantomTest/imagesTs"),
                        ("real", "Dataset001_TotalSegExample/imagesTr")):
         weights = ROOT / run / "last.pt"
         if not weights.is_file():
-            numbers[run] = "not run: needs the README's training run of this name, and its data"
+            numbers[run] = "not run: needs the training run of this name, and its data"
             continue
         for how in ("postprocess", "no-postprocess"):
-            worst = {10: 1.0, 1: 1.0}
             with tempfile.TemporaryDirectory() as folder:
                 for precision in ("no-amp", "amp"):
                     segment(ROOT / scans, weights, f"{folder}/{precision}", f"--{precision}",
                             f"--{how}")
-                for file in Path(folder, "amp").glob("*.nii.gz"):
-                    found = smallest_dice(f"{folder}/no-amp/{file.name}", file)
-                    worst = {least: min(worst[least], found[least]) for least in worst}
-            for least, dice in worst.items():
-                numbers[f"{run}_{how.replace('-', '_')}_from_{least}_ml"] = dice
+                metrics.main(["--pred", f"{folder}/amp", "--ref", f"{folder}/no-amp"])
+                cases = json.loads(Path(folder, "amp", "metrics.json").read_text())["cases"]
+            for least, most in ((10, math.inf), (1, 10)):           # ml
+                numbers[f"{run}_{how.replace('-', '_')}_from_{least}_ml"] = min(
+                    (case["dice"] for case in cases if least < case["ref_ml"] <= most),
+                    default=None)
     return numbers
+
+
+# ---- the rows ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Row:
+    """A comparison of calls, or a function that returns the numbers of the row."""
+    goal: str
+    calls: dict[str, Callable] = field(default_factory=dict)    # side -> function that makes it
+    runs: int = 3
+    numbers: Callable[[str], dict] | None = None                # of a part
+    parts: tuple[str, ...] = ("all",)       # each in a process of its own
+    quick: bool = False                     # among the rows of --quick
+    memory_of_imports: bool = True          # whether peak memory counts them
+
+
+def networks(make: Callable, backbone: str) -> dict[str, Callable]:
+    """make is `window` or `step`."""
+    calls = {"base": partial(make, "base", backbone), "plain": partial(make, "plain", backbone),
+             "ours": partial(make, "fast", backbone)}
+    return calls | ({"bf16": partial(make, "fast", backbone, True)} if bf16() else {})
+
+
+def sides(make: Callable, base="base", ours="ours") -> dict[str, Callable]:
+    return {"base": partial(make, base), "ours": partial(make, ours)}
+
+
+ROWS = {
+    "window_swin": Row("fp32 3.3x, bf16 6.5x, memory 50 %", networks(window, "swin"), quick=True),
+    "window_unet": Row("fp32 2.3x, bf16 4.5x, memory 50 %", networks(window, "unet"), quick=True),
+    "step_swin": Row("fp32 3.5x, bf16 6.5x, memory 45 %", networks(step, "swin"), 2, quick=True),
+    "step_unet": Row("fp32 2.4x, bf16 4.5x, memory 45 %", networks(step, "unet"), 2, quick=True),
+    "small_step": Row("two threads 1.8x one, 0.25 s", sides(small_step, 1, 2), 15),
+    "heads": Row("20x", sides(heads), 5),
+    "whole_ct": Row("at most 1.08x", numbers=whole_ct, quick=True),
+    "huge_ct": Row("4 GB", numbers=huge_ct, quick=True),
+    "preprocess": Row("2x faster, less memory", sides(preprocess), quick=True),
+    "pipeline": Row("5x what training consumes", numbers=pipeline),
+    "arithmetic": Row("bf16: 90 % U-Net, 55 % Swin UNETR", numbers=arithmetic, quick=True),
+    "size": Row("seconds per window within 10 %, memory below the volume's growth", numbers=size,
+                parts=("1", "2", "4", "8")),
+    "surfaces": Row("8x, memory below", sides(surfaces), 1, quick=True, memory_of_imports=False),
+    "hostile": Row("at most 10 s", numbers=hostile),
+    "agreement": Row("Dice above 0.99 from 10 ml, 0.97 from 1 ml", numbers=agreement),
+}
+
+
+def parts_of(row: Row) -> tuple[str, ...]:
+    """Of a comparison: the times of all sides, and the memory of each side."""
+    if row.numbers:
+        return row.parts
+    return ("time", *(side for side in row.calls if side != "bf16"))
+
+
+def measure_part(row: Row, part: str) -> dict:
+    """The numbers of a part, in this process."""
+    if row.numbers:
+        return row.numbers(part)
+    if part == "time":
+        seconds = medians(row.runs, *(make() for make in row.calls.values()))
+        return {f"{side}_s": value for side, value in zip(row.calls, seconds, strict=True)}
+    before = 0 if row.memory_of_imports else peak_gb()
+    row.calls[part]()()
+    return {f"{part}_gb": peak_gb() - before}
 
 
 # ---- the GPU's measurements ----------------------------------------------------------------------
@@ -715,54 +604,51 @@ MODES = {                  # name: (tf32 in matrix products, tf32 in convolution
     "bf16": (False, True, True),          # PyTorch's own settings, as in train.py and infer.py
 }
 TIME_LIMIT_S = 285.0       # of all measurements together
-RUNS_LIMIT_S = 4.0         # of one measurement's runs; slow ones are repeated less often
-COMPILE_LIMIT_S = 60.0
-SCAN_LIMIT_S = 100.0
+OWN_LIMIT_S = 100.0        # of a measurement in a process of its own
+VARIANTS = {               # name: the plain classes that fast.accelerate swaps; None: all
+    "model.py": (),
+    "fast.py": None,
+    "only WindowAttention": ("WindowAttention",),
+    "only UniversalModel (heads)": ("UniversalModel",),
+}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Which classes of fast.py serve the device, and the layout of the weights there."""
-    only: tuple[str, ...] | None = None    # names of the plain classes that are swapped; None: all
-    also_on: tuple[str, ...] = ()          # plain classes whose fast form serves this device too
-    channels_last: bool = False
+class Measurement:
+    """What one entry of bench-cuda.json is about."""
+    table: str                       # networks, pieces or scan
+    what: str                        # window or step; for a scan, what infer.py is asked to do
+    backbone: str = "unet"
+    side: str = "fast"               # base, plain, fast or compiled
+    mode: str = "bf16"
+    batch: int = 1
+    variant: str = "fast.py"         # one of VARIANTS
 
 
-CONVS = ("Conv", "UpConv")
-NORMS = ("GroupNormReLU", "ConvNormReLU", "ResBlock")
-WHOLE = ("UNet", "SwinUNETR")
-VARIANTS = {
-    "model.py": Variant(only=()),
-    "fast.py": Variant(),
-    "only WindowAttention": Variant(only=("WindowAttention",)),
-    "only heads": Variant(only=("UniversalModel",)),
-    "channels-last": Variant(channels_last=True),
-    "channels-last, norms": Variant(also_on=NORMS, channels_last=True),
-    "channels-last, norms, UNet, SwinUNETR": Variant(also_on=(*NORMS, *WHOLE), channels_last=True),
-    "Conv, UpConv": Variant(also_on=CONVS),
-    "SwinBlock": Variant(also_on=("SwinBlock",)),
-}
-ONLY_SWIN = ("only WindowAttention", "SwinBlock")
+def measurements() -> list[Measurement]:
+    """All measurements, the most important first, since the time limit cuts the end."""
+    def all_sides(mode, kinds, sides=("base", "plain", "fast")):
+        return [Measurement("networks", what, backbone, side, mode, batch)
+                for what, batch in kinds for backbone in BACKBONES for side in sides]
+    kinds = (("window", 1), ("step", 2))
+    pieces = [Measurement("pieces", what, backbone, batch=batch, variant=variant)
+              for variant in VARIANTS for backbone in BACKBONES for what, batch in kinds]
+    return [*all_sides("bf16", kinds), *all_sides("fp32", kinds),
+            Measurement("scan", "postprocess", batch=4), *all_sides("tf32", kinds),
+            *all_sides("bf16", [("window", 4)]), *pieces,
+            *all_sides("bf16", [("window", 1)], ["compiled"]),
+            Measurement("scan", "no-postprocess", batch=4),
+            *all_sides("tf32", [("window", 1)], ["compiled"]),
+            *all_sides("fp32", [("window", 1)], ["compiled"])]
 
 
 @contextlib.contextmanager
-def switched(variant: Variant, device: str):
-    """Inside, fast.accelerate and the fast classes do what the variant says."""
-    by_name = {plain.__name__: plain for plain in fast.FAST}
-    names = by_name if variant.only is None else variant.only
-    table = {by_name[name]: fast.FAST[by_name[name]] for name in names}
-    accelerate = fast.accelerate
-
-    def accelerate_channels_last(network):
-        return accelerate(network).to(memory_format=torch.channels_last_3d)
-
-    with contextlib.ExitStack() as stack:
-        for name in variant.also_on:
-            own = fast.FAST[by_name[name]]
-            stack.enter_context(mock.patch.object(own, "devices", (*own.devices, device)))
-        stack.enter_context(mock.patch.object(fast, "FAST", table))
-        if variant.channels_last:
-            stack.enter_context(mock.patch.object(fast, "accelerate", accelerate_channels_last))
+def switched(variant: str):
+    """Inside, fast.accelerate swaps the classes of the variant only."""
+    names = VARIANTS[variant]
+    table = {plain: own for plain, own in fast.FAST.items()
+             if names is None or plain.__name__ in names}
+    with mock.patch.object(fast, "FAST", table):
         yield
 
 
@@ -778,81 +664,22 @@ def precision(mode: str):
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What one entry of bench-cuda.json is about."""
-    table: str                       # networks, pieces or scan
-    what: str                        # window or step; for a scan, what infer.py is asked to do
-    backbone: str = "unet"
-    side: str = "fast"               # base, plain, fast or compiled
-    mode: str = "bf16"
-    batch: int = 1
-    variant: str = "fast.py"         # one of VARIANTS
-    limit_s: float | None = None     # if set, a process of its own, which ends after this time
-
-    @property
-    def name(self) -> str:
-        return " ".join([self.table, self.what, self.backbone, self.side, self.mode,
-                         f"batch {self.batch}", self.variant])
-
-
-def measurements() -> list[Measurement]:
-    """All measurements, the most important first, since the time limit cuts the end."""
-    def networks(mode):
-        return [Measurement("networks", what, backbone, side, mode, 1 if what == "window" else 2)
-                for what in ("window", "step") for backbone in BACKBONES
-                for side in ("base", "plain", "fast")]
-
-    def compiled(mode):
-        return [Measurement("networks", "window", backbone, "compiled", mode,
-                            limit_s=COMPILE_LIMIT_S) for backbone in BACKBONES]
-    batches = [Measurement("networks", "window", backbone, side, "bf16", 4)
-               for backbone in BACKBONES for side in ("base", "plain", "fast")]
-    pieces = [Measurement("pieces", what, backbone, batch=batch, variant=variant)
-              for variant in VARIANTS for backbone in BACKBONES
-              for what, batch in (("window", 1), ("step", 2))
-              if backbone == "swin" or variant not in ONLY_SWIN]
-    whole, raw = (Measurement("scan", how, batch=4, limit_s=SCAN_LIMIT_S)
-                  for how in ("postprocess", "no-postprocess"))
-    return [*networks("bf16"), *networks("fp32"), whole, *networks("tf32"), *batches, *pieces,
-            *compiled("bf16"), raw, *compiled("tf32"), *compiled("fp32")]
-
-
-def milliseconds(call: Callable, device: str, runs: int, warm_ups: int) -> list[float]:
-    """Milliseconds of each run after the warm-ups, by CUDA events where there are any."""
-    for _ in range(warm_ups):
-        call()
-    took: list[float] = []
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    while len(took) < runs and sum(took) < 1000 * RUNS_LIMIT_S:
-        if device == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            took.append(start.elapsed_time(stop))
-        else:
-            begin = time.perf_counter()
-            call()
-            took.append(1000 * (time.perf_counter() - begin))
-    return took
-
-
-def device_peak_gb(device: str) -> float | None:
+def device_gb(device: str) -> float | None:
     """The most memory that tensors held since the last reset; None where nobody counts."""
     return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
 
 
-def measure_network(m: Measurement, device: str, size: Size, runs: int, warm_ups: int) -> dict:
+def measure_network(m: Measurement, device: str, size: Size, runs: int) -> dict:
     """The median of a window's or step's times, per call of the whole batch, and its memory."""
     make = window if m.what == "window" else step
-    with switched(VARIANTS[m.variant], device), precision(m.mode) as amp:
+    with switched(m.variant), precision(m.mode) as amp:
         call = make(m.side, m.backbone, amp, size=size, batch=m.batch, device=device)
-        took = milliseconds(call, device, runs, warm_ups)
-    return {"ms": statistics.median(took), "gb": device_peak_gb(device), "runs": len(took)}
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        seconds, = medians(runs, call, device=device)
+    return {"ms": 1000 * seconds, "gb": device_gb(device), "runs": runs}
 
 
 def measure_scan(m: Measurement, device: str, size: Size, shape=(512, 512, 300)) -> dict:
@@ -863,61 +690,43 @@ def measure_scan(m: Measurement, device: str, size: Size, shape=(512, 512, 300))
     makes post-processing slower.
     """
     with tempfile.TemporaryDirectory() as folder:
-        scan = phantom_scan(folder, (0.8, 0.8, 1.0), shape)
-        weights = checkpoint(folder, width=size.width, side=size.side)
+        scan = write_scan(folder, (0.8, 0.8, 1.0), shape)
+        weights = write_checkpoint(folder, size.width, size.side)
         seconds = segment(scan, weights, f"{folder}/out", "--device", device, "--batch",
                           str(m.batch), f"--{m.what}")
-    return {"s": seconds, "gb": device_peak_gb(device)}
+    return {"s": seconds, "gb": device_gb(device)}
 
 
-def measure(m: Measurement, device: str, size: Size = FULL, runs: int = 5,
-            warm_ups: int = 2) -> dict:
+def measure(m: Measurement, device: str, size: Size = FULL, runs: int = 5) -> dict:
     """The numbers of a measurement, or the first line of its error."""
     try:
         if m.table == "scan":
             return measure_scan(m, device, size)
-        return measure_network(m, device, size, runs, warm_ups)
+        return measure_network(m, device, size, runs)
     except Exception as e:               # one failure must not end the others
         return {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[:1]}"}
-
-
-def measure_in_own_process(m: Measurement, device: str, limit_s: float) -> dict:
-    """The same in a process that can be ended: a compiler does not look at the clock."""
-    command = [sys.executable, "-m", "experiments.bench", "--device", device, "--part", m.name]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
-    try:
-        output, errors = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)           # and the compiler's own processes
-        process.communicate()
-        return {"error": f"ended after {limit_s:.0f} s"}
-    return result_line(output) or {"error": str(errors.strip().splitlines()[-1:])}
-
-
-def free_memory(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def run_measurements(plan: list[Measurement], device: str, out: Path, machine: dict, *,
-                     size: Size = FULL, runs: int = 5, warm_ups: int = 2,
-                     limit_s: float = TIME_LIMIT_S) -> dict:
-    """Measure one after the other. Each is printed as a line of JSON and written at once."""
+                     size: Size = FULL, runs: int = 5, limit_s: float = TIME_LIMIT_S) -> dict:
+    """Measure one after the other. Each is printed as a line of JSON and written at once.
+
+    A scan, and a compiler, which does not look at the clock, run in a process of their own.
+    """
     start = time.monotonic()
     content = {"machine": machine, "measurements": []}
     for m in plan:
         left = limit_s - (time.monotonic() - start)
         if left < 5:
             numbers = {"error": "not run: the time limit was reached"}
-        elif m.limit_s is not None:
-            numbers = measure_in_own_process(m, device, min(m.limit_s, left))
+        elif m.table == "scan" or m.side == "compiled":
+            numbers = in_own_process(json.dumps(asdict(m)), device, min(OWN_LIMIT_S, left))
         else:
-            numbers = measure(m, device, size, runs, warm_ups)
-        free_memory(device)
-        entry = {**dataclasses.asdict(m), **numbers}
-        del entry["limit_s"]
+            numbers = measure(m, device, size, runs)
+        entry = {**asdict(m), **numbers}
         content["measurements"].append(entry)
         print(json.dumps(entry), flush=True)
         machine["seconds"] = round(time.monotonic() - start, 1)
@@ -926,52 +735,41 @@ def run_measurements(plan: list[Measurement], device: str, out: Path, machine: d
 
 
 # ---- tables --------------------------------------------------------------------------------------
-def markdown(content: dict) -> str:
-    """The table of a bench.json, or the tables of a bench-cuda.json."""
-    if "measurements" in content:
-        return device_markdown(content)
-    lines = ["| row | goal | measured | peak memory |", "|---|---|---|---|"]
-    for name, numbers in content["rows"].items():
-        cells = [name.replace("_", " "), numbers["goal"], times_cell(numbers), memory_cell(numbers)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def times_cell(numbers: dict) -> str:
-    if "fp32_ratio" not in numbers:
-        shown = {key: value for key, value in numbers.items() if key not in ("goal", "memory")}
-        return ", ".join(f"{key.replace('_', ' ')} {number(value)}"
-                         for key, value in shown.items())
-    plain = f"plain {numbers['plain_s']:.3g} s, " if "plain_s" in numbers else ""
-    text = (f"{numbers['fp32_ratio']:.2f}x ({numbers['base_s']:.3g} s, {plain}"
-            f"here {numbers['ours_s']:.3g} s)")
-    return text + (f", bf16 {numbers['bf16_ratio']:.2f}x" if "bf16_ratio" in numbers else "")
-
-
-def memory_cell(numbers: dict) -> str:
-    if "memory" not in numbers:
-        return ""
-    plain = f", plain {numbers['plain_gb']:.2f} GB" if "plain_gb" in numbers else ""
-    return (f"{numbers['ours_gb']:.2f} of {numbers['base_gb']:.2f} GB "
-            f"({numbers['memory']:.0%}){plain}")
-
-
-def number(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def device_markdown(content: dict) -> str:
-    """Three tables: networks, whole scans, single pieces of fast.py."""
-    entries = content["measurements"]
-    parts = [networks_table([e for e in entries if e["table"] == "networks"]),
-             scans_table([e for e in entries if e["table"] == "scan"]),
-             pieces_table([e for e in entries if e["table"] == "pieces"])]
-    return "\n".join(part for part in parts if part)
+def markdown(content: dict) -> str:
+    """The table of a bench.json, or the three tables of a bench-cuda.json."""
+    if "rows" in content:
+        return table(["row", "goal", "measured", "peak memory"], [
+            [name.replace("_", " "), numbers["goal"], measured(numbers), memory(numbers)]
+            for name, numbers in content["rows"].items()])
+    of = {name: [e for e in content["measurements"] if e["table"] == name]
+          for name in ("networks", "scan", "pieces")}
+    return "\n".join([networks_table(of["networks"]), scans_table(of["scan"]),
+                      pieces_table(of["pieces"])])
+
+
+def measured(numbers: dict) -> str:
+    """How many times as fast ours is as the baseline, or all numbers of a row."""
+    if "base_s" not in numbers or "ours_s" not in numbers:
+        return ", ".join(f"{key.replace('_', ' ')} "
+                         + (f"{value:.3g}" if isinstance(value, float) else str(value))
+                         for key, value in numbers.items() if key != "goal")
+    base, ours = numbers["base_s"], numbers["ours_s"]
+    plain = f"plain {numbers['plain_s']:.3g} s, " if "plain_s" in numbers else ""
+    half = f", bf16 {base / numbers['bf16_s']:.2f}x" if "bf16_s" in numbers else ""
+    return f"{base / ours:.2f}x ({base:.3g} s, {plain}here {ours:.3g} s){half}"
+
+
+def memory(numbers: dict) -> str:
+    if "base_gb" not in numbers or "ours_gb" not in numbers:
+        return ""
+    base, ours = numbers["base_gb"], numbers["ours_gb"]
+    plain = f", plain {numbers['plain_gb']:.2f} GB" if "plain_gb" in numbers else ""
+    return f"{ours:.2f} of {base:.2f} GB ({ours / base:.0%}){plain}"
 
 
 def device_cell(entry: dict | None) -> str:
@@ -981,55 +779,39 @@ def device_cell(entry: dict | None) -> str:
     if "error" in entry:
         return "not run" if entry["error"].startswith("not run") else "failed"
     windows = entry["batch"] if entry["what"] == "window" else 1
-    memory = "" if entry["gb"] is None else f", {entry['gb']:.2f} GB"
-    return f"{entry['ms'] / windows:.1f} ms{memory}"
-
-
-def ratio_cell(base: dict | None, other: dict | None) -> str:
-    if base is None or other is None or "ms" not in base or "ms" not in other:
-        return ""
-    return f"{base['ms'] / other['ms']:.2f}x"
+    gb = "" if entry["gb"] is None else f", {entry['gb']:.2f} GB"
+    return f"{entry['ms'] / windows:.1f} ms{gb}"
 
 
 def networks_table(entries: list[dict]) -> str:
-    if not entries:
-        return ""
     sides = ("base", "plain", "fast", "compiled")
     by_row: dict[tuple, dict] = {}
     for e in entries:
         by_row.setdefault((e["what"], e["backbone"], e["mode"], e["batch"]), {})[e["side"]] = e
     rows = []
     for (what, backbone, mode, batch), found in sorted(by_row.items(), reverse=True):
-        cells = [device_cell(found.get(side)) for side in sides]
-        rows.append([f"{what}, {BACKBONES[backbone]}, batch {batch}", mode, *cells,
-                     ratio_cell(found.get("base"), found.get("fast"))])
+        base, own = (found.get(side, {}).get("ms") for side in ("base", "fast"))
+        rows.append([f"{what}, {BACKBONES[backbone]}, batch {batch}", mode,
+                     *(device_cell(found.get(side)) for side in sides),
+                     f"{base / own:.2f}x" if base and own else ""])
     return table(["time per window or step", "mode", *sides, "base / fast"], rows)
 
 
 def scans_table(entries: list[dict]) -> str:
-    if not entries:
-        return ""
-    rows = []
-    for e in entries:
-        failed = device_cell(e) if "error" in e else ""
-        memory = "" if e.get("gb") is None else f"{e['gb']:.2f} GB"
-        rows.append([f"--{e['what']}", failed or f"{e['s']:.1f} s", memory])
+    rows = [[f"--{e['what']}", device_cell(e) if "error" in e else f"{e['s']:.1f} s",
+             f"{e['gb']:.2f} GB" if e.get("gb") else ""] for e in entries]
     return table(["whole CT with infer.py", "seconds", "memory"], rows)
 
 
 def pieces_table(entries: list[dict]) -> str:
-    if not entries:
-        return ""
     columns = [("window", "swin"), ("step", "swin"), ("window", "unet"), ("step", "unet")]
     by_variant: dict[str, dict] = {}
     for e in entries:
         by_variant.setdefault(e["variant"], {})[e["what"], e["backbone"]] = e
-    rows = []
-    for variant, found in by_variant.items():
-        if not variant.startswith(("all,", "all but")):         # these stand in the JSON only
-            rows.append([variant, *(device_cell(found.get(column)) for column in columns)])
     head = [f"{BACKBONES[backbone]}, {what}" for what, backbone in columns]
-    return table(["classes of fast.py, bf16", *head], rows)
+    return table(["classes of fast.py, bf16", *head], [
+        [variant, *(device_cell(found.get(column)) for column in columns)]
+        for variant, found in by_variant.items()])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -1041,12 +823,6 @@ def write(content: dict, out: Path) -> None:
         part.write_text(markdown(content), encoding="utf-8")
 
 
-def result_line(output: str) -> dict | None:
-    """What a process of `--part` found; None if it did not come so far."""
-    found = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    return json.loads(found[-1].removeprefix("RESULT ")) if found else None
-
-
 def processor() -> str:
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
@@ -1055,53 +831,28 @@ def processor() -> str:
     return platform.processor()
 
 
-def measure_row(name: str) -> dict:
-    """A row: every part in a process of its own."""
-    numbers: dict = {"goal": ROWS[name].goal}
-    for part in ROWS[name].parts:
-        run = subprocess.run([sys.executable, "-m", "experiments.bench", "--only", name, "--part",
-                              part], cwd=ROOT, capture_output=True, text=True)
-        failed = {f"{part}_failed": run.stderr.strip().splitlines()[-1:]}
-        numbers |= result_line(run.stdout) or failed
-    if "base_gb" in numbers and "ours_gb" in numbers:
-        numbers["memory"] = numbers["ours_gb"] / numbers["base_gb"]
-    return numbers
+def in_own_process(part: str, device: str = "cpu", limit_s: float | None = None) -> dict:
+    """The numbers of a part, "row/part" or a measurement in JSON, in a fresh process."""
+    command = [sys.executable, "-m", "experiments.bench", "--device", device, "--part", part]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"ended after {limit_s:.0f} s"}
+    if run.returncode:
+        return {"error": str(run.stderr.strip().splitlines()[-1:])}
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def run_rows(names: list[str], out: Path) -> None:
+def run_rows(names: list[str], out: Path, machine: dict) -> None:
     """Measure rows and replace them in the file, which keeps its other rows."""
-    machine = {"processor": processor(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "bf16": bf16(), "python": platform.python_version()}
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
-    print(json.dumps(machine))
     for name in names:
-        rows[name] = measure_row(name)
-        shown = ", ".join(f"{key} {number(value)}" for key, value in rows[name].items()
-                          if key != "goal")
-        print(f"{name:12} goal: {rows[name]['goal']}\n   {shown}", flush=True)
+        rows[name] = {"goal": ROWS[name].goal}
+        for part in parts_of(ROWS[name]):
+            rows[name] |= in_own_process(f"{name}/{part}")
+        print(f"{name:12} goal: {ROWS[name].goal}\n   {measured(rows[name])} {memory(rows[name])}",
+              flush=True)
         write({"machine": machine, "rows": rows}, out)
-
-
-def run_device(names: list[str], out: Path) -> None:
-    """The GPU's measurements whose names contain one of these."""
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-               "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-               "processor": processor(), "threads": torch.get_num_threads(),
-               "python": platform.python_version()}
-    print(json.dumps(machine), flush=True)
-    plan = [m for m in measurements() if any(name in m.name for name in names)]
-    run_measurements(plan, "cuda", out, machine)
-
-
-def measure_part(args: argparse.Namespace) -> dict:
-    """One measurement, in this process."""
-    if args.device == "cuda":
-        m, = (m for m in measurements() if m.name == args.part)
-        return measure(m, args.device)
-    name = args.only[0]
-    if name not in ROWS:
-        name = next(full for full in ROWS if name in full)
-    return ROWS[name].measure(args.part)
 
 
 def main(argv=None) -> int:
@@ -1109,6 +860,7 @@ def main(argv=None) -> int:
                                  description=__doc__.split("\n")[0])
     ap.add_argument("--only", nargs="+", default=[""], metavar="NAME",
                     help="measure only what has one of these in its name")
+    ap.add_argument("--quick", action="store_true", help="only the rows that matter most")
     ap.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                     help="which table to measure (default: cpu)")
     ap.add_argument("--out", type=Path, metavar="FILE",
@@ -1118,13 +870,25 @@ def main(argv=None) -> int:
     args = ap.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         ap.error("--device cuda: PyTorch finds no CUDA device here")
+    if args.part and args.part.startswith("{"):
+        print(json.dumps(measure(Measurement(**json.loads(args.part)), args.device)))
+        return 0
     if args.part:
-        print("RESULT " + json.dumps(measure_part(args)))
-    elif args.device == "cuda":
-        run_device(args.only, args.out or ROOT / "experiments" / "results" / "bench-cuda.json")
+        name, part = args.part.split("/")
+        print(json.dumps(measure_part(ROWS[name], part)))
+        return 0
+    machine = {"processor": processor(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "bf16": bf16(), "python": platform.python_version()}
+    if args.device == "cuda":
+        machine |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
+                    "cudnn": torch.backends.cudnn.version()}
+        plan = [m for m in measurements() if any(name in str(m) for name in args.only)]
+        out = args.out or ROOT / "experiments" / "results" / "bench-cuda.json"
+        run_measurements(plan, "cuda", out, machine)
     else:
-        names = [name for name in ROWS if any(part in name for part in args.only)]
-        run_rows(names, args.out or Path("bench.json"))
+        names = [name for name, row in ROWS.items() if any(part in name for part in args.only)
+                 and (row.quick or not args.quick)]
+        run_rows(names, args.out or Path("bench.json"), machine)
     return 0
 
 

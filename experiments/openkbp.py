@@ -24,7 +24,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -56,20 +55,14 @@ DATASETS = {                    # part of the source -> dataset, ending of its f
 SOURCE = "OpenKBP (github.com/ababier/open-kbp, provided-data), MIT licence; radiotherapy contours"
 
 
-class Patient(NamedTuple):
-    """One patient; the axes of the volumes point to the left, the back and the head."""
-    image: np.ndarray           # (GRID, GRID, GRID) int16, HU
-    label: np.ndarray           # (GRID, GRID, GRID) uint8, values of LABELS
-    affine: np.ndarray          # (4, 4) voxel -> mm
-    annotated: list[str]        # names of the structures that were contoured
-
-
 # ---- reading the source ------------------------------------------------------------------------
-def read_patient(folder: Path) -> Patient:
-    """Read the folder of one patient.
+def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Read the folder of one patient. The axes of the volumes point to the left, back and head.
 
     A structure without a file, or with a file that lists no voxel, was not contoured.
 
+    returns  image (GRID, GRID, GRID) int16 in HU, label of the same shape with values of LABELS,
+             affine (4, 4) voxel -> mm, names of the structures that were contoured
     raises ValueError, OSError  with the path, if a file is damaged, or there is no CT or no contour
     """
     ct = folder / "ct.csv"
@@ -92,14 +85,11 @@ def read_patient(folder: Path) -> Patient:
         raise ValueError(f"{ct}: it lists no voxel, or a value that is no grey value of a CT")
     image = np.full(GRID ** 3, AIR_HU, np.int16)
     image[voxels] = hu
-    return Patient(_as_volume(image), _as_volume(label), affine, annotated)
+    return _as_volume(image), _as_volume(label), affine, annotated
 
 
 def _as_volume(flat: np.ndarray) -> np.ndarray:
-    """Voxels of the source, (GRID ** 3,) -> (GRID, GRID, GRID), axes to the left, back and head.
-
-    The source counts in C order along axes to the back, the left and the feet.
-    """
+    """The source counts in C order along axes to the back, the left and the feet."""
     return flat.reshape(GRID, GRID, GRID).transpose(1, 0, 2)[:, :, ::-1]
 
 
@@ -155,11 +145,9 @@ def find_patients(source: Path) -> dict[str, list[Path]]:
     root = source / "provided-data"
     if not root.is_dir():
         root = source
-    found = {}
-    for part in DATASETS:
-        patients = [path for path in (root / part).glob("pt_*")
-                    if re.fullmatch(r"pt_\d+", path.name)]
-        found[part] = sorted(patients, key=lambda path: _by_number(path.name))
+    found = {part: sorted((path for path in (root / part).glob("pt_*")
+                           if re.fullmatch(r"pt_\d+", path.name)),
+                          key=lambda path: _by_number(path.name)) for part in DATASETS}
     if not any(found.values()):
         raise FileNotFoundError(f"{source}: no folder train-pats/pt_N or test-pats/pt_N in it; "
                                 "clone github.com/ababier/open-kbp and name that folder")
@@ -182,9 +170,9 @@ def convert(patients: list[Path], dataset: Path, split: str) -> None:
     raises ValueError  if the folder holds another dataset, or no patient can be used
     """
     path = dataset / "dataset.json"
-    info = data.read_json(path) if path.exists() else {"labels": LABELS}
+    info = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"labels": LABELS}
     annotated = info.get("annotated", {})
-    if info.get("labels") != LABELS or not isinstance(annotated, dict):
+    if info.get("labels") != LABELS:
         raise ValueError(f"{path}: not written by this command; choose another --out")
     left_out = 0
     for folder in tqdm(patients, desc=dataset.name, unit="patient", disable=None):
@@ -193,15 +181,15 @@ def convert(patients: list[Path], dataset: Path, split: str) -> None:
         if folder.name in annotated and image.exists() and label.exists():
             continue
         try:
-            patient = read_patient(folder)
+            volume, contours, affine, names = read_patient(folder)
         except (ValueError, OSError) as error:
             tqdm.write(f"left out: {' '.join(str(error).split())}")
             left_out += 1
             continue
-        annotated[folder.name] = patient.annotated
+        annotated[folder.name] = names
         _write_dataset_json(path, annotated)
-        write_nifti(label, patient.label, patient.affine)
-        write_nifti(image, patient.image, patient.affine)
+        write_nifti(label, contours, affine)
+        write_nifti(image, volume, affine)
     if patients and not annotated:
         raise ValueError(f"{patients[0].parent}: none of its {left_out} patients can be used")
     print(f"{dataset}: patients: {len(annotated)}, left out: {left_out}")
@@ -218,12 +206,8 @@ def _write_dataset_json(path: Path, annotated: dict[str, list[str]]) -> None:
 def write_class_table(path: Path) -> None:
     """The seven classes, for --classes. Each is one solid structure: post-processing keeps its
     largest piece."""
-    entries = []
-    for name in STRUCTURES.values():
-        entry = {"name": name, "solid": 1.0}
-        if name in SIDES:
-            entry["side"] = SIDES[name]
-        entries.append(entry)
+    entries = [{"name": name, "solid": 1.0} | ({"side": SIDES[name]} if name in SIDES else {})
+               for name in STRUCTURES.values()]
     with data.atomic_write(path) as part:
         part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 

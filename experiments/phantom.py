@@ -33,6 +33,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import nibabel as nib
@@ -44,6 +45,8 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import data
+import infer
+import labels
 
 # What a truth value means, as a set of classes: a lesion voxel also belongs to its host organ.
 TRUTH = {
@@ -360,14 +363,8 @@ def _paint_spine(body):
         body.put(hu, _tube(np.array(column) - (0, 32, 0), radius))
 
 
-class _Loop(NamedTuple):
-    """A piece of bowel."""
-    shape: Shape
-    gas: bool
-    content_hu: float
-
-
-def _small_bowel(rng) -> list[_Loop]:
+def _small_bowel(rng) -> list[tuple]:
+    """Pieces of bowel: (shape, whether gas is in it, HU of its content)."""
     content_hu = rng.choice([18, 28, 60])
     loops = []
     for centre in rng.uniform((-82, -18, -150), (82, 70, -8), (46, 3)):
@@ -376,11 +373,11 @@ def _small_bowel(rng) -> list[_Loop]:
         shape = _ellipsoid(centre, radii, rng.uniform(-90, 90, 3))
         clear_of_duodenum = centre[2] < -42 or (centre[1] > 15 and centre[0] < 25)
         if clear_of_duodenum:
-            loops.append(_Loop(shape, rng.random() < 0.22, content_hu + rng.normal(0, 8)))
+            loops.append((shape, rng.random() < 0.22, content_hu + rng.normal(0, 8)))
     return loops
 
 
-def _colon(rng) -> list[_Loop]:
+def _colon(rng) -> list[tuple]:
     ascending = [(96, -22, -150), (98, -15, -90), (92, 2, -42)]
     transverse = [(88, 30, -38), (45, 66, -48), (-20, 70, -40), (-80, 40, 5)]
     descending = [(-100, -5, 18), (-104, -22, -30), (-100, -32, -150)]
@@ -389,7 +386,7 @@ def _colon(rng) -> list[_Loop]:
         path = path + rng.normal(0, 4, (len(path), 3))
         for a, b in zip(path[:-1], path[1:], strict=True):
             shape = _tube([a, b], radius * rng.uniform(0.85, 1.1))
-            loops.append(_Loop(shape, rng.random() < 0.75, rng.uniform(20, 90)))
+            loops.append((shape, rng.random() < 0.75, rng.uniform(20, 90)))
     return loops
 
 
@@ -397,14 +394,13 @@ def _paint_bowel(body, belly):
     """Small bowel and colon; returns the HU of their wall."""
     rng = body.rng
     wall = rng.uniform(75, 110)
-    for loop in _small_bowel(rng) + _colon(rng):
-        box, sd = body.distance(loop.shape, bumps=1.8, bump_mm=16, within=belly)
+    for shape, gas, content_hu in _small_bowel(rng) + _colon(rng):
+        box, sd = body.distance(shape, bumps=1.8, bump_mm=16, within=belly)
         body.paint(sd, wall, box=box, gap=1.2)
-        texture = 14 * body.noise(8, box) if loop.content_hu > 40 else 0
-        body.paint(sd + 3.2, loop.content_hu + texture, box=box)
-        if loop.gas:                                # gas rises, and the patient lies on the back
-            back = loop.shape.low[1]
-            front = loop.shape.high[1]
+        texture = 14 * body.noise(8, box) if content_hu > 40 else 0
+        body.paint(sd + 3.2, content_hu + texture, box=box)
+        if gas:                                     # it rises, and the patient lies on the back
+            back, front = shape.low[1], shape.high[1]
             level = back + (front - back) * rng.uniform(0.5, 0.75)
             body.paint(np.maximum(sd + 3.5, level - body.p[1][box]), -920, box=box)
     return wall
@@ -633,16 +629,11 @@ def _paint_lesions(body, tissue_hu, mm):
 
 
 # ---- the scanner -------------------------------------------------------------------------------
-class _Acquisition(NamedTuple):
-    phase: str                  # a key of PHASES
-    spacing_mm: np.ndarray      # (3,)
-    noise_hu: float
-    low: np.ndarray             # corners of the field of view, mm
-    high: np.ndarray
+def _acquisition(rng, mm, hospital):
+    """What a scanner is set to; `mm` is the size of the patient.
 
-
-def _acquisition(rng, mm, hospital) -> _Acquisition:
-    """What a scanner is set to; `mm` is the size of the patient."""
+    returns  a key of PHASES, spacing_mm (3,), noise in HU, two corners of the field of view, mm
+    """
     phase = rng.choice(["portal", "portal", "portal", "delayed"])
     spacing_mm = np.append(np.repeat(rng.uniform(2.1, 3.0), 2), rng.choice([2.5, 3, 4, 5]))
     noise_hu = rng.uniform(7, 14)
@@ -662,7 +653,7 @@ def _acquisition(rng, mm, hospital) -> _Acquisition:
     centre = rng.uniform(-12, 12, 2) - (0, 14)
     low = np.array([*(centre - view / 2), bottom * mm])
     high = np.array([*(centre + view / 2), top * mm])
-    return _Acquisition(phase, spacing_mm, noise_hu, low, high)
+    return phase, spacing_mm, noise_hu, low, high
 
 
 def _coordinates(low, high, spacing_mm) -> list[np.ndarray]:
@@ -755,14 +746,6 @@ KNEE_DATASETS = {
     "Dataset203_PhantomKneeMenisci": {"medial meniscus": 1, "lateral meniscus": 2},
     KNEE_TEST: {name.lower(): v for v, name in KNEE.items()},
 }
-
-
-class _KneeGrey(NamedTuple):
-    """Grey values of the tissues of one knee, without unit."""
-    cartilage: float
-    dark: float             # cortical bone and menisci
-    marrow: float
-    fat: float
 
 
 def _vary(rng, grey):
@@ -859,8 +842,9 @@ def make_knee(seed):
     axes = _coordinates(low, high, spacing_mm)
     body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
     body.hu[:] = 0
-    grey = _KneeGrey(cartilage=_vary(anatomy, 330), dark=_vary(anatomy, 60),
-                     marrow=_vary(anatomy, 110), fat=_vary(anatomy, 240))
+    grey = SimpleNamespace(cartilage=_vary(anatomy, 330),
+                           dark=_vary(anatomy, 60),         # cortical bone and menisci
+                           marrow=_vary(anatomy, 110), fat=_vary(anatomy, 240))
     _paint_thigh_and_calf(body, grey)
     femur, tibia = _paint_knee_bones(body, grey)
     _paint_cartilage(body, grey, femur, tibia)
@@ -881,17 +865,13 @@ class Anatomy(NamedTuple):
     truth: dict             # truth value -> set of classes
     spelling: dict          # class -> how datasets may call it
     datasets: dict          # name -> "labels" of its dataset.json; the last one is the test set
-    modality: str
-    planes: tuple           # truth values that the sagittal and the coronal picture show
-    window: tuple | None    # grey values of the picture; None: percentiles of the scan
+    modality: str           # "CT" or "MRI"
 
 
 ANATOMY = {
-    "abdomen": Anatomy(make_scan, TRUTH, SPELLING, DATASETS, "CT",
-                       planes=((3, 14), (7, 8)), window=(-175, 250)),
+    "abdomen": Anatomy(make_scan, TRUTH, SPELLING, DATASETS, "CT"),
     "knee": Anatomy(make_knee, {v: {c} for v, c in KNEE.items()},
-                    {c: (c.lower(),) for c in KNEE.values()}, KNEE_DATASETS, "MRI",
-                    planes=((4,), (4, 5)), window=None),
+                    {c: (c.lower(),) for c in KNEE.values()}, KNEE_DATASETS, "MRI"),
 }
 
 
@@ -905,18 +885,14 @@ def values_for(names, anatomy="abdomen"):
     1, truth 12 (liver and liver tumor) becomes 2, and truth 1 (spleen) becomes 0.
     """
     regions = {name: set(np.atleast_1d(v).tolist()) for name, v in names.items()}
-    label_values = sorted(set.union(*regions.values()))
     kind = ANATOMY[anatomy]
     table = np.zeros(max(kind.truth) + 1, np.uint8)
     for truth_value, classes in kind.truth.items():
         wanted = {s for c in classes for s in kind.spelling[c] if s in regions}
-        if not wanted:
-            continue
-        for value in label_values:
+        for value in set.union(*regions.values()):
             member_of = {name for name, region in regions.items() if value in region}
             if member_of == wanted:
                 table[truth_value] = value
-                break
     return table
 
 
@@ -942,8 +918,8 @@ class Job(NamedTuple):
 def _write_case(job: Job) -> None:
     """One scan into one dataset folder: the image, and the labels that this dataset has."""
     kind = ANATOMY[job.anatomy]
-    scan = kind.make(job.seed, healthy=True) if job.healthy else kind.make(job.seed)
-    image, truth, affine = scan
+    how = {"healthy": True} if job.healthy else {}
+    image, truth, affine = kind.make(job.seed, **how)
     label = values_for(kind.datasets[job.folder.name], job.anatomy)[truth]
     write_nifti(job.folder / f"images{job.split}" / f"{job.case}_0000.nii.gz", image, affine)
     write_nifti(job.folder / f"labels{job.split}" / f"{job.case}.nii.gz", label, affine)
@@ -957,19 +933,14 @@ def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> li
     of another run, whatever --scans and --test-scans are.
     """
     *training, test = ANATOMY[anatomy].datasets
-    first = 10 ** 6 * seed
-
-    def job(name, n, case_seed, split, healthy=False):
-        case = f"{name.split('Phantom')[1].lower()}_{n:04d}"
-        return Job(out / name, case, case_seed, split, anatomy, healthy)
-
     jobs = []
-    for i in range(scans):
-        name = training[i % len(training)]
-        jobs.append(job(name, i // len(training), 2 * (first + i), "Tr"))
-    for i in range(test_scans):
-        healthy = anatomy == "abdomen" and i % 3 == 2
-        jobs.append(job(test, i, 2 * (first + i) + 1, "Ts", healthy))
+    for split, names, n in (("Tr", training, scans), ("Ts", [test], test_scans)):
+        for i in range(n):
+            name = names[i % len(names)]
+            case = f"{name.split('Phantom')[1].lower()}_{i // len(names):04d}"
+            case_seed = 2 * (10 ** 6 * seed + i) + (split == "Ts")
+            healthy = anatomy == "abdomen" and split == "Ts" and i % 3 == 2
+            jobs.append(Job(out / name, case, case_seed, split, anatomy, healthy))
     return jobs
 
 
@@ -1007,55 +978,15 @@ def write_datasets(out, *, scans, seed, test_scans=6, processes=None, anatomy="a
             pass
 
 
-# ---- a picture ---------------------------------------------------------------------------------
-def _planes_to_show(truth, kind: Anatomy) -> list[int]:
-    """An index per axis: the first two through organs, the axial one through most classes."""
-    shown = []
-    for axis, values in enumerate(kind.planes):
-        shown.append(int(np.median(np.argwhere(np.isin(truth, values))[:, axis])))
-    classes = [len(np.unique(truth[:, :, k])) for k in range(truth.shape[2])]
-    shown.append(int(np.argmax(classes)))
-    return shown
-
-
 def draw(path, seed, anatomy="abdomen"):
     """PNG of one scan, the patient's right on the left of the picture: grey above, truth below."""
-    figure = data.new_figure(12, 7.6, facecolor="black", layout="constrained")
-    import matplotlib
-    from matplotlib.patches import Patch
-
     kind = ANATOMY[anatomy]
     image, truth, affine = kind.make(seed)
-    image = nib.as_closest_canonical(nib.Nifti1Image(image, affine))
-    truth = nib.as_closest_canonical(nib.Nifti1Image(truth, affine))
-    spacing_mm = image.header.get_zooms()
-    image = np.asarray(image.dataobj)[::-1]             # x now grows to the patient's left
-    truth = np.asarray(truth.dataobj)[::-1]
-    shown = _planes_to_show(truth, kind)
-    colours = np.array([matplotlib.colormaps["tab20"](v % 20) for v in range(18)])
-    colours[14] = (1, 1, 0, 1)                          # the colour map has two greys here
-    colours[15] = (0, 1, 1, 1)
-    low, high = kind.window or np.percentile(image, (0.5, 99.8))
-
-    panels = figure.subplots(2, 3)
-    for column, (axis, title) in enumerate(((2, "axial"), (1, "coronal"), (0, "sagittal"))):
-        grey = np.take(image, shown[axis], axis).T[::-1]
-        classes = np.take(truth, shown[axis], axis).T[::-1]
-        overlay = colours[classes] * (classes > 0)[..., None] * (1, 1, 1, 0.6)
-        i, j = (k for k in range(3) if k != axis)
-        aspect = spacing_mm[j] / spacing_mm[i]
-        for panel in panels[:, column]:
-            panel.imshow(grey, cmap="gray", vmin=low, vmax=high, interpolation="bicubic",
-                         aspect=aspect)
-            panel.axis("off")
-        panels[1, column].imshow(overlay, interpolation="nearest", aspect=aspect)
-        panels[0, column].set_title(title, color="white")
-    legend = [Patch(color=colours[v], label=" + ".join(sorted(kind.truth[v])))
-              for v in np.unique(truth) if v]
-    figure.legend(handles=legend, loc="outside lower center", ncols=6, fontsize=8,
-                  facecolor="black", labelcolor="white", edgecolor="black")
-    with data.atomic_write(path) as part:
-        figure.savefig(part, dpi=80, facecolor="black")
+    volume = data.to_ras(image, affine)
+    volume.modality = "ct" if kind.modality == "CT" else "mri"
+    names = [" + ".join(sorted(names)) for names in kind.truth.values()]
+    infer.draw(path, volume, data.to_ras(truth, affine).array,
+               [SimpleNamespace(name=name) for name in names])
 
 
 def main(argv=None) -> int:
@@ -1073,21 +1004,12 @@ def main(argv=None) -> int:
     parser.add_argument("--anatomy", choices=ANATOMY, default="abdomen")
     parser.add_argument("--picture", type=Path, help="also draw one scan to this PNG file")
     args = parser.parse_args(argv)
-    try:
-        for name, least in (("scans", 1), ("test_scans", 0), ("seed", 0)):
-            value = getattr(args, name)
-            if value < least:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be at least {least}, got {value}")
-        write_datasets(args.out, scans=args.scans, seed=args.seed, test_scans=args.test_scans,
-                       anatomy=args.anatomy)
-        if args.picture:
-            draw(args.picture, PICTURE_SEED, args.anatomy)
-    except (OSError, ValueError) as error:
-        print(f"phantom: {error}", file=sys.stderr)
-        return 2
+    write_datasets(args.out, scans=args.scans, seed=args.seed, test_scans=args.test_scans,
+                   anatomy=args.anatomy)
+    if args.picture:
+        draw(args.picture, PICTURE_SEED, args.anatomy)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(labels.run(main))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ TINY_SWIN = dataclasses.replace(TINY, side=64)
 def logits_of(side, backbone="unet", size=TINY, batch=1, variant="fast.py"):
     """Of a network and of windows that depend on nothing but a seed."""
     torch.manual_seed(0)
-    with bench.switched(bench.VARIANTS[variant], "cpu"):
+    with bench.switched(variant):
         return bench.window(side, backbone, size=size, batch=batch)()
 
 
@@ -76,15 +77,6 @@ def test_windows_and_steps_of_two(side):
     assert call() > call() > 0                                     # the step changes the network
 
 
-@pytest.mark.slow
-def test_one_call_for_both_scans_has_the_loss_of_one_call_for_each():
-    found = []
-    for together in (False, True):
-        torch.manual_seed(0)
-        found.append(bench.two_scan_step(together, TINY, (3, 1))())
-    torch.testing.assert_close(*found)
-
-
 def test_multiply_adds_of_one_convolution_of_the_unet_by_hand():
     """The last convolution of width 8 at 32^3 has 2 * 27 * 8 * 8 * 32^3 operations; twice as many
     voxels on every side need eight times as many of all."""
@@ -94,51 +86,62 @@ def test_multiply_adds_of_one_convolution_of_the_unet_by_hand():
 
 
 # ---- the CPU's rows ------------------------------------------------------------------------------
-def test_rows_and_their_parts():
-    assert list(bench.ROWS) == [
-        "window_swin", "window_unet", "step_swin", "step_unet", "two_scans", "small_step", "heads",
-        "whole_ct", "huge_ct", "preprocess", "pipeline", "arithmetic", "size", "surfaces",
-        "hostile", "agreement"]
-    assert bench.ROWS["step_unet"].parts == ("time", "base", "plain", "ours")
-    assert bench.ROWS["size"].parts == ("1", "2", "4", "8")
+def test_every_floor_is_a_row_and_every_row_shows_its_goal():
+    assert [name for name, row in bench.ROWS.items() if row.quick] == [
+        "window_swin", "window_unet", "step_swin", "step_unet", "whole_ct", "huge_ct", "preprocess",
+        "arithmetic", "surfaces"]
+    assert all(row.goal and bool(row.calls) != bool(row.numbers) for row in bench.ROWS.values())
+
+
+def test_a_comparison_has_the_times_of_all_sides_and_the_memory_of_each():
+    made = []
+    calls = {side: lambda side=side: made.append(side) or list for side in ("base", "ours", "bf16")}
+    row = bench.Row("a goal", calls)
+    assert bench.parts_of(row) == ("time", "base", "ours")
+    assert set(bench.measure_part(row, "time")) == {"base_s", "ours_s", "bf16_s"}
+    assert bench.measure_part(row, "ours")["ours_gb"] > 0
+    assert made == ["base", "ours", "bf16", "ours"]
+
+
+def test_sides_are_timed_in_turn_after_a_warm_up():
+    called = []
+    seconds = bench.medians(2, lambda: called.append("a"), lambda: called.append("b"))
+    assert "".join(called) == "ababab" and len(seconds) == 2
 
 
 @pytest.mark.slow
-def test_a_comparison_of_networks_has_the_keys_of_the_table(monkeypatch):
-    def tiny(side, backbone, amp=False):
-        return bench.window(side, backbone, amp, size=TINY)
-    monkeypatch.setattr(bench, "bf16", lambda: True)
-    numbers = bench.compare_networks("time", tiny, "unet", 1)
-    assert set(numbers) == {"base_s", "plain_s", "ours_s", "fp32_ratio", "bf16_s", "bf16_ratio"}
-    for part in ("base", "plain", "ours"):
-        assert bench.compare_networks(part, tiny, "unet", 1)[f"{part}_gb"] > 0
+def test_surfaces_are_those_of_surface_distance():
+    pytest.importorskip("surface_distance")
+    maps = bench.ellipsoid_maps((256, 256, 160))
+    np.testing.assert_allclose(bench.scores_of_metrics(maps, (0.8, 0.8, 1.5)),
+                               bench.scores_of_surface_distance(maps, (0.8, 0.8, 1.5)), atol=1e-6)
 
 
-def test_only_names_a_row_and_part_measures_it_in_this_process(monkeypatch, capsys):
-    row = bench.Row("a goal", ("time",), lambda part: {"seen": part})
-    monkeypatch.setitem(bench.ROWS, "heads", row)
-    assert bench.main(["--only", "heads", "--part", "time"]) == 0
-    assert bench.result_line(capsys.readouterr().out) == {"seen": "time"}
-    assert bench.result_line("no result\n") is None
+@pytest.mark.slow
+def test_a_part_is_measured_in_a_process_of_its_own():
+    numbers = bench.in_own_process("heads/ours")
+    assert 0 < numbers["ours_gb"] < 100
+    assert "KeyError" in bench.in_own_process("heads/theirs")["error"]
+    assert bench.in_own_process("heads/ours", limit_s=0.1)["error"].startswith("ended after")
 
 
 def test_rows_that_were_not_measured_again_stay_in_the_file(monkeypatch, tmp_path):
     out = tmp_path / "bench.json"
     out.write_text(json.dumps({"rows": {"heads": {"goal": "20x", "kept": 1}}}))
-    monkeypatch.setattr(bench, "measure_row", lambda name: {"goal": "g", "seconds": 0.25})
+    monkeypatch.setattr(bench, "in_own_process", lambda part: {"seconds": 0.25})
     assert bench.main(["--only", "huge", "--out", str(out)]) == 0
     assert list(json.loads(out.read_text())["rows"]) == ["heads", "huge_ct"]
     *_, last = out.with_suffix(".md").read_text().splitlines()
-    assert last == "| huge ct | g | seconds 0.25 |  |"
+    assert last == "| huge ct | 4 GB | seconds 0.25 |  |"
 
 
 def test_a_table_by_hand():
-    numbers = {"goal": "2x", "base_s": 4.0, "plain_s": 3.0, "ours_s": 1.0, "fp32_ratio": 4.0,
-               "bf16_ratio": 8.0, "base_gb": 2.0, "plain_gb": 1.5, "ours_gb": 1.0, "memory": 0.5}
+    numbers = {"goal": "2x", "base_s": 4.0, "plain_s": 3.0, "ours_s": 1.0, "bf16_s": 0.5,
+               "base_gb": 2.0, "plain_gb": 1.5, "ours_gb": 1.0}
     other = {"goal": "few", "windows": 12, "whole_s": 0.12345, "threads": 2}
     assert bench.markdown({"rows": {"step_unet": numbers, "whole_ct": other}}) == """\
 | row | goal | measured | peak memory |
-|---|---|---|---|
+| --- | --- | --- | --- |
 | step unet | 2x | 4.00x (4 s, plain 3 s, here 1 s), bf16 8.00x | \
 1.00 of 2.00 GB (50%), plain 1.50 GB |
 | whole ct | few | windows 12, whole s 0.123, threads 2 |  |
@@ -146,28 +149,17 @@ def test_a_table_by_hand():
 
 
 # ---- the GPU's measurements ----------------------------------------------------------------------
-def test_variants_swap_what_they_say_and_leave_nothing_behind():
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone, size", [("unet", TINY), ("swin", TINY_SWIN)])
+def test_every_variant_swaps_what_it_says_and_computes_the_same(backbone, size):
     before = dict(fast.FAST)
-    with bench.switched(bench.VARIANTS["Conv, UpConv"], "somewhere"):
-        assert fast.FastConv.devices == ("cpu", "somewhere") and fast.FAST == before
-    with bench.switched(bench.VARIANTS["only heads"], "cpu"):
+    want = logits_of("plain", backbone, size)
+    for variant in bench.VARIANTS:
+        torch.testing.assert_close(logits_of("fast", backbone, size, variant=variant), want,
+                                   rtol=1e-3, atol=1e-3)
+    with bench.switched("only UniversalModel (heads)"):
         assert set(fast.FAST) == {model.UniversalModel}
-    assert fast.FAST == before and fast.FastConv.devices == ("cpu",)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for v in bench.VARIANTS if v not in bench.ONLY_SWIN])
-def test_every_variant_computes_the_same_unet(variant):
-    want = logits_of("plain")
-    torch.testing.assert_close(logits_of("fast", variant=variant), want, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", bench.ONLY_SWIN)
-def test_every_variant_of_attention_computes_the_same_swin_unetr(variant):
-    want = logits_of("plain", "swin", TINY_SWIN)
-    got = logits_of("fast", "swin", TINY_SWIN, variant=variant)
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert fast.FAST == before
 
 
 def test_precision_is_set_and_restored():
@@ -179,34 +171,32 @@ def test_precision_is_set_and_restored():
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 
 
-def test_names_tell_measurements_apart_and_the_most_important_come_first():
+def test_no_measurement_comes_twice_and_the_most_important_come_first():
     plan = bench.measurements()
-    assert len({m.name for m in plan}) == len(plan)
+    assert len(set(plan)) == len(plan)
     assert [m.mode for m in plan[:24]] == ["bf16"] * 12 + ["fp32"] * 12
     assert plan[24].table == "scan" and plan[-1].side == "compiled"
-    for m in plan:
-        assert m.variant in bench.VARIANTS and m.mode in bench.MODES
+    assert all(m.variant in bench.VARIANTS and m.mode in bench.MODES for m in plan)
 
 
 def tiny_plan():
-    """A window of every side, a step, a piece, a failure, and two that no time is left for."""
+    """A window of three sides, a step, a piece and a failure."""
     plan = [bench.Measurement("networks", "window", side=side, mode=mode, batch=batch)
             for side, mode, batch in (("base", "fp32", 1), ("plain", "tf32", 1),
                                       ("fast", "bf16", 1), ("fast", "fp32", 4))]
     return [*plan, bench.Measurement("networks", "step", mode="fp32", batch=2),
-            bench.Measurement("pieces", "window", variant="only heads", mode="fp32"),
+            bench.Measurement("pieces", "window", variant="model.py", mode="fp32"),
             bench.Measurement("pieces", "step", backbone="resnet", mode="fp32")]
 
 
 @pytest.mark.slow
 def test_measurements_of_the_gpu_on_the_cpu(tmp_path, capsys):
     out = tmp_path / "results" / "bench-cuda.json"
-    content = bench.run_measurements(tiny_plan(), "cpu", out, {"device": "none"}, size=TINY, runs=2,
-                                     warm_ups=0)
+    content = bench.run_measurements(tiny_plan(), "cpu", out, {"device": "none"}, size=TINY, runs=2)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == content["measurements"] == json.loads(out.read_text())["measurements"]
     *good, failed = printed
-    assert all(e["ms"] > 0 and e["gb"] is None and e["runs"] in (1, 2) for e in good)
+    assert all(e["ms"] > 0 and e["gb"] is None for e in good)
     assert "error" in failed and "ms" not in failed
     assert out.with_suffix(".md").read_text() == bench.markdown(content)
 
@@ -216,28 +206,6 @@ def test_what_no_time_is_left_for_is_named(tmp_path):
                                      limit_s=0)
     assert [e["error"] for e in content["measurements"]] == [
         "not run: the time limit was reached"] * 2
-
-
-def test_a_compiled_network_is_measured(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
-    m = bench.Measurement("networks", "window", side="compiled", mode="fp32")
-    assert bench.measure(m, "cpu", TINY, 1, 0)["ms"] > 0
-    assert len(compiled) == 1 and type(compiled[0]) is model.UniversalModel
-
-
-@pytest.mark.slow
-def test_a_process_that_outlasts_its_limit_is_ended():
-    m = bench.Measurement("networks", "window")
-    assert bench.measure_in_own_process(m, "cpu", 0.1)["error"].startswith("ended after")
-
-
-@pytest.mark.slow
-def test_a_process_that_fails_leaves_its_last_line():
-    if torch.cuda.is_available():
-        pytest.skip("is about machines without a GPU")
-    m = bench.Measurement("networks", "window")
-    assert "no CUDA device" in bench.measure_in_own_process(m, "cuda", 60)["error"]
 
 
 @pytest.mark.slow
