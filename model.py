@@ -644,7 +644,6 @@ def check_side(size, backbone) -> None:
 
 # ---- checkpoints -------------------------------------------------------------------------------
 FORMAT = "universal-model/2"
-OLDER_FORMATS = ("universal-model/1",)       # can be read as well
 BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
@@ -712,12 +711,9 @@ def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
     if "format" not in content:
         model, w = load_released(content, where=str(path))
         return model, w, {}
-    if content["format"] not in (FORMAT, *OLDER_FORMATS):
-        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}; this version "
-                         f"reads {', '.join([*OLDER_FORMATS, FORMAT])}")
-    if "extension" in content.get("spec", ()):
-        raise ValueError(f"{path}: was extended by an earlier version, whose extensions had no "
-                         "decoder level of their own; run train.py --extend again")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, expected "
+                         f"{FORMAT!r}")
     try:
         model = build_model(content["spec"])
         model.load_state_dict(content.pop("model"))

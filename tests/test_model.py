@@ -696,21 +696,20 @@ def test_the_heads_of_an_extension_by_hand():
             assert torch.allclose(got[:, 1 - k], h @ e.w2[k] + e.b2[k], atol=1e-5)
 
 
-def test_a_checkpoint_of_the_format_before_still_loads(tmp_path):
-    """Only what --extend made then cannot be used any more."""
+def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):
     spec = {"backbone": "unet", "width": 8, "text_dim": 5}
     state = {k: torch.randn_like(v) for k, v in model.build_model(spec).state_dict().items()}
-    content = {"format": "universal-model/1", "spec": spec, "model": state, "w": torch.eye(5),
+    content = {"format": "universal-model/2", "spec": spec, "model": state, "w": torch.eye(5),
                "classes": []}
-    torch.save(content, tmp_path / "old.pt")
-    loaded, w, _ = model.load_checkpoint(tmp_path / "old.pt")
+    torch.save(content, tmp_path / "a.pt")
+    loaded, w, rest = model.load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(loaded.pool.weight, state["pool.weight"]) and len(w) == 5
-    torch.save({**content, "spec": {**spec, "extension": 2}}, tmp_path / "extended.pt")
-    with pytest.raises(ValueError, match="extended by an earlier version.* run train.py --extend"):
-        model.load_checkpoint(tmp_path / "extended.pt")
-    torch.save({"format": "universal-model/9", "spec": spec}, tmp_path / "new.pt")
-    with pytest.raises(ValueError, match="a checkpoint of format 'universal-model/9'"):
-        model.load_checkpoint(tmp_path / "new.pt")
+    assert not loaded.training and rest["classes"] == []
+    for change, what in (({"format": "universal-model/9"}, "of format 'universal-model/9'"),
+                         ({"spec": {"backbone": "unet"}}, "not a whole checkpoint.*text_dim")):
+        torch.save({**content, **change}, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match=f"b.pt: .*{what}"):
+            model.load_checkpoint(tmp_path / "b.pt")
 
 
 def test_public_names_by_hand():
