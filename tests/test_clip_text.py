@@ -279,18 +279,27 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
 
 
 def test_a_missing_tensor_another_shape_and_another_model_are_named(tmp_path):
-    state = openai_state(hf_model("short"))
-    cases = {"missing .*norm.bias": {k: v for k, v in state.items() if k != "ln_final.bias"},
-             "missing .*position": {k: v for k, v in state.items() if k[:5] != "posit"},
-             r"norm.weight has shape \(3,\)": {**state, "ln_final.weight": torch.ones(3)},
-             "no CLIP text encoder": {"backbone.conv.weight": torch.ones(2)}}
-    for i, (what, content) in enumerate(cases.items()):
+    """A tensor within a layer that this encoder does not have, as some of open_clip's encoders have
+    them, is refused, because the features would be wrong without it."""
+    model = hf_model("short")
+    state, hugging_face = openai_state(model), model.state_dict()
+    lost = "text_model.encoder.layers.0.self_attn.k_proj.bias"
+    cases = [("Missing.*norm.bias", {k: v for k, v in state.items() if k != "ln_final.bias"}),
+             ("'position_embedding'", {k: v for k, v in state.items() if k[:5] != "posit"}),
+             (r"size mismatch for norm.weight.*\[3\]", {**state, "ln_final.weight": torch.ones(3)}),
+             ("Unexpected.*layers.0.ls_1.gamma",
+              {**state, "transformer.resblocks.0.ls_1.gamma": torch.ones(64)}),
+             ("layers.0.self_attn.k_proj.bias",
+              {k: v for k, v in hugging_face.items() if k != lost}),
+             ("'token_embedding.weight'", {"backbone.conv.weight": torch.ones(2)})]
+    for i, (what, content) in enumerate(cases):
         torch.save(content, tmp_path / f"{i}.pt")
-        with pytest.raises(ValueError, match=what):
+        with pytest.raises(ValueError, match=f"{i}.pt: not a CLIP text encoder .*{what}") as e:
             clip_text.load_text_encoder(tmp_path / f"{i}.pt")
+        assert "\n" not in str(e.value)
     torch.save([1, 2], tmp_path / "list.pt")
-    for name, error in (("list.pt", ValueError), ("none.pt", FileNotFoundError)):
-        with pytest.raises(error, match=name):
+    for name, error in (("list.pt", ValueError), ("none.pt", OSError)):
+        with pytest.raises(error, match=f"{name}: "):
             clip_text.load_text_encoder(tmp_path / name)
     header = json.dumps({"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
@@ -528,25 +537,21 @@ def test_prompts_encoded_with_the_other_activation_are_not_used(small_clip, tmp_
 
 # ---- why a file is refused -----------------------------------------------------------------------
 @pytest.mark.parametrize("what, wanted", [
-    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar"), ("cut", "cut off"),
-    ("cut early", "cut off"), ("empty", "empty"), ("text", "not a file that torch.save")])
-@pytest.mark.parametrize("reader", ["embeddings", "weights", "prompts"])
+    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar, only tensors"),
+    ("cut", "not a readable"), ("empty", "not a readable"), ("text", "not a readable")])
+@pytest.mark.parametrize("reader", ["embeddings", "weights"])
 def test_a_refused_file_is_named_with_the_cause(tmp_path, reader, what, wanted):
     path = tmp_path / "file.pt"
     torch.save({"a": torch.ones(300, 300), "b": np.float64(1)}, path)
     if what == "cut":
         path.write_bytes(path.read_bytes()[:100_000])
-    if what == "cut early":
-        path.write_bytes(path.read_bytes()[:10])
     if what in ("empty", "text"):
         path.write_bytes(b"" if what == "empty" else b"hello world, this is text")
-    read = {"embeddings": clip_text.read_embeddings, "weights": clip_text.read_tensors,
-            "prompts": clip_text._read_prompts}[reader]
+    read = {"embeddings": clip_text.read_embeddings, "weights": clip_text.read_tensors}[reader]
     with pytest.raises(ValueError, match=f"file.pt: .*{wanted}") as e:
         read(path)
     assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
-    if what == "numpy scalar":
-        assert "cut off" not in str(e.value)
+    assert "Re-running" not in str(e.value)                            # torch's bad advice
 
 
 def test_the_command_never_writes_over_a_file_that_it_reads(tmp_path, monkeypatch, capsys):
