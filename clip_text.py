@@ -225,7 +225,7 @@ class TextEncoder(nn.Module):
     A text is represented by the feature of its end token, which attends to all tokens of the text,
     projected to the width of the text embeddings. The defaults are those of ViT-B/32.
 
-    activation  "quick_gelu" or "gelu": a weights file does not tell with which it was trained
+    activation  "quick_gelu" or "gelu"
     """
 
     def __init__(self, *, vocabulary: int = VOCABULARY_SIZE, context_length: int = CONTEXT_LENGTH,
@@ -444,50 +444,17 @@ def _join_attention(state: dict[str, Tensor]) -> None:
         state[name.replace("q_proj.", "in_proj_")] = torch.cat(separate)
 
 
-def find_activation(path: str | Path) -> str:
-    """The activation of a CLIP weights file: "quick_gelu" or "gelu".
-
-    The weights are the same for both, so it is read from what lies beside them: config.json, as
-    Hugging Face writes it (hidden_act), or open_clip_config.json (quick_gelu). Without such a file
-    it is QuickGELU, that of OpenAI's models; many models of open_clip (LAION) use GELU.
-
-    raises  ValueError  if another activation is named
-    """
-    folder = Path(path).parent
-    content = _read_json(folder / "config.json")
-    text = content.get("text_config")
-    name = text.get("hidden_act") if isinstance(text, dict) else content.get("hidden_act")
-    if name is not None:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"{folder / 'config.json'}: hidden_act is {name!r}, expected one of "
-                             f"{list(ACTIVATIONS)}")
-        return name
-    settings = _read_json(folder / "open_clip_config.json").get("model_cfg")
-    if isinstance(settings, dict):
-        return "quick_gelu" if settings.get("quick_gelu") else "gelu"
-    if re.search("laion|open_?clip", Path(path).name.lower()):
-        print(f"note: {path}: taken for a model with QuickGELU; if it has GELU, put its "
-              "open_clip_config.json or config.json beside it")
-    return "quick_gelu"
-
-
-def _read_json(path: Path) -> dict:
-    """The JSON object in a file; empty if there is no such file, or something else in it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def load_text_encoder(path: str | Path, activation: str = "") -> TextEncoder:
+def load_text_encoder(path: str | Path, activation: str = "quick_gelu") -> TextEncoder:
     """A CLIP weights file of OpenAI or Hugging Face -> TextEncoder, float32, eval mode, frozen.
 
     The sizes are read from the tensors, so ViT-B/32, B/16, L/14 and others like them all load.
 
-    activation  "quick_gelu" or "gelu"; "": see find_activation
-    raises  FileNotFoundError, ValueError  in one line with the path, and what is missing
+    activation  which the weights were trained with, as the file does not say it: "quick_gelu" for
+                OpenAI's models, "gelu" for most of open_clip's
+    raises      OSError, ValueError  in one line with the path, and what is missing
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     state = _rename(read_tensors(path))
     try:
         _join_attention(state)
@@ -501,7 +468,7 @@ def load_text_encoder(path: str | Path, activation: str = "") -> TextEncoder:
                 layers=max(layers) + 1,
                 heads=max(1, width // HEAD_WIDTH),
                 embed_dim=len(state["projection.weight"]),
-                activation=activation or find_activation(path))
+                activation=activation)
         encoder.load_state_dict(state, assign=True)
     except Exception as e:          # PyTorch refuses odd sizes with all kinds of errors
         raise ValueError(f"{path}: not a CLIP text encoder ({_one_line(e)})") from None
@@ -631,7 +598,7 @@ def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path |
 
 
 def weights_id(weights: str | Path | None = None) -> str:
-    """What tells CLIP weights, together with their activation, from all others.
+    """What tells CLIP weights from all others.
 
     weights  a CLIP file; None: OpenAI's ViT-B/32, which need not be there
     """
@@ -639,19 +606,17 @@ def weights_id(weights: str | Path | None = None) -> str:
         return WEIGHTS[1][:16]
     if not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such weights file")
-    activation = find_activation(weights)
-    suffix = "" if activation == "quick_gelu" else f"-{activation}"
-    return sha256(weights)[:16] + suffix
+    return sha256(weights)[:16]
 
 
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
-                   merges: str | Path | None = None) -> Tensor:
+                   merges: str | Path | None = None, activation: str = "quick_gelu") -> Tensor:
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
 
     template  a text with {} for the name
-    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use.
-              Its activation is QuickGELU, unless a file beside it says GELU (see find_activation)
+    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
     merges    the tokenizer's merges file; None: likewise
+    activation  that of the weights, see load_text_encoder
     raises    ValueError, OSError  in one line
 
     Text embeddings are kept in the cache folder, by weights and prompt, so that a second call needs
@@ -660,8 +625,7 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     if "{}" not in template:
         raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
     prompts = [template.replace("{}", name) for name in names]
-    cache = cache_folder() / f"prompts-{weights_id(weights)}.pt"
-    activation = "quick_gelu" if weights is None else find_activation(weights)
+    cache = cache_folder() / f"prompts-{weights_id(weights)}-{activation}.pt"
     embeddings = _read_prompts(cache)
     if not embeddings.keys() >= set(prompts):
         with _one_process_at_a_time(cache):
@@ -929,9 +893,8 @@ def main(argv=None) -> int:
                     help="prompt template: V1, V2 or V3 of the paper, or a text with {} for the "
                     "class name (default: V3)")
     ap.add_argument("--clip-weights", metavar="FILE",
-                    help="a CLIP weights file (default: OpenAI's ViT-B/32, downloaded on first "
-                    "use); taken for a model with QuickGELU, unless a config.json or "
-                    "open_clip_config.json beside it says that it has GELU")
+                    help="a CLIP weights file of a model with QuickGELU (default: OpenAI's "
+                    "ViT-B/32, downloaded on first use)")
     ap.add_argument("--rows", metavar="FILE",
                     help="read the text embeddings from this file instead of encoding prompts")
     ap.add_argument("--out", metavar="FILE",

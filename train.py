@@ -87,9 +87,8 @@ class Config:
                         "clip_text.py --out, or one tensor (K, E))")
     prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
                                    "with {} for the class name (release: V3)")
-    clip_weights: str = setting("", "file with CLIP weights (default: ViT-B/32, downloaded on "
-                                "first use); QuickGELU unless a config.json or open_clip_config"
-                                ".json beside it says GELU")
+    clip_weights: str = setting("", "file with CLIP weights of a model with QuickGELU (default: "
+                                "ViT-B/32, downloaded on first use)")
     classes: str = setting("", "class table of your own (JSON) instead of the built-in one")
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
     init: str = setting("", "start from all weights of this checkpoint, of train.py or released, "

@@ -478,29 +478,9 @@ def test_activations_by_hand():
     assert clip_text.ACTIVATIONS["gelu"](one).item() == pytest.approx(0.84134, abs=1e-5)
 
 
-@pytest.mark.parametrize("file, content, activation", [
-    ("config.json", {"text_config": {"hidden_act": "gelu"}}, "gelu"),
-    ("config.json", {"text_config": {"hidden_act": "quick_gelu"}}, "quick_gelu"),
-    ("config.json", {"hidden_act": "gelu"}, "gelu"),
-    ("config.json", {"text_config": {}}, "quick_gelu"),
-    ("config.json", {"spacing_mm": 1.5}, "quick_gelu"),          # that of train.py, for example
-    ("open_clip_config.json", {"model_cfg": {"text_cfg": {}}}, "gelu"),
-    ("open_clip_config.json", {"model_cfg": {"quick_gelu": True}}, "quick_gelu"),
-    ("other.json", {"hidden_act": "gelu"}, "quick_gelu")])
-def test_the_activation_is_read_from_what_lies_beside_the_weights(tmp_path, file, content,
-                                                                  activation):
-    (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
-    assert clip_text.find_activation(tmp_path / "model.safetensors") == activation
-
-
-def test_an_activation_that_is_neither_is_refused_and_a_guess_is_said(tmp_path, capsys):
-    assert clip_text.find_activation(tmp_path / "ViT-B-32.pt") == "quick_gelu"
-    assert capsys.readouterr().out == ""
-    assert clip_text.find_activation(tmp_path / "vit_b_32-laion2b.pt") == "quick_gelu"
-    assert "note:" in capsys.readouterr().out
-    (tmp_path / "config.json").write_text('{"hidden_act": "relu"}')
-    with pytest.raises(ValueError, match="config.json: hidden_act is 'relu'"):
-        clip_text.find_activation(tmp_path / "a.pt")
+def test_an_activation_that_is_neither_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="activation must be one of .*quick_gelu.*got 'relu'"):
+        clip_text.load_text_encoder(tmp_path / "a.pt", activation="relu")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -514,25 +494,18 @@ def test_features_of_weights_with_gelu_equal_those_of_transformers(tmp_path):
         for p in model.parameters():
             p.mul_(3).add_(torch.randn_like(p) * 0.05)
     path = write(model, "bin", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu"}))
     tokens = torch.tensor([[598, 5, 6, 7, 599]])
     with torch.no_grad():
         want = model(input_ids=tokens).text_embeds
-        assert torch.allclose(clip_text.load_text_encoder(path)(tokens), want, atol=1e-4)
-        (tmp_path / "config.json").unlink()
+        encoder = clip_text.load_text_encoder(path, activation="gelu")
+        assert torch.allclose(encoder(tokens), want, atol=1e-4)
         assert not torch.allclose(clip_text.load_text_encoder(path)(tokens), want, atol=1e-3)
 
 
-def test_prompts_encoded_with_the_other_activation_are_not_used(small_clip, tmp_path):
-    copy = tmp_path / "folder" / "weights.pt"
-    copy.parent.mkdir()
-    copy.write_bytes(small_clip.read_bytes())
-    before = clip_text.encode_classes(["Liver"], weights=copy)
-    (copy.parent / "config.json").write_text('{"hidden_act": "gelu"}')
-    after = clip_text.encode_classes(["Liver"], weights=copy)
-    assert not torch.equal(before, after)
-    (copy.parent / "config.json").unlink()
-    assert torch.equal(clip_text.encode_classes(["Liver"], weights=copy), before)
+def test_encode_classes_passes_the_activation_on(small_clip):
+    quick, exact = (clip_text.encode_classes(["Liver"], activation=name)
+                    for name in ("quick_gelu", "gelu"))
+    assert not torch.equal(quick, exact)
 
 
 # ---- why a file is refused -----------------------------------------------------------------------
