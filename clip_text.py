@@ -25,6 +25,7 @@ import pickle
 import re
 import struct
 import sys
+import textwrap
 import urllib.error
 import urllib.request
 import zipfile
@@ -94,9 +95,7 @@ def _read_merges(path: str | Path) -> list[tuple[str, str]]:
         if raw.startswith(b"\x1f\x8b"):                                # gzip
             raw = gzip.decompress(raw)
         lines = raw.decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such merges file") from None
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as e:
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, gzip.zlib.error) as e:
         raise ValueError(f"{path}: not a readable merges file ({e})") from None
     merges = [tuple(line.split()) for line in lines[1:N_MERGES + 1]]   # line 0 is a version
     if len(merges) != N_MERGES or any(len(pair) != 2 for pair in merges):
@@ -226,7 +225,7 @@ class TextEncoder(nn.Module):
     A text is represented by the feature of its end token, which attends to all tokens of the text,
     projected to the width of the text embeddings. The defaults are those of ViT-B/32.
 
-    activation  "quick_gelu" or "gelu": a weights file does not tell with which it was trained
+    activation  "quick_gelu" or "gelu"
     """
 
     def __init__(self, *, vocabulary: int = VOCABULARY_SIZE, context_length: int = CONTEXT_LENGTH,
@@ -308,18 +307,22 @@ def _stored_tensors(module: _Inert, prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
-def _read_torchscript(archive: zipfile.ZipFile, root: str, wanted) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive whose names `wanted` accepts.
+def _is_text(name: str) -> bool:
+    """Whether a tensor of a CLIP file is not part of its image encoder."""
+    name = name.removeprefix("module.")
+    return not name.startswith(("visual.", "vision_model.", "visual_projection"))
 
-    root  the folder in the archive that holds data.pkl
-    """
-    with archive.open(f"{root}data.pkl") as file:
+
+def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    """The tensors of a TorchScript archive but for the image encoder's."""
+    root = archive.namelist()[0].split("/")[0]             # the folder that holds everything
+    with archive.open(f"{root}/data.pkl") as file:
         module = _ArchiveUnpickler(file).load()
     found = {}
     for name, stored in _stored_tensors(module):
-        if wanted(name):
+        if _is_text(name):
             storage_type, key = stored.storage
-            raw = bytearray(archive.read(f"{root}data/{key}"))
+            raw = bytearray(archive.read(f"{root}/data/{key}"))
             flat = torch.frombuffer(raw, dtype=_STORAGE_DTYPES[storage_type])
             found[name] = flat.as_strided(stored.size, stored.stride, stored.offset).clone()
     return found
@@ -331,8 +334,8 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def _read_safetensors(path: Path, wanted) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose names `wanted` accepts.
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file but for the image encoder's.
 
     The file: 8 bytes, the length of the header; the header, JSON; the little-endian tensors.
     """
@@ -341,83 +344,51 @@ def _read_safetensors(path: Path, wanted) -> dict[str, Tensor]:
         header_length, = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_length))
         for name, entry in header.items():
-            if name == "__metadata__" or not wanted(name):
+            if name == "__metadata__" or not _is_text(name):
                 continue
             start, stop = entry["data_offsets"]                        # counted from the header
             file.seek(8 + header_length + start)
             raw = bytearray(file.read(stop - start))
-            if len(raw) != stop - start:
-                raise ValueError(f"cut off inside {name}")
             flat = torch.frombuffer(raw, dtype=_SAFETENSORS_DTYPES[entry["dtype"]])
             found[name] = flat.reshape(entry["shape"])
     return found
 
 
-def _is_text(name: str) -> bool:
-    """Whether a tensor of a CLIP file is not part of its image encoder."""
-    name = name.removeprefix("module.")
-    return not name.startswith(("visual.", "vision_model.", "visual_projection"))
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file starts like safetensors: 8 bytes, then JSON; a zip archive starts with PK."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and not start.startswith(b"PK")
-
-
-def _why_unreadable(path, error: Exception) -> str:
-    """In a few words, why torch.load(weights_only=True) refused a file."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                    # colours of a terminal
-    with open(path, "rb") as file:
-        start = file.read(4)
+def _one_line(error: Exception) -> str:
+    """What torch.load or load_state_dict says about a file, in one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                   # colours of a terminal
     refused = re.search(r"GLOBAL (\S+)", text)
-    if refused and start.startswith((b"PK", b"\x80\x02")):
-        return (f"it holds {refused[1]}, which is not loaded, because only tensors, plain numbers "
-                "and strings are safe to load; save the file again without it")
-    if not start:
-        return "the file is empty"
-    if not start.startswith((b"PK", b"\x80\x02")):
-        return "not a file that torch.save has written"
-    detail = text.split("WeightsUnpickler error:")[-1]                 # what precedes it is advice
-    return f"cut off or damaged ({' '.join(detail.split())[:120]})"
+    if refused:
+        return f"it holds {refused[1]}, only tensors, numbers and strings are loaded"
+    text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
+    lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
+    return " ".join([f"{type(error).__name__}:", *lines])
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file that are not the image encoder's, under the file's own names.
 
     Whether it is safetensors, a TorchScript archive or a state dict is found from its content.
-    raises  FileNotFoundError, ValueError  in one line with the path
+    raises  OSError, ValueError  in one line with the path
     """
-    path = Path(path)
     try:
-        if _is_safetensors(path):
-            return _read_safetensors(path, _is_text)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such weights file") from None
-    except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e})") from None
-    except Exception as e:          # json and struct raise all kinds on a damaged file
-        raise ValueError(f"{path}: not a readable weights file, or cut off ({e!r:.150})") from None
-    try:
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"      # 8 bytes, then JSON
+        if is_safetensors:
+            return _read_safetensors(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                pickles = [name for name in names if name.endswith("/data.pkl")]
-                if pickles and any("/code/" in name for name in names):            # TorchScript
-                    root = pickles[0].removesuffix("data.pkl")
-                    return _read_torchscript(archive, root, _is_text)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:          # zipfile and pickle raise all kinds on a damaged file
-        raise ValueError(f"{path}: not a readable weights file: {_why_unreadable(path, e)}"
+                if any("/code/" in name for name in archive.namelist()):           # TorchScript
+                    return _read_torchscript(archive)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content.get("state_dict", content)
+        return {name: tensor for name, tensor in state.items()
+                if isinstance(tensor, Tensor) and _is_text(name)}
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except Exception as e:          # json, struct, zipfile and pickle raise all kinds
+        raise ValueError(f"{path}: not a readable weights file, or cut off ({_one_line(e)})"
                          ) from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: a weights file is a dict of tensors, this is "
-                         f"{type(state).__name__}")
-    return {name: tensor for name, tensor in state.items()
-            if isinstance(tensor, Tensor) and _is_text(str(name))}
 
 
 # Parts of a public name -> the same part in TextEncoder, replaced one after the other.
@@ -445,104 +416,62 @@ _FROM_HUGGING_FACE = (
 )
 
 
-def _rename(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a CLIP file -> float32, under the names of TextEncoder."""
+# Where a name of TextEncoder starts; other tensors, such as logit_scale, are not its parameters
+_PARTS = ("token_embedding.", "position_embedding", "layers.", "norm.", "projection.")
+
+
+def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a CLIP file -> those of TextEncoder, float32, under its names."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    if "token_embedding.weight" in tensors:
-        renames = _FROM_OPENAI
-    elif tensors.keys() & {"text_model.embeddings.token_embedding.weight",
-                           "embeddings.token_embedding.weight"}:
-        renames = _FROM_HUGGING_FACE
-    else:
-        example = f", such as {next(iter(tensors))}" if tensors else ""
-        raise ValueError(f"{path}: no CLIP text encoder in it: found {len(tensors)} other tensors"
-                         f"{example}")
+    is_openai = "token_embedding.weight" in tensors
+    renames = _FROM_OPENAI if is_openai else _FROM_HUGGING_FACE
     state = {}
     for name, tensor in tensors.items():
+        if is_openai and name == "text_projection":
+            name, tensor = "projection.weight", tensor.t()             # theirs is x @ weight
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
-        state[name] = tensor.float()
-    if renames is _FROM_OPENAI and "text_projection" in state:
-        state["projection.weight"] = state.pop("text_projection").t()      # theirs is x @ weight
+        if name.startswith(_PARTS):
+            state[name] = tensor.float().contiguous()
     return state
 
 
 def _join_attention(state: dict[str, Tensor]) -> None:
     """Hugging Face keeps the projections to q, k and v apart; nn.MultiheadAttention joins them."""
-    for name in [name for name in state if ".self_attn.q_proj." in name]:
-        separate = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        if all(part in state for part in separate):
-            joined = name.replace("q_proj.", "in_proj_")
-            state[joined] = torch.cat([state.pop(part) for part in separate])
+    for name in [name for name in state if ".q_proj." in name]:
+        separate = [state.pop(name.replace("q_proj", part))
+                    for part in ("q_proj", "k_proj", "v_proj")]
+        state[name.replace("q_proj.", "in_proj_")] = torch.cat(separate)
 
 
-def find_activation(path: str | Path) -> str:
-    """The activation of a CLIP weights file: "quick_gelu" or "gelu".
-
-    The weights are the same for both, so it is read from what lies beside them: config.json, as
-    Hugging Face writes it (hidden_act), or open_clip_config.json (quick_gelu). Without such a file
-    it is QuickGELU, that of OpenAI's models; many models of open_clip (LAION) use GELU.
-
-    raises  ValueError  if another activation is named
-    """
-    folder = Path(path).parent
-    content = _read_json(folder / "config.json")
-    text = content.get("text_config")
-    name = text.get("hidden_act") if isinstance(text, dict) else content.get("hidden_act")
-    if name is not None:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"{folder / 'config.json'}: hidden_act is {name!r}, expected one of "
-                             f"{list(ACTIVATIONS)}")
-        return name
-    settings = _read_json(folder / "open_clip_config.json").get("model_cfg")
-    if isinstance(settings, dict):
-        return "quick_gelu" if settings.get("quick_gelu") else "gelu"
-    if re.search("laion|open_?clip", Path(path).name.lower()):
-        print(f"note: {path}: taken for a model with QuickGELU; if it has GELU, put its "
-              "open_clip_config.json or config.json beside it")
-    return "quick_gelu"
-
-
-def _read_json(path: Path) -> dict:
-    """The JSON object in a file; empty if there is no such file, or something else in it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def load_text_encoder(path: str | Path, activation: str = "") -> TextEncoder:
+def load_text_encoder(path: str | Path, activation: str = "quick_gelu") -> TextEncoder:
     """A CLIP weights file of OpenAI or Hugging Face -> TextEncoder, float32, eval mode, frozen.
 
     The sizes are read from the tensors, so ViT-B/32, B/16, L/14 and others like them all load.
 
-    activation  "quick_gelu" or "gelu"; "": see find_activation
-    raises  FileNotFoundError, ValueError  in one line with the path, and what is missing
+    activation  which the weights were trained with, as the file does not say it: "quick_gelu" for
+                OpenAI's models, "gelu" for most of open_clip's
+    raises      OSError, ValueError  in one line with the path, and what is missing
     """
-    state = _rename(read_tensors(path), path)
-    _join_attention(state)
-    numbers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
-    vocabulary, width = state["token_embedding.weight"].shape
-    positions, projection = state.get("position_embedding"), state.get("projection.weight")
-    with torch.device("meta"):                     # no memory is filled only to be replaced
-        encoder = TextEncoder(
-            vocabulary=vocabulary,
-            context_length=CONTEXT_LENGTH if positions is None else len(positions),
-            width=width,
-            layers=max(numbers, default=-1) + 1,
-            heads=max(1, width // HEAD_WIDTH),
-            embed_dim=width if projection is None else len(projection),
-            activation=activation or find_activation(path))
-    expected = encoder.state_dict()
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise ValueError(f"{path}: missing {missing[:4]}")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(state[name].shape)}, expected "
-                             f"{tuple(tensor.shape)}")
-    encoder.load_state_dict({name: state[name].contiguous() for name in expected}, assign=True)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    state = _rename(read_tensors(path))
+    try:
+        _join_attention(state)
+        vocabulary, width = state["token_embedding.weight"].shape
+        layers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
+        with torch.device("meta"):                 # no memory is filled only to be replaced
+            encoder = TextEncoder(
+                vocabulary=vocabulary,
+                context_length=len(state["position_embedding"]),
+                width=width,
+                layers=max(layers) + 1,
+                heads=max(1, width // HEAD_WIDTH),
+                embed_dim=len(state["projection.weight"]),
+                activation=activation)
+        encoder.load_state_dict(state, assign=True)
+    except Exception as e:          # PyTorch refuses odd sizes with all kinds of errors
+        raise ValueError(f"{path}: not a CLIP text encoder ({_one_line(e)})") from None
     return encoder.eval().requires_grad_(False)
 
 
@@ -651,7 +580,7 @@ def _read_prompts(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {str(prompt): embedding.float() for prompt, embedding in content.items()}
     except Exception as e:
-        raise ValueError(f"{path}: unreadable cache of prompts: {_why_unreadable(path, e)}; "
+        raise ValueError(f"{path}: unreadable cache of prompts: {_one_line(e)}; "
                          "delete it") from None
 
 
@@ -669,7 +598,7 @@ def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path |
 
 
 def weights_id(weights: str | Path | None = None) -> str:
-    """What tells CLIP weights, together with their activation, from all others.
+    """What tells CLIP weights from all others.
 
     weights  a CLIP file; None: OpenAI's ViT-B/32, which need not be there
     """
@@ -677,19 +606,17 @@ def weights_id(weights: str | Path | None = None) -> str:
         return WEIGHTS[1][:16]
     if not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such weights file")
-    activation = find_activation(weights)
-    suffix = "" if activation == "quick_gelu" else f"-{activation}"
-    return sha256(weights)[:16] + suffix
+    return sha256(weights)[:16]
 
 
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
-                   merges: str | Path | None = None) -> Tensor:
+                   merges: str | Path | None = None, activation: str = "quick_gelu") -> Tensor:
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
 
     template  a text with {} for the name
-    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use.
-              Its activation is QuickGELU, unless a file beside it says GELU (see find_activation)
+    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
     merges    the tokenizer's merges file; None: likewise
+    activation  that of the weights, see load_text_encoder
     raises    ValueError, OSError  in one line
 
     Text embeddings are kept in the cache folder, by weights and prompt, so that a second call needs
@@ -698,8 +625,7 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     if "{}" not in template:
         raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
     prompts = [template.replace("{}", name) for name in names]
-    cache = cache_folder() / f"prompts-{weights_id(weights)}.pt"
-    activation = "quick_gelu" if weights is None else find_activation(weights)
+    cache = cache_folder() / f"prompts-{weights_id(weights)}-{activation}.pt"
     embeddings = _read_prompts(cache)
     if not embeddings.keys() >= set(prompts):
         with _one_process_at_a_time(cache):
@@ -879,7 +805,7 @@ def _load_rows(path: str | Path) -> Tensor | dict:
         raise OSError(f"{path}: cannot be read ({e})") from None
     except Exception as e:
         raise ValueError(f"{path}: not a readable file of text embeddings: "
-                         f"{_why_unreadable(path, e)}") from None
+                         f"{_one_line(e)}") from None
     w, names = content, None
     if isinstance(content, dict) and content.keys() >= {"w", "names", "text"}:
         w, names = content["w"], content["names"]
@@ -967,9 +893,8 @@ def main(argv=None) -> int:
                     help="prompt template: V1, V2 or V3 of the paper, or a text with {} for the "
                     "class name (default: V3)")
     ap.add_argument("--clip-weights", metavar="FILE",
-                    help="a CLIP weights file (default: OpenAI's ViT-B/32, downloaded on first "
-                    "use); taken for a model with QuickGELU, unless a config.json or "
-                    "open_clip_config.json beside it says that it has GELU")
+                    help="a CLIP weights file of a model with QuickGELU (default: OpenAI's "
+                    "ViT-B/32, downloaded on first use)")
     ap.add_argument("--rows", metavar="FILE",
                     help="read the text embeddings from this file instead of encoding prompts")
     ap.add_argument("--out", metavar="FILE",

@@ -335,32 +335,23 @@ def _is_valid(field_name: str, value) -> bool:
     return isinstance(value, str)
 
 
-def classes_of_checkpoint(content: dict, rows: int | None = None,
-                          where: str = "checkpoint") -> tuple[Class, ...]:
+def classes_of_checkpoint(content: dict, rows: int, where: str) -> tuple[Class, ...]:
     """The class table of a checkpoint, as load_checkpoint returns its content.
 
-    A released checkpoint holds no classes: they are the built-in ones. A checkpoint written before
-    Class had the fields solid and vessel takes both from the built-in class of the same name.
+    A released checkpoint holds no classes: they are the built-in ones.
 
-    rows    how many text embeddings the checkpoint has, if that is to be checked
+    rows    how many text embeddings the checkpoint has
     where   the file, for error messages
     raises  ValueError  if the table is malformed, or has not a class for every text embedding
     """
-    if "classes" not in content:
-        if rows not in (None, len(CLASSES)):
-            raise ValueError(f"{where}: {rows} text embeddings and no class names; they are not "
-                             f"the {len(CLASSES)} built-in classes. `train.py --init FILE "
-                             "--classes TABLE` takes the weights for classes of your own")
-        return CLASSES
-    entries = []
-    for entry in content["classes"]:
-        if isinstance(entry, dict) and "solid" not in entry:
-            for c in CLASSES:
-                if c.name == entry.get("name"):
-                    entry = {**entry, "solid": c.solid, "vessel": c.vessel}
-        entries.append(entry)
-    classes = make_classes(entries, where="classes of the checkpoint")
-    if rows not in (None, len(classes)):
+    classes = CLASSES
+    if "classes" in content:
+        classes = make_classes(content["classes"], where=f"classes of {where}")
+    elif rows != len(CLASSES):
+        raise ValueError(f"{where}: {rows} text embeddings and no class names; they are not the "
+                         f"{len(CLASSES)} built-in classes. `train.py --init FILE --classes TABLE` "
+                         "takes the weights for classes of your own")
+    if rows != len(classes):
         raise ValueError(f"{where}: {rows} text embeddings for {len(classes)} classes")
     return classes
 

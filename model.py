@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import textwrap
 from itertools import pairwise
 
 import torch
@@ -644,7 +645,6 @@ def check_side(size, backbone) -> None:
 
 # ---- checkpoints -------------------------------------------------------------------------------
 FORMAT = "universal-model/2"
-OLDER_FORMATS = ("universal-model/1",)       # can be read as well
 BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
@@ -666,37 +666,28 @@ def build_model(spec: dict) -> UniversalModel:
     return model
 
 
-def _why_unreadable(path, error: Exception) -> str:
-    """In a few words, why torch.load(weights_only=True) refused a file."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                    # colours of a terminal
-    with open(path, "rb") as file:
-        start = file.read(4)
+def _one_line(error: Exception) -> str:
+    """What torch.load or load_state_dict says about a file, in one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                   # colours of a terminal
     refused = re.search(r"GLOBAL (\S+)", text)
-    if refused and start.startswith((b"PK", b"\x80\x02")):
-        return (f"it holds {refused[1]}, which is not loaded, because only tensors, plain numbers "
-                "and strings are safe to load; save the file again without it")
-    if not start:
-        return "the file is empty"
-    if not start.startswith((b"PK", b"\x80\x02")):
-        return "not a file that torch.save has written"
-    detail = text.split("WeightsUnpickler error:")[-1]                 # what precedes it is advice
-    return f"cut off or damaged ({' '.join(detail.split())[:120]})"
+    if refused:
+        return f"it holds {refused[1]}, only tensors, numbers and strings are loaded"
+    text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
+    lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
+    return " ".join([f"{type(error).__name__}:", *lines])
 
 
 def read_checkpoint(path) -> dict:
     """The content of a checkpoint file: tensors, numbers and strings. No code in it is run.
 
-    raises FileNotFoundError, ValueError  with a message of one line that names the file
+    raises OSError, ValueError  with a message of one line that names the file
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e})") from None
-    except Exception as e:
-        reason = _why_unreadable(path, e)
-        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from None
+        raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except Exception as e:             # torch and pickle raise all kinds on a damaged file
+        raise ValueError(f"{path}: not a readable checkpoint ({_one_line(e)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a checkpoint is a dict, this is {type(content).__name__}")
     return content
@@ -712,20 +703,15 @@ def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
     if "format" not in content:
         model, w = load_released(content, where=str(path))
         return model, w, {}
-    if content["format"] not in (FORMAT, *OLDER_FORMATS):
-        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}; this version "
-                         f"reads {', '.join([*OLDER_FORMATS, FORMAT])}")
-    if "extension" in content.get("spec", ()):
-        raise ValueError(f"{path}: was extended by an earlier version, whose extensions had no "
-                         "decoder level of their own; run train.py --extend again")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, expected "
+                         f"{FORMAT!r}")
     try:
         model = build_model(content["spec"])
         model.load_state_dict(content.pop("model"))
         w = content["w"]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
-    except RuntimeError as e:
-        raise ValueError(f"{path}: weights do not fit the model it names: {e}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({_one_line(e)})") from None
     return model.eval(), w, content
 
 
@@ -735,46 +721,29 @@ _SWIN_STAGE = {".mlp.linear1.": ".mlp.0.", ".mlp.linear2.": ".mlp.2.",
                ".mlp.fc1.": ".mlp.0.", ".mlp.fc2.": ".mlp.2.",         # self-supervised files
                ".relative_position_bias_table": ".bias_table", "downsample.": "merge."}
 _RES_BLOCK = {"conv1.conv.": "conv1.", "conv2.conv.": "conv2.", "conv3.conv.": "conv3."}
-_PUBLIC_NAMES = [
-    # start of the public name      start of the name here      replacements in the remainder
-    ("down_tr64.ops.",              "backbone.down.0.",         _DOUBLE_CONV),
-    ("down_tr128.ops.",             "backbone.down.1.",         _DOUBLE_CONV),
-    ("down_tr256.ops.",             "backbone.down.2.",         _DOUBLE_CONV),
-    ("down_tr512.ops.",             "backbone.down.3.",         _DOUBLE_CONV),
-    ("up_tr256.up_conv.",           "backbone.up.0.",           {}),
-    ("up_tr128.up_conv.",           "backbone.up.1.",           {}),
-    ("up_tr64.up_conv.",            "backbone.up.2.",           {}),
-    ("up_tr256.ops.",               "backbone.merge.0.",        _DOUBLE_CONV),
-    ("up_tr128.ops.",               "backbone.merge.1.",        _DOUBLE_CONV),
-    ("up_tr64.ops.",                "backbone.merge.2.",        _DOUBLE_CONV),
-    ("swinViT.patch_embed.proj.",   "backbone.patch.",          {}),
-    ("swinViT.layers1.0.",          "backbone.stages.0.",       _SWIN_STAGE),
-    ("swinViT.layers2.0.",          "backbone.stages.1.",       _SWIN_STAGE),
-    ("swinViT.layers3.0.",          "backbone.stages.2.",       _SWIN_STAGE),
-    ("swinViT.layers4.0.",          "backbone.stages.3.",       _SWIN_STAGE),
-    ("encoder1.layer.",             "backbone.enc.0.",          _RES_BLOCK),
-    ("encoder2.layer.",             "backbone.enc.1.",          _RES_BLOCK),
-    ("encoder3.layer.",             "backbone.enc.2.",          _RES_BLOCK),
-    ("encoder4.layer.",             "backbone.enc.3.",          _RES_BLOCK),
-    ("encoder10.layer.",            "backbone.bottom.",         _RES_BLOCK),
-    ("decoder5.transp_conv.conv.",  "backbone.up.0.",           {}),
-    ("decoder4.transp_conv.conv.",  "backbone.up.1.",           {}),
-    ("decoder3.transp_conv.conv.",  "backbone.up.2.",           {}),
-    ("decoder2.transp_conv.conv.",  "backbone.up.3.",           {}),
-    ("decoder1.transp_conv.conv.",  "backbone.up.4.",           {}),
-    ("decoder5.conv_block.",        "backbone.dec.0.",          _RES_BLOCK),
-    ("decoder4.conv_block.",        "backbone.dec.1.",          _RES_BLOCK),
-    ("decoder3.conv_block.",        "backbone.dec.2.",          _RES_BLOCK),
-    ("decoder2.conv_block.",        "backbone.dec.3.",          _RES_BLOCK),
-    ("decoder1.conv_block.",        "backbone.dec.4.",          _RES_BLOCK),
-    ("GAP.0.",                      "pool_norm.",               {}),
-    ("GAP.3.",                      "pool.",                    {}),
-    ("precls_conv.0.",              "reduce_norm.",             {}),
-    ("precls_conv.2.",              "reduce.",                  {}),
-    ("text_to_vision.",             "controller.text.",         {}),
-    ("controller.weight",           "controller.out.weight",    {}),
-    ("controller.bias",             "controller.out.bias",      {}),
-]
+# start of a public name -> start of the name here, and replacements in the remainder
+_PUBLIC_NAMES = {
+    "swinViT.patch_embed.proj.": ("backbone.patch.", {}),
+    "encoder10.layer.":          ("backbone.bottom.", _RES_BLOCK),
+    "GAP.0.":                    ("pool_norm.", {}),
+    "GAP.3.":                    ("pool.", {}),
+    "precls_conv.0.":            ("reduce_norm.", {}),
+    "precls_conv.2.":            ("reduce.", {}),
+    "text_to_vision.":           ("controller.text.", {}),
+    "controller.weight":         ("controller.out.weight", {}),
+    "controller.bias":           ("controller.out.bias", {}),
+}
+for _i, _channels in enumerate((64, 128, 256, 512)):                   # the levels of the U-Net
+    _PUBLIC_NAMES[f"down_tr{_channels}.ops."] = (f"backbone.down.{_i}.", _DOUBLE_CONV)
+for _i, _channels in enumerate((256, 128, 64)):
+    _PUBLIC_NAMES[f"up_tr{_channels}.up_conv."] = (f"backbone.up.{_i}.", {})
+    _PUBLIC_NAMES[f"up_tr{_channels}.ops."] = (f"backbone.merge.{_i}.", _DOUBLE_CONV)
+for _i in range(4):                                                    # those of the Swin UNETR
+    _PUBLIC_NAMES[f"swinViT.layers{_i + 1}.0."] = (f"backbone.stages.{_i}.", _SWIN_STAGE)
+    _PUBLIC_NAMES[f"encoder{_i + 1}.layer."] = (f"backbone.enc.{_i}.", _RES_BLOCK)
+for _i in range(5):
+    _PUBLIC_NAMES[f"decoder{5 - _i}.transp_conv.conv."] = (f"backbone.up.{_i}.", {})
+    _PUBLIC_NAMES[f"decoder{5 - _i}.conv_block."] = (f"backbone.dec.{_i}.", _RES_BLOCK)
 # Buffers that this code does not need: the released batch norm never uses its running statistics,
 # and the position index is computed
 _UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_position_index")
@@ -782,8 +751,6 @@ _UNUSED = (".running_mean", ".running_var", ".num_batches_tracked", ".relative_p
 _KEYS_OF_WEIGHTS = ("net", "state_dict", "model", "network")
 # Words that precede the names where a network was saved inside of another module
 _WRAPPERS = r"^((module|model|net|network|_orig_mod)\.)+"
-_WRAPPERS_AND_BACKBONE = r"^((module|model|net|network|_orig_mod|backbone)\.)+"
-NAMES_SHOWN = 3                    # by an error message, of names of which there may be hundreds
 
 
 def our_name(public: str) -> str:
@@ -794,68 +761,42 @@ def our_name(public: str) -> str:
     "module.backbone.down_tr64.ops.0.conv1.weight" -> "backbone.down.0.0.conv.weight"
     "model.down_tr64.ops.0.conv1.weight"           -> "backbone.down.0.0.conv.weight"
     """
-    bare = re.sub(_WRAPPERS_AND_BACKBONE, "", public)
+    name = re.sub(_WRAPPERS, "", public)
+    bare = name.removeprefix("backbone.")
     if bare.startswith(("layers", "patch_embed")):                     # self-supervised files
         bare = "swinViT." + bare
-    for start, our_start, replacements in _PUBLIC_NAMES:
+    for start, (our_start, replacements) in _PUBLIC_NAMES.items():
         if bare.startswith(start):
             remainder = bare.removeprefix(start)
             for old, new in replacements.items():
                 remainder = remainder.replace(old, new)
             return our_start + remainder
-    return re.sub(_WRAPPERS, "", public)
-
-
-def _check_unused(name: str, value: Tensor, where: str) -> None:
-    """Raise ValueError if an unused buffer shows that the file is of another architecture."""
-    if name.endswith(".relative_position_index"):
-        if not torch.equal(value, relative_position_index()):
-            raise ValueError(f"{where}: {name} is not that of {WINDOW}^3 windows")
-    elif name.endswith((".running_mean", ".running_var")) and value.ndim != 1:
-        raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, expected a vector")
+    return name
 
 
 def public_weights(content: dict, where: str) -> dict[str, Tensor]:
     """The content of a public file -> {our name: tensor}, without the unused buffers.
 
     where   the file, for error messages
-    raises  ValueError  if it holds something else, or one parameter twice
+    raises  ValueError  if it holds one parameter twice, or weights under two keys
     """
-    state = _state_dict_in(content, where)
+    keys = [key for key in _KEYS_OF_WEIGHTS if isinstance(content.get(key), dict)]
+    if len(keys) > 1:
+        raise ValueError(f"{where}: it holds weights under {' and '.join(keys)}; save a file with "
+                         "one of them")
+    state = content[keys[0]] if keys else content      # an optimiser and more may lie beside it
     weights: dict[str, Tensor] = {}
-    public_names: dict[str, str] = {}
     for public, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{where}: not a checkpoint of this model: {public!r} is "
-                             f"{type(value).__name__}, not a tensor")
         name = our_name(str(public))
-        if name.endswith(_UNUSED):
-            _check_unused(name, value, where)
+        if not isinstance(value, Tensor) or name.endswith(_UNUSED):
             continue
+        if name in weights:
+            raise ValueError(f"{where}: {public} is not its only parameter that is {name} of this "
+                             "model; keep only one of them in the file")
         if name in ("pool.weight", "controller.out.weight") and value.ndim == 5:
             value = value.flatten(1)                       # released as a 1x1x1 convolution
-        if name in weights:
-            raise ValueError(f"{where}: {public_names[name]} and {public} are the same parameter "
-                             f"of this model, {name}; keep only one of them in the file")
         weights[name] = value
-        public_names[name] = public
     return weights
-
-
-def _state_dict_in(content: dict, where: str) -> dict:
-    """The weights in the content of a public file, which may hold an optimiser and more beside."""
-    found = [key for key in _KEYS_OF_WEIGHTS if isinstance(content.get(key), dict)
-             and any(isinstance(value, Tensor) for value in content[key].values())]
-    if len(found) > 1:
-        raise ValueError(f"{where}: it holds weights under {' and '.join(found)}; save a file with "
-                         "one of them")
-    return content[found[0]] if found else content
-
-
-def _first_few(names: list[str], separator: str = ", ") -> str:
-    """The first names, and how many there are beside them."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return separator.join(names[:NAMES_SHOWN]) + more
 
 
 def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel, Tensor]:
@@ -871,55 +812,20 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     if not isinstance(source, dict):
         where, source = str(source), read_checkpoint(source)
     state = public_weights(source, where)
-    w = state.pop("organ_embedding", None)
-    unet_first = state.get("backbone.down.0.0.conv.weight")            # (width / 2, 1, 3, 3, 3)
-    swin_first = state.get("backbone.patch.weight")                    # (feature_size, 1, 2, 2, 2)
-    text = state.get("controller.text.weight")                         # (256, E)
-    first = swin_first if unet_first is None else unet_first
-    if first is None or first.ndim == 0:
-        raise ValueError(f"{where}: not a released CLIP-driven model: no backbone that this code "
-                         f"knows; it has {_first_few(list(state)) or 'no weights'}")
-    if text is None or w is None:
-        absent = [public for public, value in (("text_to_vision", text), ("organ_embedding", w))
-                  if value is None]
-        known = tuple(our_start for _, our_start, _ in _PUBLIC_NAMES)
-        unknown = [name for name in state if not name.startswith(known)]
-        raise ValueError(f"{where}: it has a backbone, but no {' and no '.join(absent)} "
-                         f"(unknown: {_first_few(unknown) or 'nothing'}); `train.py --pretrained "
-                         "FILE` takes only the backbone of such a file")
-    if text.ndim != 2 or w.ndim != 2 or w.shape[1] != text.shape[1]:
-        raise ValueError(f"{where}: organ_embedding must be (K, E) and text_to_vision (256, E), "
-                         f"got {tuple(w.shape)} and {tuple(text.shape)}")
-    if unet_first is None:
-        spec = {"backbone": "swin_unetr", "feature_size": len(first)}
-    else:
-        spec = {"backbone": "unet", "width": 2 * len(first)}
     try:
+        w = state.pop("organ_embedding").float()
+        if "backbone.patch.weight" in state:                           # (feature_size, 1, 2, 2, 2)
+            spec = {"backbone": "swin_unetr", "feature_size": len(state["backbone.patch.weight"])}
+        else:                                                          # (width / 2, 1, 3, 3, 3)
+            spec = {"backbone": "unet", "width": 2 * len(state["backbone.down.0.0.conv.weight"])}
         with torch.device("meta"):     # without memory: load_state_dict(assign=True) brings it
-            model = build_model({**spec, "text_dim": text.shape[1]})
-    except ValueError as e:
-        raise ValueError(f"{where}: not a released {spec['backbone']}: {e}") from None
-    differences = _differences(model.state_dict(), state)
-    if differences:
-        raise ValueError(f"{where}: does not fit the released {spec['backbone']}: {differences}")
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return model.eval(), w.float()
-
-
-def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """What keeps a state dict from being loaded into a model with another one; "": nothing."""
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    shapes = [f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-              for name in own if name in state and own[name].shape != state[name].shape]
-    parts = []
-    if missing:
-        parts.append(f"missing {_first_few(missing)}")
-    if unknown:
-        parts.append(f"unknown {_first_few(unknown)}")
-    if shapes:
-        parts.append(_first_few(shapes, separator="; "))
-    return "; ".join(parts)
+            model = build_model({**spec, "text_dim": w.shape[1]})
+        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{where}: not the released U-Net or Swin UNETR with its text embeddings "
+                         f"({_one_line(e)}); `train.py --pretrained FILE` takes only the backbone "
+                         "of a file") from None
+    return model.eval(), w
 
 
 def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
@@ -930,14 +836,13 @@ def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
     raises   ValueError  if a tensor has another shape, or nothing fits
     """
     state = public_weights(read_checkpoint(path), str(path))
-    own = model.state_dict()
-    fits = [name for name in state if name.startswith("backbone.") and name in own]
+    own = [name for name in model.state_dict() if name.startswith("backbone.")]
+    fits = {name: state[name] for name in own if name in state}
     if not fits:
         raise ValueError(f"{path}: no weight in it fits this backbone; it starts with "
                          f"{next(iter(state), 'nothing')!r}")
-    for name in fits:
-        if own[name].shape != state[name].shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(state[name].shape)}, this model "
-                             f"{tuple(own[name].shape)}")
-    model.load_state_dict({name: state[name] for name in fits}, strict=False)
-    return fits, [name for name in state if name not in fits]
+    try:
+        model.load_state_dict(fits, strict=False)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: does not fit this backbone ({_one_line(e)})") from None
+    return list(fits), [name for name in state if name not in fits]

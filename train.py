@@ -58,7 +58,6 @@ from infer import process_count, process_rank
 from model import (
     BACKBONES,
     FORMAT,
-    OLDER_FORMATS,
     UniversalModel,
     build_model,
     check_side,
@@ -88,9 +87,8 @@ class Config:
                         "clip_text.py --out, or one tensor (K, E))")
     prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
                                    "with {} for the class name (release: V3)")
-    clip_weights: str = setting("", "file with CLIP weights (default: ViT-B/32, downloaded on "
-                                "first use); QuickGELU unless a config.json or open_clip_config"
-                                ".json beside it says GELU")
+    clip_weights: str = setting("", "file with CLIP weights of a model with QuickGELU (default: "
+                                "ViT-B/32, downloaded on first use)")
     classes: str = setting("", "class table of your own (JSON) instead of the built-in one")
     resume: bool = setting(False, "continue from OUT/last.pt if it is there")
     init: str = setting("", "start from all weights of this checkpoint, of train.py or released, "
@@ -581,7 +579,7 @@ def save(path: Path, run: Run, cfg: Config) -> None:
 
 def check_same_run(path: Path, content: dict, run: Run, cfg: Config) -> None:
     """raises ValueError  unless a checkpoint belongs to a run with the settings of this one."""
-    if content.get("format") not in (FORMAT, *OLDER_FORMATS):
+    if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of train.py")
     names = [c["name"] for c in content["classes"]]
     if names != [c.name for c in run.classes] or content["spec"] != run.spec:
@@ -624,10 +622,6 @@ def resume(path: Path, run: Run, cfg: Config) -> None:
         check_same_run(path, content, run, cfg)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
-    if content["format"] != FORMAT:
-        print(f"note: {path} was written by an earlier version ({content['format']}). Weights and "
-              "optimiser state fit; from here on every scan weighs the same in the loss (before: "
-              "every annotated class of a scan), and background crops are centred in the body")
     run.network.load_state_dict(content["model"])
     run.optimiser.load_state_dict(content["optimizer"])
     run.step, run.best = content["step"], content["best"]

@@ -386,7 +386,7 @@ def test_parents_of_a_bare_name_are_those_that_the_table_holds(names, parents):
     table = labels.make_classes(names)
     assert table[0].parents == parents and table[0].lesion
     entries = json.loads(json.dumps([dataclasses.asdict(c) for c in table]))    # in a checkpoint
-    assert labels.classes_of_checkpoint({"classes": entries}) == table
+    assert labels.classes_of_checkpoint({"classes": entries}, len(table), "a.pt") == table
 
 
 def test_only_one_side_of_an_organ_may_be_missing_among_the_parents():
@@ -440,45 +440,23 @@ def test_parents_may_be_among_the_classes_of_a_model_that_is_extended():
         labels.make_classes(own)
 
 
-def test_a_checkpoint_without_classes_has_the_built_in_ones():
-    assert labels.classes_of_checkpoint({}) == labels.CLASSES
-
-
 def test_a_checkpoint_has_a_class_for_every_text_embedding():
     """A derivative of the release with 25 rows and no names is not the first 25 of the 32."""
-    assert labels.classes_of_checkpoint({}, 32) == labels.CLASSES
+    assert labels.classes_of_checkpoint({}, 32, "a.pth") == labels.CLASSES
     with pytest.raises(ValueError, match="a.pth: 25 text embeddings and no class names.*--init"):
         labels.classes_of_checkpoint({}, 25, "a.pth")
     own = {"classes": ["Femur", "Tibia"]}
-    assert len(labels.classes_of_checkpoint(own, 2)) == 2
+    assert len(labels.classes_of_checkpoint(own, 2, "a.pth")) == 2
     with pytest.raises(ValueError, match="a.pth: 3 text embeddings for 2 classes"):
         labels.classes_of_checkpoint(own, 3, "a.pth")
 
 
-def as_old_entries(classes):
-    """The fields of Class as a checkpoint kept them before there were solid and vessel."""
-    entries = [dataclasses.asdict(c) for c in classes]
-    for entry in entries:
-        del entry["solid"], entry["vessel"]
-    return entries
-
-
-def test_an_old_checkpoints_classes_take_solid_and_vessel_of_the_built_in_ones():
-    classes = (*labels.CLASSES[::-1], labels.Class("Femur"))
-    content = {"format": 1, "classes": as_old_entries(classes)}
-    before = json.dumps(content)
-    assert labels.classes_of_checkpoint(content) == classes
-    assert json.dumps(content) == before                                     # not changed in place
-    other_spelling = (labels.Class("left lung", side="left"),)
-    content = {"classes": as_old_entries(other_spelling)}
-    assert labels.classes_of_checkpoint(content) == other_spelling
-    with pytest.raises(ValueError, match="entry 0 needs a name"):
-        labels.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]})
-
-
-def test_a_new_checkpoints_classes_keep_their_own_solid_and_vessel():
+def test_the_classes_of_a_checkpoint_keep_their_own_fields():
     own = (labels.Class("Liver", solid=0.3), labels.Class("Aorta"), labels.Class("Spleen"))
-    assert labels.classes_of_checkpoint({"classes": [dataclasses.asdict(c) for c in own]}) == own
+    content = {"classes": [dataclasses.asdict(c) for c in own]}
+    assert labels.classes_of_checkpoint(content, 3, "a.pt") == own
+    with pytest.raises(ValueError, match="classes of a.pt: entry 0 needs a name"):
+        labels.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]}, 1, "a.pt")
 
 
 @pytest.mark.parametrize("content, what", [

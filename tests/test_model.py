@@ -226,20 +226,6 @@ def test_released_weights_load_strictly_in_every_layout(kind, tmp_path):
         assert rest == {} and torch.equal(w, state["organ_embedding"]) and not got.training
         for k, v in network.state_dict().items():
             assert torch.equal(got.state_dict()[k], v), k
-    lost, other = [k for k in state if k.endswith("conv2.conv.weight" if kind == "swin_unetr"
-                                                  else "bn1.weight")][:2]
-    faults = {"missing backbone": {k: v for k, v in state.items() if k != lost},
-              "unknown surprise.weight": {**state, "surprise.weight": torch.ones(2)},
-              r"has shape \(3,\), expected": {**state, other: torch.ones(3)},
-              "not a tensor": {**state, other: "text"},
-              "a backbone, but no organ_embedding": {k: v for k, v in state.items()
-                                                     if k != "organ_embedding"}}
-    for what, content in faults.items():
-        with pytest.raises(ValueError, match=what):
-            model.load_released(content)
-    index = [k for k in state if k.endswith(("running_var", "position_index"))][0]
-    with pytest.raises(ValueError, match="position_index|running_var"):
-        model.load_released({**state, index: torch.zeros(5, 2)})
 
 
 DERIVATIVES = [       # key of the weights, what precedes the backbone's names, and the others
@@ -268,35 +254,37 @@ def test_derivatives_are_recognised_whatever_words_precede_their_names(kind, lay
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
 def test_a_derivative_that_does_not_fit_is_refused_with_what_differs(kind):
-    """One name missing, one too many, one of another shape; text rows of another width."""
+    """One name missing, one too many, one of another shape; text rows of another width or none."""
     _, state = small_released(kind)
     name, ours = {"unet": ("backbone.up_tr64.ops.1.conv1.bias", "backbone.merge.2.1.conv.bias"),
                   "swin_unetr": ("backbone.swinViT.layers1.0.blocks.0.norm1.bias",
                                  "backbone.stages.0.blocks.0.norm1.bias")}[kind]
-    size = len(state[name])
     others = {k: v for k, v in state.items() if k != name}
-    fault = "file.pth: does not fit the released " + kind
-    for content, message in (
-            (others, f"{fault}: missing {ours}"),
-            ({**state, "backbone.out.bias": torch.ones(3)}, f"{fault}: unknown backbone.out.bias"),
-            ({**state, name: torch.ones(size + 1)},
-             f"{fault}: {ours} has shape ({size + 1},), expected ({size},)"),
-            ({**others, "surprise": torch.ones(3)}, f"{fault}: missing {ours}; unknown surprise"),
-            ({**state, "organ_embedding": torch.ones(4, 8)}, "file.pth: organ_embedding must be "
-             "(K, E) and text_to_vision (256, E), got (4, 8) and (256, 7)")):
-        with pytest.raises(ValueError) as e:
+    missing, unknown = f'Missing key.*"{ours}"', 'Unexpected key.*"surprise"'
+    for content, what in (
+            (others, missing), ({**state, name: "text"}, missing),
+            ({**state, "surprise": torch.ones(3)}, unknown),
+            ({**others, "surprise": torch.ones(3)}, f"{missing}.*{unknown}"),
+            ({**state, name: torch.ones(99)}, rf"size mismatch for {ours}: .*\[99\]"),
+            ({**state, "organ_embedding": torch.ones(4, 8)},
+             "size mismatch for controller.text.weight"),
+            ({**state, "organ_embedding": torch.ones(8)}, "IndexError"),
+            ({k: v for k, v in state.items() if k != "organ_embedding"}, "organ_embedding"),
+            ({k: v for k, v in state.items() if "text_to_vision" not in k},
+             "Missing key.*controller.text.weight")):
+        with pytest.raises(ValueError, match=f"file.pth: not the released.*{what}.*--pretrained"):
             model.load_released(derivative(content, *DERIVATIVES[1]), where="file.pth")
-        assert str(e.value) == message
+    with pytest.raises(ValueError, match='state dict: .*Unexpected key.*"0"'):
+        model.load_released({**state, 0: torch.ones(3)})
 
 
 def test_hundreds_of_differences_are_a_short_line():
     _, state = small_released("swin_unetr")
     state = {k.replace("conv_block", "block").replace(".downsample.", ".x."): v[:-1] if k.endswith(
         "norm1.weight") else v for k, v in state.items()}
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(ValueError, match="Missing.*Unexpected.*size mismatch") as e:
         model.load_released(state)
-    assert "\n" not in str(e.value) and len(str(e.value)) < 800
-    assert str(e.value).count(" and ") == 3 and str(e.value).count("expected") == 3
+    assert "\n" not in str(e.value) and len(str(e.value)) < 1000
 
 
 @pytest.mark.parametrize("head", ["out_tr.final_conv", "out.conv.conv"])
@@ -308,9 +296,7 @@ def test_a_model_without_text_is_refused_and_its_backbone_can_be_taken(kind, hea
     state |= {f"module.{head}.weight": torch.ones(25, 8, 1, 1, 1),
               f"module.{head}.bias": torch.ones(25)}
     torch.save({"net": state}, tmp_path / "file.pth")
-    what = ("file.pth: it has a backbone, but no text_to_vision and no organ_embedding "
-            rf"\(unknown: {head}.weight, {head}.bias\); .*--pretrained")
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match="file.pth: .*organ_embedding.*--pretrained"):
         model.load_checkpoint(tmp_path / "file.pth")
     fresh = model.build_model({"backbone": kind, "text_dim": 7, **(
         {"width": 8} if kind == "unet" else {"feature_size": 12})})
@@ -320,30 +306,13 @@ def test_a_model_without_text_is_refused_and_its_backbone_can_be_taken(kind, hea
         assert torch.equal(fresh.backbone.state_dict()[name], value)
 
 
-def test_a_trained_embedding_instead_of_text_is_refused():
-    """The release's other encoding: a table (K, 256) of learned rows, and no text_to_vision."""
-    _, state = small_released("unet")
-    state = {k: v for k, v in state.items() if "text_to_vision" not in k}
-    state["organ_embedding.weight"] = state.pop("organ_embedding")
-    with pytest.raises(ValueError, match="no text_to_vision and no organ_embedding .unknown: o"):
-        model.load_released(state)
-
-
 def test_a_file_with_two_models_is_refused():
     _, state = small_released("unet")
     twice = {f"{word}.{k}": v for word in ("model", "module") for k, v in state.items()}
-    with pytest.raises(ValueError, match="organ_embedding are the same parameter"):
+    with pytest.raises(ValueError, match="that is organ_embedding of this model"):
         model.load_released(twice)
     with pytest.raises(ValueError, match="weights under net and model"):
         model.load_released({"model": state, "net": state})
-    settings = {"net": state, "model": {"name": "unet"}}               # no weights: passed over
-    assert torch.equal(model.load_released(settings)[1], state["organ_embedding"])
-    with pytest.raises(ValueError, match="no backbone that this code knows; it has a, b, c and 1"):
-        model.load_released({k: torch.ones(2) for k in "abcd"})
-    with pytest.raises(ValueError, match="state dict: not a released unet: width"):
-        model.load_released({**state, "backbone.down_tr64.ops.0.conv1.weight": torch.ones(3)})
-    with pytest.raises(ValueError, match="unknown 0"):
-        model.load_released({**state, 0: torch.ones(3)})
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
@@ -371,6 +340,10 @@ def test_pretrained_encoders_fill_the_backbone_and_say_what_was_left(kind, tmp_p
     torch.save({"state_dict": {"fc.weight": torch.ones(2)}}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="no weight in it fits"):
         model.load_pretrained(fresh, tmp_path / "c.pt")
+    name = next(iter(public))
+    torch.save({"state_dict": {**public, name: torch.ones(3)}}, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="d.pt: does not fit this backbone .*size mismatch for"):
+        model.load_pretrained(fresh, tmp_path / "d.pt")
 
 
 def monai_pair(merging, size, seed):
@@ -696,21 +669,22 @@ def test_the_heads_of_an_extension_by_hand():
             assert torch.allclose(got[:, 1 - k], h @ e.w2[k] + e.b2[k], atol=1e-5)
 
 
-def test_a_checkpoint_of_the_format_before_still_loads(tmp_path):
-    """Only what --extend made then cannot be used any more."""
+def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):
     spec = {"backbone": "unet", "width": 8, "text_dim": 5}
     state = {k: torch.randn_like(v) for k, v in model.build_model(spec).state_dict().items()}
-    content = {"format": "universal-model/1", "spec": spec, "model": state, "w": torch.eye(5),
+    content = {"format": "universal-model/2", "spec": spec, "model": state, "w": torch.eye(5),
                "classes": []}
-    torch.save(content, tmp_path / "old.pt")
-    loaded, w, _ = model.load_checkpoint(tmp_path / "old.pt")
+    torch.save(content, tmp_path / "a.pt")
+    loaded, w, rest = model.load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(loaded.pool.weight, state["pool.weight"]) and len(w) == 5
-    torch.save({**content, "spec": {**spec, "extension": 2}}, tmp_path / "extended.pt")
-    with pytest.raises(ValueError, match="extended by an earlier version.* run train.py --extend"):
-        model.load_checkpoint(tmp_path / "extended.pt")
-    torch.save({"format": "universal-model/9", "spec": spec}, tmp_path / "new.pt")
-    with pytest.raises(ValueError, match="a checkpoint of format 'universal-model/9'"):
-        model.load_checkpoint(tmp_path / "new.pt")
+    assert not loaded.training and rest["classes"] == []
+    for change, what in (({"format": "universal-model/9"}, "of format 'universal-model/9'"),
+                         ({"spec": {"backbone": "unet"}}, "not a whole checkpoint.*text_dim"),
+                         ({"spec": {**spec, "width": 16}}, "size mismatch for"),
+                         ({"model": {}}, "Missing key")):
+        torch.save({**content, **change}, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match=f"b.pt: .*{what}"):
+            model.load_checkpoint(tmp_path / "b.pt")
 
 
 def test_public_names_by_hand():
@@ -733,10 +707,11 @@ def test_public_names_by_hand():
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what, wanted", [
-    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar"), ("module", "Linear"),
-    ("cut", "cut off"), ("cut early", "cut off"), ("old cut", "cut off"), ("empty", "empty"),
-    ("text", "not a file that torch.save"), ("pickle", "not a file that torch.save"),
-    ("list", "a checkpoint is a dict")])
+    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar, only tensors"),
+    ("module", "it holds torch.nn.modules.linear.Linear, only tensors"),
+    ("cut", "not a readable checkpoint .*zip"), ("old cut", "not a readable checkpoint .*EOF"),
+    ("empty", "not a readable checkpoint"), ("text", "not a readable checkpoint"),
+    ("pickle", "Unsupported operand 149"), ("list", "a checkpoint is a dict")])
 def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
     path = tmp_path / "file.pt"
     content = {"a": torch.ones(300, 300)}
@@ -747,7 +722,7 @@ def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
     torch.save([1] if what == "list" else content, path,
                _use_new_zipfile_serialization=what != "old cut")
     if "cut" in what:
-        path.write_bytes(path.read_bytes()[:10 if what == "cut early" else 100_000])
+        path.write_bytes(path.read_bytes()[:100_000])
     if what in ("empty", "text"):
         path.write_bytes(b"" if what == "empty" else b"hello world, this is text")
     if what == "pickle":
@@ -755,12 +730,4 @@ def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
     with pytest.raises(ValueError, match=f"file.pt: .*{wanted}") as e:
         model.read_checkpoint(path)
     assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
-    if what in ("numpy scalar", "module"):
-        assert "cut off" not in str(e.value)
-
-
-def test_colours_and_advice_of_torch_are_left_out(tmp_path):
-    (tmp_path / "a.pt").write_bytes(b"PK")
-    error = RuntimeError("You have two options, \x1b[1mtrust\x1b[0m it\n\tWeightsUnpickler error: "
-                         "\x1b[1mbad\x1b[0m\n operand")
-    assert model._why_unreadable(tmp_path / "a.pt", error) == "cut off or damaged (bad operand)"
+    assert len(str(e.value)) < 700 and "Re-running" not in str(e.value)     # torch's bad advice

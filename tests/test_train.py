@@ -541,7 +541,7 @@ def test_which_classes_count():
     assert counted(unmasked=True, frozen=2) == [[0, 0, 1], [0, 0, 1]]
 
 
-# ---- plain and fast, older checkpoints -----------------------------------------------------------
+# ---- plain and fast ------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_plain_training_ends_where_fast_training_does(tiny, tmp_path):
     """And a run of one form does not resume as the other."""
@@ -551,26 +551,6 @@ def test_plain_training_ends_where_fast_training_does(tiny, tmp_path):
     cfg = config(tiny, tmp_path / "plain", steps=2, resume=True)
     with pytest.raises(ValueError, match="--plain True, now False"):
         train.train(cfg)
-
-
-def test_a_run_of_the_format_before_resumes_and_says_what_changed(tiny, tmp_path, capsys):
-    """Such a checkpoint lacks newer settings; parameters have kept their names and order, so the
-    optimiser's state fits. Every parameter goes on as if the file were of today."""
-    train.train(config(tiny, tmp_path / "run", steps=2))
-    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    content["step"] = 1                                                # one step is left
-    torch.save(content, tmp_path / "run/last.pt")
-    shutil.copytree(tmp_path / "run", tmp_path / "old")
-    content["format"] = "universal-model/1"
-    for newer in ("plain", "head_lr"):
-        del content["config"][newer]
-    torch.save(content, tmp_path / "old/last.pt")
-    capsys.readouterr()
-    train.train(config(tiny, tmp_path / "old", steps=2, resume=True))
-    assert "every scan weighs the same in the loss" in capsys.readouterr().out
-    train.train(config(tiny, tmp_path / "run", steps=2, resume=True))
-    assert "note:" not in capsys.readouterr().out
-    assert same(weights(tmp_path / "old/last.pt"), weights(tmp_path / "run/last.pt"))
 
 
 # ---- the log and the data of a resumed run -------------------------------------------------------

@@ -218,7 +218,7 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys)
     ({"patch": 40}, "multiples of 16"),
     ({"text": "ROWS"}, "last.pt: was trained with one-hot vectors, now there are the text "
                        "embeddings of rows.pth, which mean nothing to it; pass --text onehot"),
-    ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+    ({"init": "nowhere.pt"}, "nowhere.pt: cannot be read"),
     ({"init": "nowhere.pt", "resume": True}, "a resumed run needs the file of --init or --extend"),
 ])
 def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
