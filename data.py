@@ -45,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
+from support import sides
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 VOXEL_SIDE_MM = (0.02, 50)      # plausible sides of a voxel; others are refused, mm
@@ -83,7 +84,7 @@ MOST_BITS = 60                  # largest power of 2 by which values are multipl
 LARGEST = 1 << 31               # the largest whole number that a voxel is rounded to
 MOST_LEVELS = 1 << 22           # values that span more are sorted to be counted
 IMAGE_FOLDERS = ("img", "images", "imagestr", "imagests")      # which tell no dataset
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
 PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
                                 # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
@@ -819,7 +820,7 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
         _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
                 f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
-    amos_mri = set() if modality else set(filter(labels.is_amos_mri, names))
+    amos_mri = set() if modality else set(filter(is_amos_mri, names))
     if amos_mri:
         _report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
     modality = modality or modality_of(info, where)
@@ -837,6 +838,19 @@ def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
     if not cases:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
+
+
+AMOS_FIRST_MRI = 501        # cases of AMOS from this number on are MR scans
+
+
+def is_amos_mri(case: str) -> bool:
+    """Whether this is the name of an MR scan of AMOS, whose dataset.json mixes CT and MR.
+
+    >>> is_amos_mri("amos_0001"), is_amos_mri("amos_0507")
+    (False, True)
+    """
+    number = re.fullmatch(r"amos_(\d+)", case)
+    return number is not None and int(number[1]) >= AMOS_FIRST_MRI
 
 
 def annotated_per_case(info: dict, classes, where: Path,
@@ -1012,10 +1026,10 @@ def _key(case: Case, spacing_mm: float) -> str:
         stamps.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     regions = case.label_map.regions.astype(int).tolist()
     content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.label_map.values,
-               regions, sorted(case.label_map.named)]
+               regions, sorted(case.label_map.names)]
     if not case.label_map.known.all():
         content.append(case.label_map.known.astype(int).tolist())
-    if case.label_map.unsplit:
+    if case.label_map.left_row:
         content.append(SIDES_VERSION)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
@@ -1071,14 +1085,14 @@ def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: floa
     label_rows = resample_nearest(label_rows, shape)[box]
     undecided = []
     midline = None
-    if case.label_map.unsplit:
+    if case.label_map.left_row:
         midline = body_midline(image)
     if midline is None:
-        undecided = labels.undecided_sides(label_rows, case.label_map)
+        undecided = sides.undecided_sides(label_rows, case.label_map)
     if undecided:
         tqdm.write(f"note: {case.image}: only part of the body is in view, so right and left "
                    "cannot be told apart; what its label names without a side is left out here")
-    return image, labels.split_sides(label_rows, case.label_map, midline), undecided
+    return image, sides.split_sides(label_rows, case.label_map, midline), undecided
 
 
 def fingerprint(array: np.ndarray) -> str:
@@ -1805,19 +1819,43 @@ def collate(items: list[dict]) -> dict:
             "name": [item["name"] for item in items]}
 
 
-def targets(label_rows: Tensor, regions: Tensor, classes: Tensor) -> Tensor:
+def masks_of_classes(label_rows: Tensor, regions: Tensor, wanted: Tensor) -> Tensor:
     """The masks of some classes, looked up on the device where the loss needs them.
 
     label_rows  (B, D, H, W) int        each voxel's row of its scan's `regions`
     regions     (B, V, K) bool          row v belongs to class k
-    classes     (n,) int                indices of the classes wanted
+    wanted      (n,) int                indices of classes
     returns     (B, n, D, H, W) bool
 
-    regions [[0, 0], [1, 0], [1, 1]] (background; liver; tumour in the liver), classes [1]:
+    regions [[0, 0], [1, 0], [1, 1]] (background; liver; tumour in the liver), wanted [1]:
     label rows [0, 1, 2] -> [0, 0, 1]
     """
     masks = []
     for rows_of_scan, table in zip(label_rows, regions, strict=True):
-        of_classes = table[:, classes].t()               # (n, V)
+        of_classes = table[:, wanted].t()                # (n, V)
         masks.append(of_classes[:, rows_of_scan.long()])
     return torch.stack(masks)
+
+
+def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tensor, Tensor]:
+    """What the label map of one scan teaches: the arguments of the losses, but for the batch axis.
+
+    label      (D, H, W)            integers, the values of a label file
+    returns    y (K, D, H, W) bool  the voxel belongs to the class
+               annotated (K,) bool  the label covers the class. A class whose side the dataset does
+                                    not tell, as in "kidney", is not covered where it occurs
+               known (K, D, H, W) bool   False: the label says nothing about the class there
+
+    >>> y, annotated, known = targets(
+    ...     np.array([[[0, 1, 2]]]), labels.label_map({"liver": 1, "tumor": 2}, labels.CLASSES))
+    >>> y[5].tolist(), y[26].tolist(), np.flatnonzero(annotated).tolist()    # Liver, Liver Tumor
+    ([[[False, True, True]]], [[[False, False, True]]], [5, 26])
+    """
+    label_rows = label_map.to_label_rows(np.asarray(label))
+    annotated = label_map.annotated.copy()
+    for row, left_row in label_map.left_row.items():
+        if (label_rows == row).any():
+            annotated[label_map.regions[row] != label_map.regions[left_row]] = False
+    y, known = (torch.from_numpy(np.ascontiguousarray(table.T[:, label_rows]))
+                for table in (label_map.regions, label_map.known))
+    return y, torch.from_numpy(annotated), known

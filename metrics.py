@@ -569,14 +569,14 @@ def _side(raw: np.ndarray, label_map, path: Path, split: bool) -> _Side:
     split  tell left from right where the label map does not; without the scan's image, the
            centroid of all that is labelled stands for the body's mid-sagittal plane
     """
-    import labels
+    from support import sides
     label_rows = label_map.to_label_rows(raw, str(path))
     if split:
         midline = label_rows.shape[0] / 2
         counts = np.count_nonzero(label_rows, axis=(1, 2))           # labelled voxels per plane
         if counts.any():
             midline = float(counts @ np.arange(len(counts)) / counts.sum())
-        label_rows = labels.split_sides(label_rows, label_map, midline)
+        label_rows = sides.split_sides(label_rows, label_map, midline)
     return _Side(label_rows, label_map.regions, label_map.known, ndimage.find_objects(label_rows))
 
 
@@ -585,7 +585,8 @@ def _structures(ref_map) -> list[tuple[int, ...]]:
 
     A reference that labels "liver" and "kidney" -> [(1, 2), (5,)]
     """
-    unsplit = [pair for pair in ref_map.unsplit if ref_map.annotated[list(pair)].all()]
+    from support import sides
+    unsplit = [pair for pair in sides.unsplit_rows(ref_map) if ref_map.annotated[list(pair)].all()]
     single = [(k,) for k in np.flatnonzero(ref_map.annotated)
               if not any(k in pair for pair in unsplit)]
     return sorted(unsplit + single)

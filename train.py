@@ -446,7 +446,8 @@ def describe(scans, val, classes, missing: list[str]) -> None:
         training = [s for s in scans if s.case.dataset == name]
         validation = [s for s in val if s.case.dataset == name]
         print(describe_dataset(name, training, validation, classes))
-        for line in (training + validation)[0].case.label_map.table:
+        label_map = (training + validation)[0].case.label_map
+        for line in labels.describe_values(label_map, classes):
             print(f"  {line}")
         for scan in training + validation:
             twin = first_of.setdefault(scan.meta["fingerprint"], scan.case.name)
@@ -664,9 +665,11 @@ def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
     of_extended = () if part is None else (part[asked],)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
         logits = net(x, w[asked], *of_extended)                        # (B, k, D, H, W)
-    y, known = data.targets(label_rows, regions, asked), None          # (B, k, D, H, W) bool
+    y = data.masks_of_classes(label_rows, regions, asked)              # (B, k, D, H, W) bool
+    known = None
     if not batch["known"][:, :, asked].all():                          # rare, and asked on the CPU
-        known = data.targets(label_rows, batch["known"].to(w.device, non_blocking=True), asked)
+        table = batch["known"].to(w.device, non_blocking=True)
+        known = data.masks_of_classes(label_rows, table, asked)
     bce = losses.masked_bce(logits, y, annotated[:, asked], known)
     dice = losses.masked_dice(logits, y, annotated[:, asked], known)
     return bce + dice, bce, dice

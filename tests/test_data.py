@@ -298,7 +298,7 @@ def test_a_cache_that_was_built_before_is_found_again(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(1_000_000_000, 1_000_000_000))
     monkeypatch.setattr(Path, "resolve", lambda path, strict=False: path)
-    for organ, key in (("liver", "8c0cd96722d392382c48"), ("kidney", "980b5cc64b66d5f2de02")):
+    for organ, key in (("liver", "d2b65553c9a5ae54baed"), ("kidney", "85ced225816e8001bfe0")):
         names = {organ: [1, 2], f"{organ} tumor": 2, "sacrum": 7}
         label_map = labels.label_map(names, labels.CLASSES)
         case = data.Case("d/c", "d", Path("image.nii"), Path("label.nii"), label_map, None)
@@ -467,7 +467,7 @@ def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
 @needs_shared
 def test_shared_real_volumes_are_read_as_they_are():
     ts = data.read_dataset(SHARED / "data/Dataset001_TotalSegExample", labels.CLASSES)
-    assert int(ts[0].annotated.sum()) == 19 and "femur_left" in ts[0].label_map.unmatched
+    assert int(ts[0].annotated.sum()) == 19 and ts[0].label_map.values.count(75) == 0
     lung = data.read_dataset(SHARED / "data/Dataset003_LungOrgansAndTumour", labels.CLASSES)[0]
     assert np.flatnonzero(lung.annotated).tolist() == [15, 16, 29]
     volume = data.load_volume(lung.image)
@@ -686,40 +686,58 @@ def test_msd_tasks_are_magnified_and_others_are_not(tiny_scans, monkeypatch):
 
 # ---- batches -----------------------------------------------------------------------------------
 def test_a_batch_has_these_keys_types_and_shapes(tiny_scans):
-    """regions has 2 x 3 rows for the liver (background, liver, tumour; each for both sides) and
-    2 x 2 for the kidneys, to which two all-false rows are added."""
+    """regions has 3 rows for the liver (background, liver, tumour) and 3 for the kidneys
+    (background, right, left), of which one is taken away here: an all-false row is added."""
     dataset = crops(tiny_scans, seed=0)
     items = [dataset[i] for i in range(6)]
+    for item in items:
+        if item["name"].startswith("Dataset902"):
+            item["regions"], item["known"] = item["regions"][:2], item["known"][:2]
     batch = data.collate(items)
     assert {key: (value.dtype, tuple(value.shape))
             for key, value in batch.items() if key != "name"} == {
         "image": (torch.float32, (6, 1, 64, 64, 64)),
         "label_rows": (torch.int32, (6, 64, 64, 64)),
-        "regions": (torch.bool, (6, 6, 32)),
-        "known": (torch.bool, (6, 6, 32)),
+        "regions": (torch.bool, (6, 3, 32)),
+        "known": (torch.bool, (6, 3, 32)),
         "annotated": (torch.bool, (6, 32))}
     assert batch["name"] == [item["name"] for item in items]
     kidney = next(i for i in range(6) if batch["name"][i].startswith("Dataset902"))
-    assert len(items[kidney]["regions"]) == 4                # as it was before
-    assert torch.equal(batch["regions"][kidney, :4], items[kidney]["regions"])
-    assert not batch["regions"][kidney, 4:].any()
+    assert len(items[kidney]["regions"]) == 2                # as it was before
+    assert torch.equal(batch["regions"][kidney, :2], items[kidney]["regions"])
+    assert not batch["regions"][kidney, 2:].any() and batch["known"][kidney, 2:].all()
 
 
-def test_targets_by_hand():
+def test_targets_of_one_label_map():
+    """Liver (0), Right Kidney (1), Left Kidney (2), Liver Tumor (3). Value 3 says nothing; whether
+    a kidney, value 4, is the right or the left one is not known without the rest of the body."""
+    table = labels.make_classes(["Liver", "Right Kidney", "Left Kidney", "Liver Tumor"])
+    label_map = labels.label_map({"liver": 1, "tumor": 2, "ignore": 3, "kidney": 4}, table,
+                                 context="Liver")
+    y, annotated, known = data.targets(np.array([[[0, 1, 2, 3]]]), label_map)
+    assert y[:, 0, 0].int().tolist() == [[0, 1, 1, 0], [0] * 4, [0] * 4, [0, 0, 1, 0]]
+    assert known[:, 0, 0].int().tolist() == [[1, 1, 1, 0]] * 4
+    assert annotated.tolist() == [True] * 4
+    assert data.targets(np.array([[[4]]]), label_map)[1].tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match="label map: label values"):
+        data.targets(np.array([[[7]]]), label_map)
+
+
+def test_masks_of_classes_by_hand():
     """Rows background, liver, tumour in the liver; classes liver (0), spleen (1), tumour (2)."""
     regions = torch.tensor([[[0, 0, 0], [1, 0, 0], [1, 0, 1]]], dtype=torch.bool)
     label_rows = torch.tensor([0, 1, 2]).view(1, 3, 1, 1)
-    y = data.targets(label_rows, regions, torch.tensor([2, 0]))
+    y = data.masks_of_classes(label_rows, regions, torch.tensor([2, 0]))
     assert y.shape == (1, 2, 3, 1, 1)
     assert y.flatten(2).int().tolist() == [[[0, 0, 1], [0, 1, 1]]]
 
 
-def test_targets_of_a_batch_are_its_label_rows_looked_up(tiny_scans):
+def test_masks_of_a_batch_are_its_label_rows_looked_up(tiny_scans):
     dataset = crops(tiny_scans, seed=0)
     batch = data.collate([dataset[i] for i in range(6)])
     indices = torch.nonzero(batch["annotated"].any(0))[:, 0]
     assert indices.tolist() == [1, 2, 5, 26]
-    y = data.targets(batch["label_rows"], batch["regions"], indices)
+    y = data.masks_of_classes(batch["label_rows"], batch["regions"], indices)
     b, n = 3, 1
     want = batch["regions"][b][:, indices[n]].numpy()[batch["label_rows"][b].numpy()]
     assert y.shape == (6, 4, 64, 64, 64) and np.array_equal(y[b, n].numpy(), want)

@@ -16,6 +16,7 @@ import labels
 import metrics
 import model
 import train
+from support import public
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).touch()
     for _ in range(2):
-        assert labels.main(["btcv", str(folder), "--folds", "5"]) == 0
+        assert public.main(["btcv", str(folder), "--folds", "5"]) == 0
     path = folder / "splits_final.json"
     held_out = [fold["val"] for fold in json.loads(path.read_text())]
     assert held_out[0] == ["img0001", "img0002", "img0003", "img0004", "img0005", "img0006"]
@@ -250,11 +251,11 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
         == [f"BTCV/img00{i}" for i in range(35, 41)]
     assert list(parts.values()).count("train") == 24
     for k, message in ((3, "has other folds; move it away"), (31, "--folds 31: must be from 2")):
-        assert labels.run(labels.main, ["btcv", str(folder), "--folds", str(k)]) == 2
+        assert labels.run(public.main, ["btcv", str(folder), "--folds", str(k)]) == 2
         assert message in capsys.readouterr().err
     assert [fold["val"] for fold in json.loads(path.read_text())] == held_out
     with pytest.raises(SystemExit):
-        labels.main(["btcv", "--folds", "5"])
+        public.main(["btcv", "--folds", "5"])
 
 
 @pytest.mark.parametrize("name, content, fold, message", [

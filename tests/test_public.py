@@ -1,0 +1,383 @@
+"""The public datasets: their tables, their dataset.json, one file per structure -> a label map."""
+import doctest
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import affine_of, write_nifti
+
+import data
+import labels
+from support import public
+
+EYE = np.eye(4)
+BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
+
+
+def class_names(mask):
+    return {c.name for c, a in zip(labels.CLASSES, mask, strict=True) if a}
+
+
+def listed(*names, image="imagesTr/{}.nii.gz", label="labelsTr/{}.nii.gz"):
+    return [{"image": image.format(name), "label": label.format(name)} for name in names]
+
+
+def tree(folder):
+    """{path: content} of all files."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_examples_in_the_docstrings_hold():
+    result = doctest.testmod(public)
+    assert result.failed == 0 and result.attempted > 0
+
+
+# ---- tables and lists of scans -------------------------------------------------------------------
+REPLICAS = {    # dataset: ((image, label), a value, its classes, one of the annotated classes)
+    "btcv": (("img/img0007.nii.gz", "label/label0007.nii.gz"), 8, {"Aorta"}, "Duodenum"),
+    "lits": (("volume-3.nii", "segmentation-3.nii"), 2, {"Liver", "Liver Tumor"}, "Liver"),
+    "kits": (("case_00001/imaging.nii.gz", "case_00001/segmentation.nii.gz"), 3,
+             {"Kidney Cyst", "Right Kidney"}, "Left Kidney"),
+    "word": (("imagesTr/word_0002.nii.gz", "labelsTr/word_0002.nii.gz"), 16,
+             {"Right Head of Femur"}, "Right Adrenal Gland"),
+    "abdomenct-1k": (("Images/Case_00001_0000.nii.gz", "Masks/Case_00001.nii.gz"), 4,
+                     {"Pancreas"}, "Left Kidney"),
+    "amos": (("imagesTr/amos_0001.nii.gz", "labelsTr/amos_0001.nii.gz"), 14, {"Bladder"},
+             "Prostate"),
+    "ct-org": (("volume-0.nii.gz", "labels-0.nii.gz"), 3, {"Right Lung"}, "Bladder"),
+    "abdomenct-12organ": (("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"), 12, {"Celiac Trunk"},
+                          "Stomach"),
+}
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_a_miniature_replica_gives_the_right_regions(name, tmp_path, capsys):
+    (image, label), value, belongs, annotated = REPLICAS[name]
+    for file in (image, label):
+        write_nifti(tmp_path / name / file, np.full((4, 4, 4), value, np.int16), np.eye(4))
+    before = {p for p in (tmp_path / name).rglob("*")}
+    assert public.main([name, str(tmp_path / name)]) == 0
+    assert {p for p in (tmp_path / name).rglob("*")} - before == {tmp_path / name / "dataset.json"}
+    case, = data.read_dataset(tmp_path / name, labels.CLASSES)
+    row = case.label_map.to_label_rows(np.array([value]), "x")[0]
+    found = np.flatnonzero(case.label_map.regions[row])
+    assert {labels.CLASSES[k].name for k in found} == belongs
+    assert case.annotated[[c.name for c in labels.CLASSES].index(annotated)]
+    assert case.image == tmp_path / name / image
+    assert data.find_datasets([tmp_path]) == [tmp_path / name]
+
+
+def test_the_table_of_btcv_has_the_numbers_of_its_release():
+    """Its description: 1 spleen, 2 right kidney, 3 left kidney, 4 gallbladder, ... 13 left adrenal
+    gland, and the duodenum, 14, of the extended labels."""
+    assert public.PUBLIC["btcv"].labels == {
+        "spleen": 1, "right kidney": 2, "left kidney": 3, "gallbladder": 4, "esophagus": 5,
+        "liver": 6, "stomach": 7, "aorta": 8, "postcava": 9, "portal vein and splenic vein": 10,
+        "pancreas": 11, "right adrenal gland": 12, "left adrenal gland": 13, "duodenum": 14}
+    assert public.PUBLIC["amos"].labels["right kidney"] == 2
+    assert public.PUBLIC["word"].labels["left kidney"] == 3          # WORD has the left one first
+
+
+def test_the_scans_of_btcv_from_60_on_annotate_eight_classes(tmp_path):
+    for n in ("0040", "0060", "0061"):
+        for file in (f"img/img{n}.nii.gz", f"label/label{n}.nii.gz"):
+            write_nifti(tmp_path / "btcv" / file, np.ones((4, 4, 4), np.int16), np.eye(4))
+    public.main(["btcv", str(tmp_path / "btcv")])
+    cases = data.read_dataset(tmp_path / "btcv", labels.CLASSES)
+    assert [case.annotated.sum() for case in cases] == [14, 8, 8]
+    assert class_names(cases[1].annotated) == {
+        "Spleen", "Left Kidney", "Gall Bladder", "Esophagus", "Liver", "Stomach", "Pancreas",
+        "Duodenum"}
+
+
+def test_totalsegmentators_masks_become_one_map(tmp_path):
+    write_nifti(tmp_path / "s0001/ct.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
+    for i, name in enumerate(("liver", "kidney_left", "rib_left_1")):
+        mask = np.zeros((4, 4, 4), np.uint8)
+        mask[i] = 1
+        write_nifti(tmp_path / f"s0001/segmentations/{name}.nii.gz", mask, np.eye(4))
+    assert public.main(["totalsegmentator", str(tmp_path)]) == 0
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    assert {c.name for c, a in zip(labels.CLASSES, case.annotated, strict=True) if a} == \
+        {"Liver", "Left Kidney"}
+    raw = data.load_volume(case.label).array
+    assert raw[:, 0, 0].tolist() == [5, 3, 0, 0] and case.name.endswith("/s0001")
+
+
+def test_the_names_of_every_public_dataset_match_a_class(capsys):
+    for name in public.PUBLIC.keys() - public.STRUCTURES.keys():
+        assert public.main([name]) == 0
+        table = json.loads(capsys.readouterr().out)["labels"]
+        label_map = labels.label_map(table, labels.CLASSES)
+        without = [label_map.names[value] for value in table.values()
+                   if isinstance(value, int) and value not in label_map.values]
+        assert without == ([["bone"], ["brain"]] if name == "ct-org" else []), name
+
+
+@pytest.mark.parametrize("name", public.STRUCTURES)
+def test_every_structure_means_its_class_and_is_painted_after_what_contains_it(name):
+    names = [c.name for c in labels.CLASSES]
+    painted = []
+    for structure, class_name in public.STRUCTURES[name].items():
+        k, = labels.match(structure)
+        assert names[k] == class_name
+        assert not any(k in labels.ancestors(earlier, labels.CLASSES) for earlier in painted)
+        painted.append(k)
+
+
+@pytest.mark.parametrize("args, what", [(["chaos"], "dcm2niix"), (["nonsense"], "unknown dataset"),
+                                        (["kits", "{tmp}"], "no pair"),
+                                        (["msd-liver"], "needs no preparation")])
+def test_a_dataset_that_cannot_be_prepared_gives_one_line(tmp_path, capsys, args, what):
+    assert labels.run(public.main, [a.format(tmp=tmp_path) for a in args]) == 2
+    assert what in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ---- one file per structure ----------------------------------------------------------------------
+def structures(case, masks, shape=(6, 5, 4), affine=EYE, ct="ct.nii.gz"):
+    """CASE/ct.nii.gz and CASE/segmentations/NAME.nii.gz; masks: {name: first-axis indices}."""
+    write_nifti(case / ct, np.arange(np.prod(shape), dtype=np.int16).reshape(shape), affine)
+    for name, planes in masks.items():
+        mask = np.zeros(shape, np.uint8)
+        mask[planes] = 1
+        write_nifti(case / f"segmentations/{name}.nii.gz", mask, affine)
+
+
+def merged_names(folder, case=0, name="totalsegmentator"):
+    """Prepare the folder -> the structure at each plane of the first axis of one of its cases."""
+    assert labels.run(public.main, [name, str(folder)]) == 0
+    info = json.loads((folder / "dataset.json").read_text())
+    names = {value: structure for structure, value in info["labels"].items()}
+    label = data.load_volume(folder / info["training"][case]["label"]).array
+    assert (label == label[:, :1, :1]).all()
+    return [names[value] for value in label[:, 0, 0]]
+
+
+def test_children_stay_inside_their_parents(tmp_path):
+    """In the alphabet, hepatic_vessel comes before liver, and kidney_cyst_right before
+    kidney_right."""
+    structures(tmp_path / "s1", {"pancreas_tumor": [2], "pancreas": [2, 3], "kidney_right": [4, 5],
+                                 "kidney_cyst_right": [5], "liver": [0, 1]})
+    assert merged_names(tmp_path) == ["liver", "liver", "pancreas_tumor", "pancreas",
+                                      "kidney_right", "kidney_cyst_right"]
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
+    regions = case.label_map.regions[row]
+    assert class_names(regions[2]) == {"Pancreas", "Pancreas Tumor"}
+    structures(tmp_path / "a/s1", {"hepatic_vessel": [1], "liver": [0, 1], "liver_lesion": [1, 2]})
+    assert merged_names(tmp_path / "a", name="abdomenatlas")[:3] == ["liver", "liver_lesion",
+                                                                     "liver_lesion"]
+    structures(tmp_path / "b/s1", {"hepatic_vessel": [1], "liver": [0, 1]})
+    assert merged_names(tmp_path / "b", name="abdomenatlas")[:2] == ["liver", "hepatic_vessel"]
+
+
+def test_a_lesion_with_a_side_tells_its_host(tmp_path):
+    """Without kidney files that touch it, only the name kidney_cyst_left tells the side."""
+    structures(tmp_path / "s1", {"kidney_cyst_left": [5], "kidney_cyst_right": [4],
+                                 "liver": [0, 1], "liver_lesion": [1], "pancreatic_lesion": [2]})
+    merged_names(tmp_path)
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
+    found = [class_names(case.label_map.regions[r]) for r in row]
+    assert found == [{"Liver"}, {"Liver", "Liver Tumor"}, {"Pancreas", "Pancreas Tumor"}, set(),
+                     {"Right Kidney", "Kidney Cyst"}, {"Left Kidney", "Kidney Cyst"}]
+
+
+def test_a_lesion_without_a_clear_host_is_merged_and_left_out_of_the_loss(tmp_path):
+    structures(tmp_path / "s1", {"liver": [0, 1], "spleen": [2, 3], "lesion": [1, 2, 4]})
+    assert merged_names(tmp_path) == ["liver", "lesion", "lesion", "spleen", "lesion", "background"]
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
+    assert case.label_map.known[row].all(1).tolist() == [True, False, False, True, False, True]
+
+
+def test_where_two_organs_overlap_the_later_one_of_totalsegmentators_list_stays(tmp_path):
+    """The list has spleen, liver, stomach, colon, aorta; a rib is no class here."""
+    structures(tmp_path / "s1", {"aorta": [0], "colon": [0, 1], "liver": [2, 3], "stomach": [1, 2],
+                                 "spleen": [4, 3], "rib_left_1": [5]})
+    assert merged_names(tmp_path) == ["aorta", "colon", "stomach", "liver", "spleen", "background"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_axes_of_a_mask_do_not_matter(seed, tmp_path):
+    """A mask with any flipped and permuted axes is merged where it lies in the CT's own axes."""
+    rng = np.random.default_rng(seed)
+    shape, affine = (4, 5, 6), affine_of("LPS", (1.5, 2.0, 3.0))
+    structures(tmp_path / "s1", {"liver": [0, 1]}, shape, affine)
+    mask = rng.integers(0, 2, shape).astype(np.uint8)
+    order, flips = rng.permutation(3), rng.integers(0, 2, 3)
+    orientation = np.stack([np.argsort(order), 1 - 2 * flips], 1)
+    turned = nib.apply_orientation(mask, orientation)
+    write_nifti(tmp_path / "s1/segmentations/spleen.nii.gz", np.ascontiguousarray(turned),
+                affine @ nib.orientations.inv_ornt_aff(orientation, shape))
+    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
+    merged = nib.load(tmp_path / "s1/labels.nii.gz")
+    liver = np.zeros(shape, np.uint8)
+    liver[:2] = 1
+    assert np.array_equal(np.asarray(merged.dataobj), np.where(liver, 5, mask))
+    assert np.array_equal(merged.affine, affine)
+
+
+def test_a_class_is_annotated_where_all_of_its_structures_have_a_file(tmp_path):
+    """A left lung of two lobes needs both, a kidney cyst needs the files of both sides."""
+    everything = {"liver": [0], "spleen": [1], "lung_upper_lobe_left": [2],
+                  "lung_lower_lobe_left": [3], "kidney_cyst_left": [4], "kidney_cyst_right": [5]}
+    structures(tmp_path / "s1", everything)
+    structures(tmp_path / "s2", {k: v for k, v in everything.items() if k != "spleen"})
+    structures(tmp_path / "s3", {k: v for k, v in everything.items() if "upper" not in k
+                                 and k != "kidney_cyst_left"})
+    merged_names(tmp_path)
+    info = json.loads((tmp_path / "dataset.json").read_text())
+    assert info["annotated"] == {"s1": ["Spleen", "Liver", "Left Lung", "Kidney Cyst"],
+                                 "s2": ["Liver", "Left Lung", "Kidney Cyst"],
+                                 "s3": ["Spleen", "Liver"]}
+    found = [class_names(case.annotated) for case in data.read_dataset(tmp_path, labels.CLASSES)]
+    assert found == [set(names) for names in info["annotated"].values()]
+
+
+DAMAGES = {
+    "empty ct": ("ct.nii.gz", lambda path: path.write_bytes(b"")),
+    "empty mask": ("segmentations/liver.nii.gz", lambda path: path.write_bytes(b"")),
+    "cut ct": ("ct.nii.gz", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    "cut mask": ("segmentations/liver.nii.gz", lambda path: path.write_bytes(
+        path.read_bytes()[:-9])),
+    "shape": ("segmentations/liver.nii.gz", lambda path: write_nifti(
+        path, np.ones((5, 5, 4), np.uint8), EYE)),
+    "place": ("segmentations/liver.nii.gz", lambda path: write_nifti(
+        path, np.ones((6, 5, 4), np.uint8), affine_of("RAS", (1, 1, 1)))),
+    "4D mask": ("segmentations/liver.nii.gz", lambda path: write_nifti(
+        path, np.ones((6, 5, 4, 2), np.uint8), EYE)),
+    "no mask": ("segmentations/liver.nii.gz", lambda path: path.unlink()),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_case_that_cannot_be_merged_is_left_out_with_one_line(what, tmp_path, capsys):
+    for case in ("s1", "s2"):
+        structures(tmp_path / case, {"liver": [0]})
+    file, damage = DAMAGES[what]
+    damage(tmp_path / "s1" / file)
+    assert merged_names(tmp_path)[0] == "liver"
+    captured = capsys.readouterr()
+    line, = [line for line in captured.out.splitlines() if "left out" in line]
+    assert str(tmp_path / "s1") in line and "Traceback" not in captured.out + captured.err
+    assert [case.name[-2:] for case in data.read_dataset(tmp_path, labels.CLASSES)] == ["s2"]
+    assert not (tmp_path / "s1/labels.nii.gz").exists() and not list(tmp_path.rglob("*.part*"))
+    shutil.rmtree(tmp_path / "s2")
+    (tmp_path / "dataset.json").unlink()
+    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
+
+
+def test_a_mask_within_a_millimetre_is_merged_with_a_note(tmp_path, capsys):
+    structures(tmp_path / "s1", {"stomach": [1]})
+    near = EYE.copy()
+    near[0, 3] = 0.5
+    write_nifti(tmp_path / "s1/segmentations/liver.nii.gz", np.ones((6, 5, 4), np.uint8), near)
+    assert merged_names(tmp_path) == ["stomach" if x == 1 else "liver" for x in range(6)]
+    assert "liver.nii.gz: label and image lie 0.5 mm apart" in capsys.readouterr().out
+
+
+def test_a_label_map_of_somebody_else_is_never_overwritten(tmp_path, capsys):
+    for case in ("s1", "s2"):
+        structures(tmp_path / case, {"liver": [0]})
+    write_nifti(tmp_path / "s2/labels.nii.gz", np.ones((6, 5, 4), np.uint8), EYE)
+    before = tree(tmp_path)
+    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert "s2/labels.nii.gz" in error and "not overwritten" in error and tree(tmp_path) == before
+    (tmp_path / "s2/labels.nii.gz").write_bytes(b"?")
+    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
+    (tmp_path / "s2/labels.nii.gz").unlink()
+    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
+    after = tree(tmp_path)
+    (tmp_path / "dataset.json").unlink()                     # ours is, with the same content
+    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
+    assert tree(tmp_path) == after
+
+
+def test_pants_keeps_images_and_labels_apart(tmp_path):
+    structures(tmp_path / "LabelTr/P1", {"liver": [0], "pancreas": [1, 2]}, ct="unused.nii.gz")
+    (tmp_path / "ImageTr/P1").mkdir(parents=True)
+    (tmp_path / "LabelTr/P1/unused.nii.gz").rename(tmp_path / "ImageTr/P1/ct.nii.gz")
+    assert merged_names(tmp_path, name="pants")[:3] == ["liver", "pancreas", "pancreas"]
+    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    assert case.name.endswith("/P1") and (tmp_path / "LabelTr/P1/labels.nii.gz").is_file()
+
+
+def test_hidden_masks_and_cases_are_passed_over(tmp_path):
+    structures(tmp_path / "s1", {"liver": [0]})
+    structures(tmp_path / ".s2", {"liver": [0], "spleen": [1]})
+    (tmp_path / "s1/segmentations/._liver.nii.gz").write_bytes(b"Mac OS X")
+    (tmp_path / "s1/._ct.nii.gz").write_bytes(b"Mac OS X")
+    assert merged_names(tmp_path)[0] == "liver"
+    info = json.loads((tmp_path / "dataset.json").read_text())
+    assert info["labels"] == {"background": 0, "liver": 5} and len(info["training"]) == 1
+
+
+# ---- preparing -----------------------------------------------------------------------------------
+def amos(folder, cases, **info):
+    for case in cases:
+        write_nifti(folder / f"imagesTr/{case}.nii.gz", BOX, EYE)
+        write_nifti(folder / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
+    if info:
+        (folder / "dataset.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_a_distributors_dataset_json_is_refused_and_read_after_it_is_renamed(tmp_path, capsys):
+    """Its list says which scans are used."""
+    folder = amos(tmp_path, ("amos_0001", "amos_0002", "amos_0507"), labels={"0": "x"},
+                  modality={"0": "CT", "1": "MRI"},
+                  training=listed("amos_0001", "amos_0507", image="./imagesTr/{}.nii.gz",
+                                  label="./labelsTr/{}.nii.gz"))
+    before = tree(folder)
+    assert labels.run(public.main, ["amos", str(folder)]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert f"mv {folder}/dataset.json {folder}/dataset.original.json" in error
+    assert tree(folder) == before
+    (folder / "dataset.json").rename(folder / "dataset.original.json")
+    assert labels.run(public.main, ["amos", str(folder)]) == 0
+    assert "not listed in dataset.original.json: imagesTr/amos_0002.nii.gz" in \
+        capsys.readouterr().out
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["training"] == listed("amos_0001") and info["channel_names"] == {"0": "CT"}
+    after = tree(folder)
+    assert labels.run(public.main, ["amos", str(folder)]) == 0 and tree(folder) == after
+    assert "prepared already" in capsys.readouterr().out
+
+
+def test_the_modality_of_a_distributors_dataset_json_is_taken_over(tmp_path):
+    for case in ("a", "b"):
+        write_nifti(tmp_path / f"imagesTr/{case}.nii.gz", BOX, EYE)
+        write_nifti(tmp_path / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
+    (tmp_path / "dataset.original.json").write_text('{"modality": {"0": "MRI"}}')
+    assert labels.run(public.main, ["word", str(tmp_path)]) == 0
+    assert [case.modality for case in data.read_dataset(tmp_path, labels.CLASSES)] == ["mri", "mri"]
+
+
+def test_an_unreadable_dataset_json_is_one_line_and_stays(tmp_path, capsys):
+    folder = amos(tmp_path, ["amos_0001"])
+    (folder / "dataset.json").write_text("{")
+    before = tree(folder)
+    assert labels.run(public.main, ["amos", str(folder)]) == 2
+    assert "dataset.json" in capsys.readouterr().err and tree(folder) == before
+
+
+def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path, capsys):
+    for case in ("amos_0001", "amos_0001 (1)", "amos_0002", "amos_0507", "._amos_0001"):
+        write_nifti(tmp_path / f"imagesTr/{case}.nii.gz", BOX, EYE)
+        write_nifti(tmp_path / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
+    (tmp_path / "labelsTr/amos_0002.nii.gz").unlink()
+    assert labels.run(public.main, ["amos", str(tmp_path)]) == 0
+    info = json.loads((tmp_path / "dataset.json").read_text())
+    assert info["training"] == listed("amos_0001")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert [line.split(": ")[1] for line in lines] == [
+        "imagesTr/amos_0001 (1).nii.gz", "imagesTr/amos_0002.nii.gz", "imagesTr/amos_0507.nii.gz"]
+    for case in ("0007", "0007 (1)", "x"):
+        write_nifti(tmp_path / f"b/img/img{case}.nii.gz", BOX, EYE)
+        write_nifti(tmp_path / f"b/label/label{case}.nii.gz", BOX % 2, EYE)
+    assert labels.run(public.main, ["btcv", str(tmp_path / "b")]) == 0
+    assert len(data.read_dataset(tmp_path / "b", labels.CLASSES)) == 1
