@@ -70,6 +70,8 @@ from model import (
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
 ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
+ONEHOT_AXES = 512      # width of one-hot text embeddings, that of CLIP's
+ONEHOT = torch.eye(ONEHOT_AXES) * ONEHOT_NORM
 
 
 def setting(default, help_text: str):
@@ -155,93 +157,98 @@ def lr_at(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
 
 
-# ---- classes and their text embeddings -----------------------------------------------------------
+# ---- classes, their text embeddings, and what training starts from -------------------------------
 @dataclass
 class Task:
     """What is to be learned."""
     classes: tuple[labels.Class, ...]
-    w: Tensor                      # (K, E) text embeddings, on the device
-    base: UniversalModel | None    # the model that --init or --extend starts from
-    base_spec: dict                # what build_model needs for it
-    frozen_trained: list[str]      # names of the frozen classes that it was trained on
+    w: Tensor                                  # (K, E) text embeddings
+    prompts: list[str]                         # of w, if CLIP encoded it; otherwise none
+    base: UniversalModel | None = None         # the model that --init or --extend starts from
+    base_spec: dict = dataclasses.field(default_factory=dict)  # what build_model needs for it
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
-    base_spacing_mm: float = 0.0   # at which the base model was trained
+    frozen_trained: tuple[str, ...] = ()       # names of those of them that it was trained on
+    base_spacing_mm: float = 0.0               # at which the base model was trained
     base_seen: dict = dataclasses.field(default_factory=dict)  # "seen" of its checkpoint, if any
-    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
 
 
-def text_embeddings(cfg: Config, classes) -> Tensor:
-    """w (K, E): CLIP embeddings of the classes' prompts, one-hot vectors, or those of a file."""
-    if cfg.text == "onehot":
-        return torch.eye(len(classes)) * ONEHOT_NORM
-    if cfg.text == "clip":
-        prompts = [c.sentence(cfg.prompt_template) for c in classes]
-        return clip_text.encode_classes(prompts, "{}", weights=cfg.clip_weights or None)
-    return clip_text.read_rows(cfg.text, [c.name for c in classes]).w
+@dataclass
+class Base:
+    """A checkpoint that --init or --extend starts from."""
+    path: str
+    model: UniversalModel
+    spec: dict                                 # what build_model needs to make the model
+    classes: tuple[labels.Class, ...]          # () if they have no names
+    names: list[str]                           # of the n classes; "" where there are none
+    w: Tensor                                  # (n, E) text embeddings
+    content: dict                              # what else the file holds
 
 
-def text_origin(cfg: Config, classes) -> dict:
-    """Where `text_embeddings` of the classes come from, see clip_text.Rows."""
-    if cfg.text == "onehot":
-        return {"kind": "onehot"}
-    if cfg.text == "clip":
-        template = labels.TEMPLATES.get(cfg.prompt_template, cfg.prompt_template)
-        return clip_text.clip_origin(template, cfg.clip_weights or None)
-    return clip_text.read_rows(cfg.text, [c.name for c in classes]).origin
+def read_base(path: str, needs_names: bool) -> Base:
+    """Read a checkpoint of train.py or a released one.
 
-
-def rows_beside(cfg: Config, classes, trained: clip_text.Rows, path: str) -> clip_text.Rows:
-    """`text_embeddings`, with their origin, for a model that was trained with others; notes how
-    they differ.
-
-    raises ValueError  if those of --text are of another origin, with the flags that would fit
+    raises ValueError  if needs_names and the file does not say which classes it was trained on
     """
-    fitting = {"onehot": "--text onehot", "clip": "--text clip"}
-    kind = "onehot" if clip_text.is_onehot(trained) else trained.origin.get("kind")
-    advice = (f"pass {fitting.get(kind, '--text FILE with text embeddings of that origin')}, or "
-              "another checkpoint")
-    origin = text_origin(cfg, classes)
-    none = clip_text.Rows([], trained.w[:0], origin)
-    clip_text.check_origin(path, trained, none, advice)      # before anything is downloaded
-    given = clip_text.Rows([c.name for c in classes], text_embeddings(cfg, classes), origin)
-    if cfg.text != "onehot":
-        note = clip_text.check_origin(path, trained, given, advice)
-        if note and process_rank() == 0:
-            print(note)
-    return given
+    model, w, content = load_checkpoint(path)
+    name = next(name for name, kind in BACKBONES.items() if isinstance(model.backbone, kind))
+    spec = {"backbone": name, "text_dim": w.shape[1],
+            WIDTH_ARGUMENT[name]: model.backbone.fine_channels}
+    spec = content.get("spec", spec)
+    if "classes" not in content and len(w) != len(labels.CLASSES) and not needs_names:
+        return Base(path, model, spec, (), [""] * len(w), w, content)
+    classes = labels.classes_of_checkpoint(content, len(w), path)
+    return Base(path, model, spec, classes, [c.name for c in classes], w, content)
 
 
-def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
-    """One-hot text embeddings for new classes that are no row of old_w (n, E).
+def onehot_embeddings(names: list[str], base: Base | None = None) -> Tensor:
+    """One-hot text embeddings w (K, 512): every class has an axis of its own.
 
-    The positive ones come first; where they are used up, the negative ones follow.
+    A class of the same name as in `base` keeps its axis; any other takes the next free one.
+
+    raises ValueError  if there are more classes than axes, or base was trained with other text
     """
-    E = old_w.shape[1]
-    rows = torch.cat([torch.eye(E), -torch.eye(E)]) * ONEHOT_NORM              # (2 E, E)
-    taken = (rows[:, None] == old_w).all(2).any(1)                             # (2 E,)
-    free = rows[~taken]
-    if len(free) < len(new):
-        raise ValueError(f"{path}: has one-hot rows for {len(free)} more classes, "
-                         f"{len(new)} are new ({', '.join(new)}); use --init")
-    return free[:len(new)]
+    axis: dict[str, int] = {}
+    if base is not None:
+        taken = base.w.argmax(1)
+        if base.w.shape[1] != ONEHOT_AXES or not torch.equal(base.w, ONEHOT[taken]):
+            raise ValueError(f"{base.path}: was not trained with --text onehot; pass the --text "
+                             "that it was trained with")
+        axis = dict(zip(base.names, taken.tolist(), strict=True))
+    new = [name for name in names if name not in axis]
+    free = [i for i in range(ONEHOT_AXES) if i not in axis.values()]
+    if len(new) > len(free):
+        raise ValueError(f"--text onehot: has axes for {len(free)} new classes, not for {len(new)}")
+    axis.update(zip(new, free, strict=False))
+    return ONEHOT[[axis[name] for name in names]]
 
 
-def pad_onehot(base: UniversalModel, trained: clip_text.Rows, classes) -> Tensor:
-    """One-hot text embeddings of classes for a model that was trained with others (n, E) -> w.
+def text_embeddings(text: str, classes, base: Base | None = None, *, template: str = "V3",
+                    clip_weights: str | None = None) -> tuple[Tensor, list[str]]:
+    """-> (the text embeddings w (K, E) of classes, their prompts if CLIP encoded them).
 
-    A class of the same name keeps its embedding. Every new one has an axis of its own, which is
-    appended to all embeddings and to the model. Its weights start at 0, so a new class starts with
-    the head of an empty text: the head of any other axis may have no active unit left to learn.
+    text    clip, onehot, or a file of text embeddings
+    base    the checkpoint whose network is to be given them, if any
+    raises  ValueError  if they mean nothing to that network
     """
-    new = [c.name for c in classes if c.name not in trained.names]
-    text = base.controller.text
-    text.weight = nn.Parameter(nn.functional.pad(text.weight.detach(), (0, len(new))))
-    E, text.in_features = text.in_features, text.in_features + len(new)
-    rows = dict(zip(trained.names, nn.functional.pad(trained.w, (0, len(new))), strict=True))
-    for i, name in enumerate(new):
-        rows[name] = torch.zeros(text.in_features)
-        rows[name][E + i] = ONEHOT_NORM
-    return torch.stack([rows[c.name] for c in classes])
+    names = [c.name for c in classes]
+    if text == "onehot":
+        return onehot_embeddings(names, base), []
+    prompts, note = [], ""
+    if text == "clip":
+        prompts = [c.sentence(template) for c in classes]
+    if text == "clip" and base is None:
+        w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
+    elif text == "clip":
+        trained_prompts = clip_text.prompts_of(base.content, base.classes)
+        w, note = clip_text.encode_for(base.path, base.names, base.w, trained_prompts, names,
+                                       prompts, weights=clip_weights)
+    else:
+        w = clip_text.read_text(text, names)
+        if base is not None:
+            note = clip_text.check_text(base.path, base.names, base.w, names, w)
+    if note and process_rank() == 0:
+        print(note)
+    return w, prompts
 
 
 WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
@@ -252,121 +259,93 @@ def load_task(cfg: Config) -> Task:
     start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
     if len(start) > 1:
         raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
-    if not (cfg.init or cfg.extend):
+    words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
+    path = cfg.init or cfg.extend
+    if not path:
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [],
-                    text=text_origin(cfg, classes))
-    path = cfg.init or cfg.extend
-    if cfg.resume and not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; a resumed run needs the file of "
-                                "--init or --extend, too")
-    base, old_w, rest = load_checkpoint(path)
-    check_side((cfg.patch,) * 3, base.backbone)
-    spec = spec_of(cfg, base, old_w, rest, path)
-    if cfg.init and "classes" not in rest and len(old_w) != len(labels.CLASSES):
-        old, old_w = (), old_w[:0]                 # embeddings of classes that have no name
-    else:
-        old = labels.classes_of_checkpoint(rest, len(old_w), path)
-    classes = labels.load_classes(cfg.classes or None, beside=old if cfg.extend else ())
+        return Task(classes, *text_embeddings(cfg.text, classes, **words))
+    base = read_base(path, needs_names=bool(cfg.extend))
+    check_side((cfg.patch,) * 3, base.model.backbone)
+    width = base.model.backbone.fine_channels
+    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
+        raise ValueError(f"{path}: its backbone is a {base.spec['backbone']} of width {width}; "
+                         "--backbone and --width cannot change it, leave them out")
+    classes = labels.load_classes(cfg.classes or None, beside=base.classes if cfg.extend else ())
     spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
-    names = [spelling.get(labels.name_key(c.name), c.name) for c in old]
-    rows = clip_text.Rows(names, old_w, clip_text.origin_of_checkpoint(rest))
-    if cfg.extend:
-        trained = rest.get("trained", [c.name for c in old])
-        task = extended_task(cfg, classes, base, spec, old, rows, trained)
-    else:
-        task = initial_task(cfg, classes, base, spec, rows)
-    task.base_spacing_mm = rest.get("config", {}).get("spacing_mm", SPACING_MM)
-    task.base_seen = {"seen": rest.get("seen")}
+    base.names = [spelling.get(labels.name_key(name), name) for name in base.names]
+    task = (extended_task if cfg.extend else initial_task)(base, classes, cfg.text, words)
+    task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
+    task.base_seen = {"seen": base.content.get("seen")}
     return task
 
 
-def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: str) -> dict:
-    """What build_model needs to make the model of a checkpoint.
-
-    raises ValueError  if --backbone or --width ask for another one
-    """
-    name = next(name for name, kind in BACKBONES.items() if isinstance(base.backbone, kind))
-    width = base.backbone.fine_channels
-    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, name):
-        raise ValueError(f"{path}: its backbone is a {name} of width {width}; --backbone and "
-                         "--width cannot change it, leave them out")
-    released = {"backbone": name, "text_dim": old_w.shape[1], WIDTH_ARGUMENT[name]: width}
-    return rest.get("spec", released)
-
-
-def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict,
-                 rows: clip_text.Rows) -> Task:
+def initial_task(base: Base, classes, text: str, words: dict) -> Task:
     """--init: all weights of a checkpoint under a class table of one's own.
 
-    rows  the text embeddings that it was trained with
+    text, words  see text_embeddings
     """
-    left_out = sum(spec.get("extensions", []))     # each is made for its own classes
-    kept = len(rows.names) - left_out
-    rows = rows._replace(names=rows.names[:kept], w=rows.w[:kept])
-    base.extensions = nn.ModuleList()
-    given = rows_beside(cfg, classes, rows, cfg.init)
-    w = pad_onehot(base, rows, classes) if cfg.text == "onehot" else given.w
-    spec = {**spec, "text_dim": w.shape[1]}
+    left_out = sum(base.spec.get("extensions", []))     # each is made for its own classes
+    kept = len(base.names) - left_out
+    base = dataclasses.replace(base, names=base.names[:kept], w=base.w[:kept])
+    base.model.extensions = nn.ModuleList()
+    spec = dict(base.spec)
     spec.pop("extensions", None)
-    resumed = cfg.resume and (Path(cfg.out) / "last.pt").exists()      # its weights replace these
-    if process_rank() == 0 and not resumed:
-        shared = [c.name for c in classes if c.name in rows.names]
-        new = [c.name for c in classes if c.name not in rows.names]
-        print(f"{cfg.init}: all {len(base.state_dict())} tensors of a {spec['backbone']} of width "
-              f"{base.backbone.fine_channels} taken (backbone, pooling branch, controller, "
-              "reduction); optimiser and schedule start anew")
+    w, prompts = text_embeddings(text, classes, base, **words)
+    if process_rank() == 0:
+        shared = [c.name for c in classes if c.name in base.names]
+        new = [c.name for c in classes if c.name not in base.names]
+        print(f"{base.path}: all {len(base.model.state_dict())} tensors of a {spec['backbone']} of "
+              f"width {base.model.backbone.fine_channels} taken (backbone, pooling branch, "
+              "controller, reduction); optimiser and schedule start anew")
         print(f"  classes known to it: {', '.join(shared) or 'none'}; "
               f"new: {', '.join(new) or 'none'}")
         if left_out:
             print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [], text=given.origin)
+    return Task(classes, w, prompts, base.model.requires_grad_(), spec)
 
 
-def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
-                  rows: clip_text.Rows, trained: list[str]) -> Task:
-    """--extend: the frozen classes of a checkpoint, and after them the new ones."""
-    new = tuple(c for c in classes if c.name not in rows.names)
-    known = [c.name for c in classes if c.name in rows.names]
+def extended_task(base: Base, classes, text: str, words: dict) -> Task:
+    """--extend: the frozen classes of a checkpoint, and after them the new ones.
+
+    text, words  see text_embeddings
+    """
+    new = tuple(c for c in classes if c.name not in base.names)
+    known = [c.name for c in classes if c.name in base.names]
     if not new:
-        untrained = [name for name in known if name not in trained]
-        advice = (f"; it was never trained on {', '.join(untrained[:5])}: train it with --init, or "
-                  "give it another name in --classes" if untrained else "")
-        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in its "
-                         f"table{advice}")
+        raise ValueError(f"--extend {base.path}: --classes must name a class that is not in its "
+                         "table; one that is in it but was never trained is trained with --init")
     if process_rank() == 0:
         left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
-        print(f"{cfg.extend}: its {len(old)} classes are kept and frozen; new: "
+        print(f"{base.path}: its {len(base.names)} classes are kept and frozen; new: "
               f"{', '.join(c.name for c in new)}{left}")
-    w = rows_beside(cfg, new, rows, cfg.extend).w
-    if cfg.text == "onehot":
-        w = free_onehot_rows(rows.w, [c.name for c in new], cfg.extend)
+    w, prompts = text_embeddings(text, new, base, **words)
     for k, c in enumerate(new):
-        if (torch.cat([rows.w, w[:k].cpu()]) == w[k].cpu()).all(1).any():
-            raise ValueError(f"--extend {cfg.extend}: the text embedding of {c.name!r} is that of "
+        if (torch.cat([base.w, w[:k]]) == w[k]).all(1).any():
+            raise ValueError(f"--extend {base.path}: the text embedding of {c.name!r} is that of "
                              "another class, too, so the two cannot be told apart; give it another "
-                             "prompt in --classes or another row in --text")
-    w = torch.cat([rows.w, w]).to(cfg.device)
-    table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
-    return Task(table, w, base, spec, trained, frozen=len(old), text=rows.origin)
+                             "prompt in --classes or another embedding in --text")
+    if prompts:
+        prompts = [*clip_text.prompts_of(base.content, base.classes), *prompts]
+    table = labels.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
+    trained = base.content.get("trained", [c.name for c in base.classes])
+    return Task(table, torch.cat([base.w, w]), prompts, base.model, base.spec,
+                frozen=len(base.names), frozen_trained=tuple(trained))
 
 
-def check_spacing(cfg: Config, task: Task) -> None:
-    """Compare the spacing of this run with that of the checkpoint of --init or --extend.
+def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
+    """Compare the spacing of this run, in mm, with that of the checkpoint that it starts from.
 
     raises ValueError  if it differs for --extend, because old classes need the spacing that they
                        were trained at
     """
-    before = task.base_spacing_mm
-    if task.base is None or before == cfg.spacing_mm:
+    if before == now:
         return
-    path = cfg.init or cfg.extend
-    if cfg.extend:
-        raise ValueError(f"{path}: was trained at {before:g} mm, now --spacing-mm is "
-                         f"{cfg.spacing_mm:g}; its old classes need --spacing-mm {before:g}")
+    text = f"{path}: was trained at {before:g} mm, now --spacing-mm is {now:g}"
+    if extended:
+        raise ValueError(f"{text}; its old classes need --spacing-mm {before:g}")
     if process_rank() == 0:
-        print(f"note: {path}: was trained at {before:g} mm, now --spacing-mm is {cfg.spacing_mm:g}")
+        print(f"note: {text}")
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -559,7 +538,7 @@ class Run:
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
     seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
-    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
+    prompts: list[str] = dataclasses.field(default_factory=list)   # of w, if CLIP encoded it
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -571,7 +550,7 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
     content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
-               "w": run.w.cpu(), "text": run.text, "classes": classes, "config": config,
+               "w": run.w.cpu(), "prompts": run.prompts, "classes": classes, "config": config,
                "trained": run.trained, "modality": run.modality,
                "optimizer": run.optimiser.state_dict(), "step": run.step, "best": run.best,
                "scans": run.scans, "seen": dataclasses.asdict(run.seen) if run.seen else None}
@@ -874,7 +853,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
               part, scans=identify_scans(scans, val), seen=seen_scans(cfg, task, scans, val),
-              text=task.text)
+              prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
@@ -921,13 +900,16 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     amp = trains_in_bf16(cfg)
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
+    task.w = task.w.to(device)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
                                skip_bad=cfg.skip_bad)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
         spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
-    check_spacing(cfg, task)
+    if task.base is not None:
+        check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
+                      extended=bool(cfg.extend))
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
         infer.join_processes(device)

@@ -103,7 +103,8 @@ def test_resume_equals_uninterrupted(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("change, what", [
-    ({"text": "nowhere.pt"}, "text embeddings"), ({"width": 9}, "multiple of 8"),
+    ({"text": "nowhere.pt"}, "nowhere.pt: not a readable file of text embeddings"),
+    ({"width": 9}, "multiple of 8"),
     ({"patch": 65}, "multiples of 16"),
     ({"backbone": "swin_unetr", "patch": 80}, "multiples of 32"),
     ({"data": ("nowhere",)}, "no such folder"),
@@ -148,8 +149,7 @@ def test_flags_come_from_the_fields_and_unknown_ones_are_refused(capsys):
 
 @needs_shared
 def test_released_text_embeddings_are_a_file():
-    cfg = train.Config(text=str(SHARED / "clip/txt_encoding.pth"))
-    w = train.text_embeddings(cfg, labels.CLASSES)
+    w, _ = train.text_embeddings(str(SHARED / "clip/txt_encoding.pth"), labels.CLASSES)
     assert w.shape == (32, 512) and w.dtype == torch.float32
     assert [round(n, 1) for n in (w.norm(dim=1).min().item(), w.norm(dim=1).max().item())] == \
         [8.1, 9.6]
@@ -366,7 +366,7 @@ def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path):
     train.train(config(tiny, tmp_path / "run", steps=1, lr=1e-3, head_lr=1e-4, weight_decay=0.0))
     after = weights(tmp_path / "run/last.pt")
     torch.manual_seed(0)
-    before = model.build_model({"backbone": "unet", "text_dim": 32, "width": 8}).state_dict()
+    before = model.build_model({"backbone": "unet", "text_dim": 512, "width": 8}).state_dict()
     for name, rate in (("controller.out.weight", 1e-4), ("controller.text.weight", 1e-4),
                        ("reduce.weight", 1e-3), ("backbone.down.0.0.conv.weight", 1e-3)):
         step = (after[name] - before[name]).abs().max().item()
@@ -440,7 +440,7 @@ def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
     kidney = str(tiny / "raw" / "Dataset902_Kidney")
     train.train(config(tiny, tmp_path / "a", data=(kidney,), steps=1))
     for names, words in ((["Femur", "Left Kidney"], "no dataset annotates Femur, so there is"),
-                         (["Liver"], "never trained on Liver: train it with --init, or give it")):
+                         (["Liver"], "in it but was never trained is trained with --init")):
         (tmp_path / "new.json").write_text(json.dumps(names))
         capsys.readouterr()
         assert labels.run(train.main, config(
