@@ -643,13 +643,13 @@ def finish_result(out_dir: Path, name: str, content: dict) -> None:
 
 def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
                   indices: list[int], made_with: dict | None = None, *, masks: bool, preview: bool,
-                  volume: data.Volume, seen: str = "unknown") -> list[dict]:
+                  volume: data.Volume, seen: str = "") -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
 
     classes    the class table; a label map's value is a class's index in it plus 1
     indices    the classes that `seg` holds, in its order
     made_with  the settings that the JSON records
-    seen       whether the model was made with this scan; see data.Seen.look_up
+    seen       whether the model was made with this scan; see data.look_up
     returns    results: value, name and volume in ml of each class
 
     Probabilities are written if `seg` holds them. The JSON is written last: a scan whose JSON
@@ -792,7 +792,7 @@ class Job:
     modality: str             # ct or mri
     amp: bool                 # compute in bf16
     settings: dict            # what a result depends on beside its scan; recorded in its JSON
-    seen: data.Seen           # the scans that the model was trained on
+    seen: dict | None         # the scans that the model was made with, see data.record_seen
 
 
 @dataclass
@@ -1159,7 +1159,7 @@ def load_job(args: argparse.Namespace) -> Job:
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
                args.modality or content.get("modality", "ct"), amp, settings,
-               data.seen_by(content))
+               content.get("seen"))
 
 
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
@@ -1168,8 +1168,8 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     volume = data.load_volume(scan)
     volume.modality = job.modality
     data.check_grey_values(volume, scan)
-    seen, seen_as = job.seen.look_up(volume.array)
-    if seen_as:
+    seen, seen_as = data.look_up(job.seen, volume.array)
+    if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,

@@ -58,7 +58,6 @@ from infer import process_count, process_rank
 from model import (
     BACKBONES,
     FORMAT,
-    OLDER_FORMATS,
     UniversalModel,
     build_model,
     check_side,
@@ -144,9 +143,17 @@ class Config:
                           "cpu")
 
 
-# Settings that a resumed run must share with the run it continues
-FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
-         "unmasked", "plain", "modality", "fold", "val_fraction", "clip_grad")
+# Settings in which a resumed run may differ from the run that it continues
+MAY_DIFFER = {
+    # the scans, the classes, their text embeddings and the model themselves are compared
+    "data", "split", "classes", "text", "prompt_template", "clip_weights", "backbone", "width",
+    # last.pt replaces the weights that training started from
+    "init", "extend", "pretrained",
+    # without influence on the weights
+    "out", "cache", "resume", "dry_run", "skip_bad", "val_every", "val_scans", "save_every",
+    # another machine may finish what one began, up to rounding
+    "device", "amp", "workers", "recompute",
+}
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -169,7 +176,7 @@ class Task:
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
     frozen_trained: tuple[str, ...] = ()       # names of those of them that it was trained on
     base_spacing_mm: float = 0.0               # at which the base model was trained
-    base_seen: dict = dataclasses.field(default_factory=dict)  # "seen" of its checkpoint, if any
+    base_seen: dict | None = None  # "seen" of the checkpoint that training starts from, if any
 
 
 @dataclass
@@ -256,15 +263,13 @@ WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the 
 
 def load_task(cfg: Config) -> Task:
     """The classes of --classes and their embeddings, and the model that training starts from."""
-    start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
-    if len(start) > 1:
-        raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
     words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
     path = cfg.init or cfg.extend
     if not path:
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        return Task(classes, *text_embeddings(cfg.text, classes, **words))
+        seen = read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
+        return Task(classes, *text_embeddings(cfg.text, classes, **words), base_seen=seen)
     base = read_base(path, needs_names=bool(cfg.extend))
     check_side((cfg.patch,) * 3, base.model.backbone)
     width = base.model.backbone.fine_channels
@@ -276,7 +281,7 @@ def load_task(cfg: Config) -> Task:
     base.names = [spelling.get(labels.name_key(name), name) for name in base.names]
     task = (extended_task if cfg.extend else initial_task)(base, classes, cfg.text, words)
     task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
-    task.base_seen = {"seen": base.content.get("seen")}
+    task.base_seen = base.content.get("seen")
     return task
 
 
@@ -494,33 +499,22 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-def identify_scans(training, validation) -> dict:
-    """What identifies the data of a run, whichever folder they lie in.
-
-    returns  {"training": number of scans, "validation": number of scans, "hash": of the voxels of
-             the scans, of what is annotated in each, and of which scans form a dataset}
-    """
-    content = []
-    for scans in (training, validation):
-        datasets: dict[str, list] = {}
-        for scan in scans:
-            annotated = np.flatnonzero(scan.case.annotated).tolist()
-            histogram = scan.meta["fingerprint"][:data.HISTOGRAM_DIGITS]    # as earlier versions
-            scan_id = [histogram, annotated]
-            datasets.setdefault(scan.case.dataset, []).append(scan_id)
-        content.append(sorted(sorted(scan_ids) for scan_ids in datasets.values()))
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-    return {"training": len(training), "validation": len(validation), "hash": digest}
+def identify_scans(training: list[data.Scan], validation: list[data.Scan]) -> str:
+    """What identifies the scans of a run, wherever they lie: how many there are, and a hash of
+    their voxels, their names and what is annotated in each."""
+    content = [sorted((scan.case.name, scan.meta["fingerprint"], scan.case.annotated.tolist())
+                      for scan in scans) for scans in (training, validation)]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return f"{len(training)} for training, {len(validation)} for validation ({digest})"
 
 
-def seen_scans(cfg: Config, task: Task, training, validation) -> data.Seen:
-    """The scans that the run's weights will have seen, also in the checkpoint it starts from."""
-    bases = []
-    if task.base is not None:
-        bases.append(task.base_seen)
-    if cfg.pretrained:
-        bases.append(read_checkpoint(cfg.pretrained))
-    return data.record_seen(training, validation, bases)
+def warn_of_seen(path: str, seen: dict | None, validation: list[data.Scan]) -> None:
+    """Name the validation scans that a checkpoint was trained on: their Dice says little."""
+    known = [scan.case.name for scan in validation
+             if seen and scan.meta["fingerprint"] in seen["training"]]
+    if known and process_rank() == 0:
+        print(f"note: {path}: was trained on {len(known)} of {len(validation)} validation scans, "
+              f"whose Dice says little: {', '.join(known)}")
 
 
 @dataclass
@@ -536,82 +530,68 @@ class Run:
     part: Tensor | None = None     # (K,) of an extended model, what its part_of(w) returns
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
-    scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
-    seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
+    scans: str = ""                # what identify_scans returns
+    seen: dict | None = None       # the scans that the weights have seen, for infer.py
     prompts: list[str] = dataclasses.field(default_factory=list)   # of w, if CLIP encoded it
 
 
-def save(path: Path, run: Run, cfg: Config) -> None:
-    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+def describe_run(run: Run, cfg: Config) -> dict:
+    """All that a checkpoint holds but the weights and the state of the optimiser."""
     classes = []
     for c in run.classes:
         entry = dataclasses.asdict(c)
         classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
-    content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
-               "w": run.w.cpu(), "prompts": run.prompts, "classes": classes, "config": config,
-               "trained": run.trained, "modality": run.modality,
-               "optimizer": run.optimiser.state_dict(), "step": run.step, "best": run.best,
-               "scans": run.scans, "seen": dataclasses.asdict(run.seen) if run.seen else None}
+    return {"format": FORMAT, "spec": run.spec, "w": run.w.cpu(), "prompts": run.prompts,
+            "classes": classes, "config": config, "trained": run.trained, "modality": run.modality,
+            "step": run.step, "best": run.best, "scans": run.scans, "seen": run.seen}
+
+
+def save(path: Path, run: Run, cfg: Config) -> None:
+    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+    content = {**describe_run(run, cfg), "model": run.network.state_dict(),
+               "optimizer": run.optimiser.state_dict()}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
 
-def check_same_run(path: Path, content: dict, run: Run, cfg: Config) -> None:
-    """raises ValueError  unless a checkpoint belongs to a run with the settings of this one."""
-    if content.get("format") not in (FORMAT, *OLDER_FORMATS):
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    names = [c["name"] for c in content["classes"]]
-    if names != [c.name for c in run.classes] or content["spec"] != run.spec:
-        raise ValueError(f"{path}: other classes or another model than asked for now "
-                         f"({content['spec']}); start a new --out instead")
-    now = {**dataclasses.asdict(cfg), "batch": cfg.batch * process_count()}
-    for key in FIXED:
-        was = content["config"].get(key, getattr(Config, key))     # older runs lack newer settings
-        if was != now[key]:
-            raise ValueError(f"{path}: was made with --{key.replace('_', '-')} {was}, now "
-                             f"{now[key]}; a resumed run must have the same (crops of all "
-                             "processes together)")
-    if not torch.equal(content["w"], run.w.cpu()):
-        raise ValueError(f"{path}: was made with other text embeddings (--text "
-                         f"{content['config']['text']}); a resumed run must have the same")
-    check_same_scans(path, content.get("scans"), run.scans)
+def identity(content: dict) -> dict:
+    """What a resumed run must share with the run that it continues, from what describe_run returns.
 
-
-def check_same_scans(path: Path, before: dict | None, now: dict) -> None:
-    """raises ValueError  if a run was made with other scans than those of now.
-
-    A checkpoint of an earlier version does not record its scans, which is reported.
+    The text embeddings are represented by a hash.
     """
-    if before is None:
-        if process_rank() == 0:
-            print(f"note: {path} was written by an earlier version, which did not record the "
-                  "scans; make sure that --data names the same ones")
-    elif before != now:
-        raise ValueError(
-            f"{path}: was made with other data ({before['training']} training and "
-            f"{before['validation']} validation scans, now {now['training']} and "
-            f"{now['validation']}; other scans, annotations or datasets); a resumed run must have "
-            "the same, start a new --out instead")
+    same = {f"--{key.replace('_', '-')}": value for key, value in content["config"].items()
+            if key not in MAY_DIFFER}
+    same["--batch x processes"] = same.pop("--batch")
+    same["classes"] = [c["name"] for c in content["classes"]]
+    same["model"] = content["spec"]
+    same["scans"] = content["scans"]
+    w = content["w"]                                                   # (K, E)
+    same["text embeddings"] = hashlib.sha256(w.numpy().tobytes()).hexdigest()[:12]
+    return same
 
 
 def resume(path: Path, run: Run, cfg: Config) -> None:
-    """Continue from a checkpoint of the same run."""
+    """Continue from a checkpoint of the same run.
+
+    raises ValueError  naming the first thing in which the two runs differ
+    """
     content = read_checkpoint(path)
     try:
-        check_same_run(path, content, run, cfg)
+        before, now = identity(content), identity(describe_run(run, cfg))
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise ValueError(f"{path}: was made with {key} {before.get(key)!s:.90}, now "
+                                 f"{value!s:.90}; a resumed run must have the same, start a new "
+                                 "--out instead")
+        run.network.load_state_dict(content["model"])
+        run.optimiser.load_state_dict(content["optimizer"])
+        run.step, run.best, run.seen = content["step"], content["best"], content["seen"]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
-    if content["format"] != FORMAT:
-        print(f"note: {path} was written by an earlier version ({content['format']}). Weights and "
-              "optimiser state fit; from here on every scan weighs the same in the loss (before: "
-              "every annotated class of a scan), and background crops are centred in the body")
-    run.network.load_state_dict(content["model"])
-    run.optimiser.load_state_dict(content["optimizer"])
-    run.step, run.best = content["step"], content["best"]
-    if content.get("seen"):                        # also if --init is not given again
-        run.seen = data.seen_by(content)
+    if process_rank() == 0:
+        print(f"{path}: continued after {run.step} steps")
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -749,38 +729,26 @@ def write_record(file, record: dict) -> None:
     file.write(json.dumps(record) + "\n")
 
 
-def read_log(path: Path) -> tuple[list[dict], list[int]]:
-    """-> (the records of a log, the numbers of its lines that are blank or damaged, from 1 on).
-
-    A crash of the machine or a full disk may leave such lines. A last line without an end is what
-    a kill leaves: it is passed over without being counted.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    records, damaged = [], []
-    for number, line in enumerate(lines, 1):
+def read_log(path: Path) -> list[dict]:
+    """The records of a log, without lines that a crash of the machine or a full disk damaged."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            readable = isinstance(record["step"], int)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            readable = False
-        if readable:
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
-        else:
-            damaged.append(number)
-    return records, damaged
+    return records
 
 
 def start_log(path: Path, step: int) -> None:
-    """Cut the log back to the steps before `step`; unfinished and damaged lines go, too."""
-    records, damaged = read_log(path)
-    if damaged:
-        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        print(f"note: {path}: {len(damaged)} blank or damaged lines were dropped (lines {numbers})")
+    """Cut the log back to the steps before `step`."""
+    records = [record for record in read_log(path) if record["step"] < step]
     with data.atomic_write(path) as part:
         with open(part, "w", encoding="utf-8") as file:
             for record in records:
-                if record["step"] < step:
-                    write_record(file, record)
+                write_record(file, record)
 
 
 def draw_curve(log: Path, png: Path) -> None:
@@ -789,7 +757,7 @@ def draw_curve(log: Path, png: Path) -> None:
         fig = data.new_figure(8, 4, layout="constrained")
     except ValueError:
         return
-    records, _ = read_log(log)
+    records = read_log(log)
     steps = [r for r in records if "bce" in r and "dice" in r]
     validations = [r for r in records if "val" in r]
     ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
@@ -822,6 +790,9 @@ def check_settings(cfg: Config) -> None:
     """
     if not cfg.dry_run:
         check_output(cfg)
+    start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
+    if len(start) > 1:
+        raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
     if cfg.clip_weights and cfg.text != "clip":
         raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
                          f"--text {cfg.text}")
@@ -852,8 +823,8 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, task, scans, val),
-              prompts=task.prompts)
+              part, scans=identify_scans(scans, val),
+              seen=data.record_seen(scans, val, task.base_seen), prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
@@ -919,6 +890,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
     if first:
         describe(scans, val, task.classes, missing)
+    warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
     check_missing(task, missing)
     if cfg.dry_run:
         return {}

@@ -7,7 +7,6 @@ import torch
 from test_model import small_released
 from test_train import config, same, weights
 
-import data
 import labels
 import model
 import train
@@ -166,19 +165,21 @@ def test_a_class_in_another_spelling_is_the_same_class(base, tiny, tmp_path, cap
         train.load_task(cfg)
 
 
-def test_a_resumed_run_remembers_the_scans_of_its_init(base, tiny, tmp_path):
-    """Also if --init is left out, which is possible where the class table is the same."""
-    how = {"classes": KIDNEYS + [{"name": "Liver"}], "val_fraction": 0.0}
-    train.train(liver_run(tiny, tmp_path / "run", init=str(base), **how))
-    before = model.read_checkpoint(tmp_path / "run/last.pt")
-    assert len(before["seen"]["training"]) > before["scans"]["training"]
-    run = train.Run(model.build_model(before["spec"]), None, (), None, {}, [], "ct",
-                    seen=data.Seen({}, {}))
-    run.optimiser = train.make_optimiser(run.network, train.Config(data=()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "check_same_run", lambda *_: None)
-        train.resume(tmp_path / "run/last.pt", run, train.Config(data=()))
-    assert run.seen.training == before["seen"]["training"]
+def test_a_run_records_the_scans_of_its_base_and_warns_of_them(base, tiny, tmp_path, capsys):
+    """Both kidney scans were trained on; now one of them is a validation scan. A resumed run
+    remembers this, also if --init is left out: the classes and their axes are the same."""
+    how = {"classes": KIDNEYS, "val_fraction": 0.5, "val_scans": 1}
+    cfg = liver_run(tiny, tmp_path / "run", init=str(base), **how)
+    cfg.data = (str(tiny / "raw/Dataset902_Kidney"),)
+    train.train(cfg)
+    seen = model.read_checkpoint(tmp_path / "run/last.pt")["seen"]
+    assert len(seen["training"]) == 2 and len(seen["validation"]) == 1
+    name, = seen["validation"].values()
+    assert (f"note: {base}: was trained on 1 of 1 validation scans, whose Dice says little: {name}"
+            in capsys.readouterr().out)
+    cfg.init, cfg.resume = "", True
+    train.train(cfg)
+    assert model.read_checkpoint(tmp_path / "run/last.pt")["seen"] == seen
 
 
 @pytest.mark.slow
