@@ -607,6 +607,19 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
     return counted & new
 
 
+def step_targets(batch: dict, asked: Tensor, device) -> tuple[Tensor, Tensor | None]:
+    """-> (y, known), each (B, k, D, H, W) bool: the labels of the classes `asked` (k,), and where
+    the label says something about them. `known` is None if that is everywhere, as in most batches.
+    """
+    label_rows = batch["label_rows"].to(device, non_blocking=True)
+    regions = batch["regions"].to(device, non_blocking=True)
+    y = data.targets(label_rows, regions, asked)
+    if batch["known"][:, :, asked].all():                              # still on the CPU
+        return y, None
+    known = batch["known"].to(device, non_blocking=True)
+    return y, data.targets(label_rows, known, asked)
+
+
 def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
               amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The masked step of the paper (Sec. 3.3) -> (loss, its cross-entropy, its Dice loss).
@@ -624,16 +637,14 @@ def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
     asked = torch.nonzero(annotated.any(0))[:, 0]                      # (k,)
     if len(asked) == 0:
         asked = torch.tensor([len(w) - 1])         # a zero gradient, for which DDP would wait
-    x, label_rows, regions = (batch[name].to(w.device, non_blocking=True)
-                              for name in ("image", "label_rows", "regions"))
+    annotated = annotated[:, asked]                                    # (B, k)
+    x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
     of_extended = () if part is None else (part[asked],)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
         logits = net(x, w[asked], *of_extended)                        # (B, k, D, H, W)
-    y, known = data.targets(label_rows, regions, asked), None          # (B, k, D, H, W) bool
-    if not batch["known"][:, :, asked].all():                          # rare, and asked on the CPU
-        known = data.targets(label_rows, batch["known"].to(w.device, non_blocking=True), asked)
-    bce = losses.masked_bce(logits, y, annotated[:, asked], known)
-    dice = losses.masked_dice(logits, y, annotated[:, asked], known)
+    y, known = step_targets(batch, asked, w.device)                    # (B, k, D, H, W)
+    bce = losses.masked_bce(logits, y, annotated, known)
+    dice = losses.masked_dice(logits, y, annotated, known)
     return bce + dice, bce, dice
 
 
@@ -774,22 +785,19 @@ def draw_curve(log: Path, png: Path) -> None:
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def check_output(cfg: Config) -> None:
-    """raises ValueError  if OUT holds a run that is not to be resumed, or a file that is read"""
+def check_settings(cfg: Config) -> None:
+    """raises ValueError  if OUT holds a run that is not to be resumed or a file that is read (a dry
+    run writes nothing there), or flags do not go together
+    """
     out = Path(cfg.out)
     given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained,
              *cfg.split)
-    data.refuse_overwriting_inputs(filter(None, given), [out / name for name in OUTPUTS], "--out")
-    if (out / "last.pt").exists() and not cfg.resume:
-        raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another --out")
-
-
-def check_settings(cfg: Config) -> None:
-    """raises ValueError  if OUT cannot be used (a dry run writes nothing there), or a flag is of no
-    use
-    """
     if not cfg.dry_run:
-        check_output(cfg)
+        outputs = [out / name for name in OUTPUTS]
+        data.refuse_overwriting_inputs(filter(None, given), outputs, "--out")
+        if (out / "last.pt").exists() and not cfg.resume:
+            raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another "
+                             "--out")
     start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
     if len(start) > 1:
         raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
@@ -807,14 +815,6 @@ def trains_in_bf16(cfg: Config) -> bool:
         raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
                          "PyTorch computes in emulated bf16 are wrong; train without --amp")
     return infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
-
-
-def check_missing(task: Task, missing: list[str]) -> None:
-    """raises ValueError  if no training scan annotates a class to be trained; missing: see describe
-    """
-    if len(missing) == len(task.classes) - task.frozen:
-        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
-                         "nothing to learn; see above how the names of each dataset.json were read")
 
 
 def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
@@ -853,19 +853,34 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
                          "last.pt holds the state before")
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
+    if cfg.clip_grad:
+        nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
     run.optimiser.step()
     return dict(zip(("loss", "bce", "dice"), numbers, strict=False)), numbers[3] > 0
 
 
-def train(cfg: Config) -> dict[str, dict[str, float]]:
-    """One run -> the last validation's Dice per dataset and class."""
+@dataclass
+class Prepared:
+    """All that the loop of a run needs."""
+    cfg: Config                # with the device and the spacing that were found
+    run: Run
+    training: list[data.Scan]
+    validation: list[data.Scan]
+    covered: Tensor            # (K,) bool, see counted_classes
+    frozen: int                # how many classes, the first ones, are left as they are
+    amp: bool                  # compute in bf16
+
+
+def prepare(cfg: Config) -> Prepared | None:
+    """Everything before the first step; None after a dry run.
+
+    Downloads and preprocessing come before the processes of torchrun meet, because they may take
+    any time.
+    """
     torch.manual_seed(cfg.seed)
     check_settings(cfg)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
-    out = Path(cfg.out)
-    last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = trains_in_bf16(cfg)
@@ -888,36 +903,46 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
-    if first:
+    if process_rank() == 0:
         describe(scans, val, task.classes, missing)
     warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
-    check_missing(task, missing)
+    if len(missing) == len(task.classes) - task.frozen:
+        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
+                         "nothing to learn; see above how the names of each dataset.json were read")
     if cfg.dry_run:
-        return {}
+        return None
     run = start_run(cfg, task, scans, val, trained)
-    net = run.network
+    return Prepared(cfg, run, scans, val, covered, task.frozen, amp)
+
+
+def train(cfg: Config) -> dict[str, dict[str, float]]:
+    """One run -> the last validation's Dice per dataset and class."""
+    ready = prepare(cfg)
+    if ready is None:
+        return {}
+    cfg, run, net, first = ready.cfg, ready.run, ready.run.network, process_rank() == 0
+    last, log = Path(cfg.out) / "last.pt", Path(cfg.out) / "log.jsonl"
     if process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
     scores: dict[str, dict[str, float]] = {}
-    file_name = log if first else os.devnull
-    with open(file_name, "a", encoding="utf-8") as file, Stop() as stop, tqdm(
+    with open(log if first else os.devnull, "a", encoding="utf-8") as file, Stop() as stop, tqdm(
             total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first) as bar:
-        for batch in load_crops(cfg, scans, run.step):
+        for batch in load_crops(cfg, ready.training, run.step):
             start, rate = time.perf_counter(), lr_at(run.step, cfg)
             for group in run.optimiser.param_groups:
-                group["lr"] = rate * group.get("scale", 1.0)
-            batch["annotated"] = counted_classes(batch["annotated"], covered, unmasked=cfg.unmasked,
-                                                 frozen=task.frozen)
-            numbers, leave = update(run, net, batch, cfg, amp, stop)
-            write_record(file, {"step": run.step, **numbers, "lr": rate,
-                                "seconds": round(time.perf_counter() - start, 3)})
+                group["lr"] = rate * group["scale"]
+            batch["annotated"] = counted_classes(batch["annotated"], ready.covered,
+                                                 unmasked=cfg.unmasked, frozen=ready.frozen)
+            numbers, leave = update(run, net, batch, cfg, ready.amp, stop)
+            seconds = round(time.perf_counter() - start, 3)
+            write_record(file, {"step": run.step, **numbers, "lr": rate, "seconds": seconds})
             run.step += 1
             bar.update()
             bar.set_postfix({"bce loss": f"{numbers['bce']:.3f}",
                              "dice loss": f"{numbers['dice']:.3f}"}, refresh=False)
             done = run.step == cfg.steps
-            if val and (run.step % cfg.val_every == 0 or done):
-                scores = validate_and_keep_best(run, val, cfg, amp, file, bar)
+            if ready.validation and (run.step % cfg.val_every == 0 or done):
+                scores = validate_and_keep_best(run, ready.validation, cfg, ready.amp, file, bar)
             if first and (run.step % cfg.save_every == 0 or done or leave):
                 file.flush()
                 save(last, run, cfg)
@@ -925,8 +950,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 raise KeyboardInterrupt
     infer.leave_processes()
     if first:
-        draw_curve(log, out / "curve.png")
-        best = f", best validation Dice {run.best:.3f}" if val else ""
+        draw_curve(log, Path(cfg.out) / "curve.png")
+        best = f", best validation Dice {run.best:.3f}" if ready.validation else ""
         print(f"done: {run.step} steps, {last}{best}")
     return scores
 

@@ -446,6 +446,17 @@ def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
             assert "new: Femur; in it already and left as they are: Left Kidney\n" in printed.out
 
 
+def test_clip_grad_0_does_not_clip(tiny, tmp_path):
+    """A limit far above every gradient's norm is none, either."""
+    for limit in (0.0, 1e9, 1e-9):
+        train.train(config(tiny, tmp_path / str(limit), steps=1, clip_grad=limit))
+    state = {limit: torch.load(tmp_path / str(limit) / "last.pt", weights_only=True)["optimizer"]
+             for limit in (0.0, 1e9, 1e-9)}
+    norm = {limit: max(p["exp_avg"].norm().item() for p in own["state"].values())
+            for limit, own in state.items()}
+    assert norm[0.0] == norm[1e9] > 1e-3 > norm[1e-9]
+
+
 # ---- one step alone ------------------------------------------------------------------------------
 def batch_of(annotated, seed=0):
     """Two crops of 32^3 of three classes; label rows 0 ... 3, of which row v belongs to class v - 1
