@@ -1,8 +1,8 @@
 """CLIP's text encoder (Radford et al., 2021): tokenizer, transformer, weights, prompts -> w.
 
-    python clip_text.py --out rows.pt                              the 32 classes of the paper
+    python clip_text.py --out text.pt                              the 32 classes of the paper
     python clip_text.py --classes liver "liver tumor" --template "A CT of a {}" --similarity
-    python clip_text.py --rows txt_encoding.pth --similarity       existing text embeddings
+    python clip_text.py --text txt_encoding.pth --similarity       existing text embeddings
 
 This file imports nothing else of ours; only the command at its end uses labels.py, and its picture
 data.py. The text embeddings w_k are not normalised to unit length, because the controller of the
@@ -639,185 +639,108 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     return torch.stack([embeddings[prompt] for prompt in prompts])
 
 
-# ---- the origin of text embeddings ---------------------------------------------------------------
-# What a checkpoint and a file of text embeddings record about them, as plain strings, is one of
-#   {"kind": "onehot"}
-#   {"kind": "clip", "weights": weights_id, "template": the text with {} for the class name, or ""
-#                                            where each class has a prompt of its own}
-#   {"kind": "file", "name": "rows.pt", "sha256": "..."}     a file that records no origin
+# ---- other text for a trained network ------------------------------------------------------------
 MIN_COSINE = 0.5            # of two text embeddings of one class in one space. In that of ViT-B/32
                             # even different classes have more, in different spaces it is near 0
 MAX_NORM_RATIO = 1.5        # of the norms of two such embeddings; the released ones differ by 1.2
+ROUNDING = 0.01             # relative difference of two embeddings of one prompt; the released ones
+                            # were computed in float16
 
 
-class Rows(NamedTuple):
-    """The text embeddings of classes, and where they come from."""
-    names: list[str]       # of the K classes
-    w: Tensor              # (K, E)
-    origin: dict           # one of the above; {}: not known
+def check_text(path: str | Path, trained_names: list[str], trained_w: Tensor, names: list[str],
+               w: Tensor) -> str:
+    """Check that text embeddings are of the space of those that a network was trained with, by
+    comparing the two embeddings of every class in both.
 
-
-def clip_origin(template: str, weights: str | Path | None = None) -> dict:
-    return {"kind": "clip", "weights": weights_id(weights), "template": template}
-
-
-def origin_of_checkpoint(content: dict) -> dict:
-    """The origin of the text embeddings of a checkpoint.
-
-    content  the rest that model.load_checkpoint returns; {}, that of a released file: ViT-B/32
+    path                      the checkpoint of the network, for messages
+    trained_names, trained_w  the names of its classes and their text embeddings
+    names, w                  the other text embeddings
+    returns  one line for the user if they differ, or if no class is in both; "" otherwise
+    raises   ValueError  if the widths differ, or two embeddings of a class have a cosine below
+             MIN_COSINE or norms in a ratio beyond MAX_NORM_RATIO
     """
-    if not content:
-        return clip_origin(TEMPLATE)
-    if "text" in content:
-        return content["text"] if _is_origin(content["text"]) else {}
-    config = content.get("config", {})             # written before checkpoints recorded the origin
-    text = config.get("text", "")
-    if text == "onehot":
-        return {"kind": "onehot"}
-    if text == "clip":
-        origin = clip_origin(config.get("prompt_template", TEMPLATE))
-        if config.get("clip_weights"):
-            del origin["weights"]                  # some others than ViT-B/32
-        return origin
-    return {"kind": "file", "name": Path(text).name} if text else {}
-
-
-def _is_origin(origin) -> bool:
-    """Whether something read from a file has the form of an origin."""
-    return isinstance(origin, dict) and (origin.get("kind") != "file" or "name" in origin)
-
-
-def is_onehot(rows: Rows) -> bool:
-    """Whether each text embedding has one number that is not 0, whatever file it comes from."""
-    if rows.origin.get("kind") == "onehot":
-        return True
-    return len(rows.w) > 0 and bool(((rows.w != 0).sum(1) == 1).all())
-
-
-def describe_origin(rows: Rows) -> str:
-    """In a few words, for notes and error messages."""
-    origin = rows.origin
-    if is_onehot(rows):
-        return "one-hot vectors"
-    if origin.get("kind") == "clip":
-        weights = f"weights {origin['weights']}" if "weights" in origin else "unknown weights"
-        template = f", template {origin['template']!r}" if origin.get("template") else ""
-        return f"CLIP embeddings ({weights}{template})"
-    if origin.get("kind") == "file":
-        return f"the text embeddings of {origin['name']}"
-    return "text embeddings of unknown origin"
-
-
-def check_origin(path: str | Path, trained: Rows, given: Rows, advice: str) -> str:
-    """Whether the network of a checkpoint can be given other text embeddings than its own.
-
-    trained  the text embeddings that the network was trained with
-    given    others. Where both have a class of the same name, its two embeddings are compared
-    advice   what the user can do, for the error message
-    returns  one line for the user, where the two differ; "" where they do not
-    raises   ValueError  if they cannot be of one space: one-hot and not one-hot, CLIP embeddings of
-             different weights, or of a class in both, embeddings of low cosine or different norm
-    """
-    before, now = describe_origin(trained), describe_origin(given)
-    both = f"{path}: was trained with {before}, now there are {now}"
-    if is_onehot(trained) != is_onehot(given):
-        raise ValueError(f"{both}, which mean nothing to it; {advice}")
-    if trained.w.shape[1] != given.w.shape[1]:
-        raise ValueError(f"{both}, of width {given.w.shape[1]} instead of {trained.w.shape[1]}; "
-                         f"{advice}")
-    weights = [rows.origin.get("weights") for rows in (trained, given)]
-    if None not in weights and weights[0] != weights[1]:
-        raise ValueError(f"{both}: embeddings of other weights mean nothing to it; {advice}")
-
-    shared = [name for name in given.names if name in trained.names]
+    if w.shape[1] != trained_w.shape[1]:
+        raise ValueError(f"{path}: was trained with text embeddings of width {trained_w.shape[1]}, "
+                         f"now they have width {w.shape[1]}; give it text of the kind that it was "
+                         "trained with")
+    shared = [name for name in names if name in trained_names]
     if not shared:
-        if None not in weights or is_onehot(trained):
-            return ""
-        return f"note: {both}; no class has both, so they cannot be compared"
-    return _compare_classes(both, trained, given, shared, advice)
-
-
-def _compare_classes(both: str, trained: Rows, given: Rows, shared: list[str], advice: str) -> str:
-    """The last step of check_origin: compare the two embeddings of every class that has both.
-
-    both    the beginning of the line for the user, which names the checkpoint and the two origins
-    shared  names of the classes that have both
-    """
-    old = torch.stack([trained.w[trained.names.index(name)] for name in shared]).double().cpu()
-    new = torch.stack([given.w[given.names.index(name)] for name in shared]).double().cpu()
-    if torch.equal(old, new):
-        return ""
+        return (f"note: {path}: no class has both a text embedding of training and another one, so "
+                "the two cannot be compared")
+    old = torch.stack([trained_w[trained_names.index(name)] for name in shared]).double().cpu()
+    new = torch.stack([w[names.index(name)] for name in shared]).double().cpu()
     cosines = nn.functional.cosine_similarity(old, new)                # (shared,)
     ratios = new.norm(dim=1) / old.norm(dim=1)
     for name, value, ratio in zip(shared, cosines.tolist(), ratios.tolist(), strict=True):
-        if value < MIN_COSINE or not 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO:
-            raise ValueError(f"{both}: those of {name!r} have cosine {value:.2f} and norms in "
-                             f"the ratio {ratio:.2f}, so they mean something else to it; {advice}")
-    changed = int((old != new).any(1).sum())
+        if not (value >= MIN_COSINE and 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO):
+            raise ValueError(f"{path}: the text embedding of {name!r} has a cosine of {value:.2f} "
+                             f"to that of training, and {ratio:.2f} times its norm, so it means "
+                             "something else to the network; give it text of the kind that it was "
+                             "trained with")
+    if ((new - old).norm(dim=1) <= ROUNDING * old.norm(dim=1)).all():
+        return ""
     lowest = int(cosines.argmin())
-    return (f"note: {both}; {changed} of {len(shared)} classes have another one than in training, "
-            f"{shared[lowest]!r} the most different (cosine {cosines[lowest]:.2f})")
+    return (f"note: {path}: other text embeddings than in training; that of {shared[lowest]!r} "
+            f"differs most (cosine {cosines[lowest]:.2f})")
+
+
+def prompts_of(content: dict, classes) -> list[str]:
+    """The prompts of a checkpoint's text embeddings. Where none are recorded, as in a released
+    file, they are taken to be those of TEMPLATE, which `encode_for` finds out if it is wrong.
+
+    content, classes  of the checkpoint, as model.load_checkpoint returns it, and its class table
+    """
+    return content.get("prompts") or [c.sentence(TEMPLATE) for c in classes]
+
+
+def encode_for(path: str | Path, trained_names: list[str], trained_w: Tensor,
+               trained_prompts: list[str], names: list[str], prompts: list[str], *,
+               weights: str | Path | None = None) -> tuple[Tensor, str]:
+    """Encode prompts for a network that was trained with others -> (w (K, E), note).
+
+    The first of the prompts of training is encoded with them and compared, too, so `check_text`
+    also finds other CLIP weights where no class is in both.
+
+    names, prompts  of the K classes; see check_text for the rest, the note and the errors
+    """
+    first = trained_prompts[:1]
+    w = encode_classes([*prompts, *first], "{}", weights=weights)
+    note = check_text(path, trained_names, trained_w, [*names, *trained_names[:len(first)]], w)
+    return w[:len(prompts)], note
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
-def save_rows(rows: Rows, path: str | Path) -> None:
-    content = {"w": rows.w.clone(), "names": list(rows.names), "text": rows.origin}
-    _save(content, Path(path))
+def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
+    """Write the text embeddings w (K, E) of the classes with these names; see read_text."""
+    import data
+    with data.atomic_write(path) as part:
+        torch.save({"names": list(names), "w": w.clone()}, part)
 
 
-def read_rows(path: str | Path, names: list[str]) -> Rows:
-    """The text embeddings of classes from a file: that of --out, or one with a single tensor (K, E)
-    in the order of the names, such as the released txt_encoding.pth.
+def read_text(path: str | Path, names: list[str]) -> Tensor:
+    """The text embeddings (K, E) of classes, from a file of `save_text`, or from one with a single
+    tensor (K, E) in the order of the names, such as the released txt_encoding.pth.
 
-    raises  FileNotFoundError, ValueError  in one line with the path, and which class is missing
+    raises ValueError  in one line with the path, and which class is missing
     """
-    content = _load_rows(path)
-    if isinstance(content, Tensor):
-        if len(content) != len(names):
-            raise ValueError(f"{path}: {len(content)} text embeddings for {len(names)} classes")
-        digest = sha256(path)
-        return Rows(names, content.float(), {"kind": "file", "name": Path(path).name,
-                                             "sha256": digest})
-    missing = [name for name in names if name not in content["names"]]
-    if missing:
-        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of "
-                         f"{content['names']}")
-    w = content["w"][[content["names"].index(name) for name in names]]
-    return Rows(names, w.float(), content["text"])
-
-
-def read_embeddings(path: str | Path) -> Tensor:
-    """All text embeddings (K, E) of a file, in its order (see read_rows)."""
-    content = _load_rows(path)
-    return (content if isinstance(content, Tensor) else content["w"]).float()
-
-
-def _load_rows(path: str | Path) -> Tensor | dict:
-    """The content of a file of text embeddings: a tensor, or the dict of save_rows."""
-    if Path(path).suffix == ".json":
-        raise ValueError(f"{path}: a JSON file of prompts is for infer.py --text; encode prompts "
-                         "with clip_text.py --out")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file of text embeddings") from None
-    except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e})") from None
-    except Exception as e:
+    except Exception as e:                       # torch raises all kinds on a damaged file
         raise ValueError(f"{path}: not a readable file of text embeddings: "
                          f"{_one_line(e)}") from None
-    w, names = content, None
-    if isinstance(content, dict) and content.keys() >= {"w", "names", "text"}:
-        w, names = content["w"], content["names"]
-    if not isinstance(w, Tensor) or w.ndim != 2 or not w.is_floating_point():
-        raise ValueError(f"{path}: expected one tensor of text embeddings (K, E), got a "
-                         f"{type(w).__name__} {tuple(getattr(w, 'shape', ()))}")
-    if names is not None:
-        is_whole = isinstance(names, list) and _is_origin(content["text"])
-        if not is_whole or len(names) != len(w):
-            raise ValueError(f"{path}: not a whole file of text embeddings: {len(w)} of them, the "
-                             f"names {names!r:.80}, the origin {content['text']!r:.80}")
-    return content
+    if isinstance(content, Tensor):
+        content = {"names": names, "w": content}
+    if not isinstance(content, dict) or not content.keys() >= {"names", "w"}:
+        raise ValueError(f"{path}: expected the text embeddings that clip_text.py --out writes, or "
+                         f"one tensor (K, E), got {type(content).__name__}")
+    known, w = content["names"], content["w"]
+    if w.ndim != 2 or len(w) != len(known):
+        raise ValueError(f"{path}: expected {len(known)} text embeddings ({len(known)}, E), got "
+                         f"{tuple(w.shape)}")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of {known}")
+    return w[[known.index(name) for name in names]].float()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -883,7 +806,6 @@ def _report_similarity(classes, w: Tensor, png: str) -> None:
 
 def main(argv=None) -> int:
     import data
-    import labels
     ap = argparse.ArgumentParser(
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
@@ -895,34 +817,31 @@ def main(argv=None) -> int:
     ap.add_argument("--clip-weights", metavar="FILE",
                     help="a CLIP weights file of a model with QuickGELU (default: OpenAI's "
                     "ViT-B/32, downloaded on first use)")
-    ap.add_argument("--rows", metavar="FILE",
+    ap.add_argument("--text", metavar="FILE",
                     help="read the text embeddings from this file instead of encoding prompts")
     ap.add_argument("--out", metavar="FILE",
-                    help="write the text embeddings (K, E), the names of their classes and their "
-                    "origin to this file")
+                    help="write the text embeddings (K, E) and the names of their classes to this "
+                    "file")
     ap.add_argument("--similarity", action="store_true",
                     help="print the cosine similarities and draw them to similarity.png")
     args = ap.parse_args(argv)
-    inputs = [file for file in (args.rows, args.clip_weights, *args.classes) if file]
+    inputs = [file for file in (args.text, args.clip_weights, *args.classes) if file]
     outputs = [args.out] if args.out else []
     if args.similarity:
         outputs.append("similarity.png")
     data.refuse_overwriting_inputs(inputs, outputs, "--out")
     classes = _classes_of(args.classes)
     names = [c.name for c in classes]
-    if args.rows:
-        rows = read_rows(args.rows, names)
+    if args.text:
+        w = read_text(args.text, names)
     else:
         prompts = [c.sentence(args.template) for c in classes]
         w = encode_classes(prompts, "{}", weights=args.clip_weights)
-        template = labels.TEMPLATES.get(args.template, args.template)
-        rows = Rows(names, w, clip_origin(template, args.clip_weights))
-    w = rows.w
     norms = w.norm(dim=1)
     print(f"{len(w)} text embeddings of width {w.shape[1]}, norms {norms.min():.2f} to "
           f"{norms.max():.2f}")
     if args.out:
-        save_rows(rows, args.out)
+        save_text(args.out, names, w)
     if args.similarity:
         _report_similarity(classes, w, "similarity.png")
     return 0

@@ -1166,62 +1166,29 @@ def _projections(planes: np.ndarray, scale: float) -> list[list[int]]:
     return sorted(min(forward, forward[::-1]) for forward in lists)
 
 
-@dataclass
-class Seen:
-    """The scans that a model's weights were made with.
+def record_seen(training: list[Scan], validation: list[Scan], base: dict | None = None) -> dict:
+    """The scans that a model's weights were made with, for its checkpoint.
 
-    complete  False where a checkpoint that the weights come from does not record its scans
+    base     what this function returned for the checkpoint that the run started from, if any
+    returns  {"training": {fingerprint: name}, "validation": {fingerprint: name}}
     """
-    training: dict[str, str]         # {fingerprint: name}
-    validation: dict[str, str]
-    complete: bool = True
-
-    def look_up(self, array: np.ndarray) -> tuple[str, str]:
-        """Whether a scan with these voxels is one of them.
-
-        returns  (where, name): "training" or "validation" with the scan's name there, or "no" or
-                 "unknown" with ""
-        """
-        if self.training or self.validation:
-            scan_id = fingerprint(array)
-            if scan_id in self.training:
-                return "training", self.training[scan_id]
-            if scan_id in self.validation:
-                return "validation", self.validation[scan_id]
-        return ("no" if self.complete else "unknown"), ""
+    base = base or {"training": {}, "validation": {}}
+    return {part: base[part] | {scan.meta["fingerprint"]: scan.case.name for scan in scans}
+            for part, scans in (("training", training), ("validation", validation))}
 
 
-def record_seen(training: list[Scan], validation: list[Scan], bases=()) -> Seen:
-    """The scans of a run and of the checkpoints that it started from.
+def look_up(seen: dict | None, array: np.ndarray) -> tuple[str, str]:
+    """Whether a scan with these voxels is among those that a checkpoint records.
 
-    bases  the content of each of these checkpoints
+    seen     what record_seen returned; None if the checkpoint records nothing
+    returns  ("training" or "validation", the scan's name there); ("", "") if it is not among them
     """
-    seen = Seen(*({scan.meta["fingerprint"]: scan.case.name for scan in scans}
-                  for scans in (training, validation)))
-    for base in map(seen_by, bases):
-        seen.training = base.training | seen.training
-        seen.validation = base.validation | seen.validation
-        seen.complete &= base.complete
-    return seen
-
-
-def seen_by(content: dict) -> Seen:
-    """The scans that a checkpoint records; none, incomplete, if it records none as train.py does.
-
-    content  of the checkpoint; a released one and one of an earlier version have no record
-    """
-    record = content.get("seen")
-    if isinstance(record, dict) and record.keys() == {f.name for f in dataclasses.fields(Seen)}:
-        lists = record["training"], record["validation"]
-        if all(_are_strings(of_part) for of_part in lists):
-            return Seen(*lists, complete=record["complete"] is True)
-    return Seen({}, {}, complete=False)
-
-
-def _are_strings(names) -> bool:
-    """Whether something is a dict of strings."""
-    return isinstance(names, dict) and all(
-        isinstance(part, str) for pair in names.items() for part in pair)
+    if seen:
+        scan_id = fingerprint(array)
+        for part in ("training", "validation"):
+            if scan_id in seen[part]:
+                return part, seen[part][scan_id]
+    return "", ""
 
 
 def _sample_voxels(case: Case, label_rows: np.ndarray, seed: int):

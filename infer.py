@@ -643,13 +643,13 @@ def finish_result(out_dir: Path, name: str, content: dict) -> None:
 
 def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
                   indices: list[int], made_with: dict | None = None, *, masks: bool, preview: bool,
-                  volume: data.Volume, seen: str = "unknown") -> list[dict]:
+                  volume: data.Volume, seen: str = "") -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
 
     classes    the class table; a label map's value is a class's index in it plus 1
     indices    the classes that `seg` holds, in its order
     made_with  the settings that the JSON records
-    seen       whether the model was made with this scan; see data.Seen.look_up
+    seen       whether the model was made with this scan; see data.look_up
     returns    results: value, name and volume in ml of each class
 
     Probabilities are written if `seg` holds them. The JSON is written last: a scan whose JSON
@@ -792,7 +792,7 @@ class Job:
     modality: str             # ct or mri
     amp: bool                 # compute in bf16
     settings: dict            # what a result depends on beside its scan; recorded in its JSON
-    seen: data.Seen           # the scans that the model was trained on
+    seen: dict | None         # the scans that the model was made with, see data.record_seen
 
 
 @dataclass
@@ -1037,20 +1037,6 @@ def read_prompts(path: Path, classes) -> dict[str, str]:
     return prompts
 
 
-def encode_prompts(args: argparse.Namespace, prompts: dict[str, str], trained: clip_text.Rows,
-                   advice: str) -> clip_text.Rows:
-    """CLIP embeddings of prompts {name: prompt} for a network that was trained with others.
-
-    raises ValueError  with the advice, if they mean nothing to the network; before CLIP's weights
-                       are downloaded
-    """
-    origin = clip_text.clip_origin("", args.clip_weights)
-    none = clip_text.Rows([], trained.w[:0], origin)
-    clip_text.check_origin(args.checkpoint, trained, none, advice)
-    w = clip_text.encode_classes(list(prompts.values()), "{}", weights=args.clip_weights)
-    return clip_text.Rows(list(prompts), w, origin)
-
-
 def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
     """A class for each --prompt, whose name is the prompt.
 
@@ -1077,62 +1063,59 @@ def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
 CLOSE_COSINE = 0.95
 
 
-def read_text_of_prompts(args: argparse.Namespace, names: list[str],
-                         trained: clip_text.Rows) -> tuple[Tensor, dict]:
-    """The text embeddings of --prompt.
+def read_text_of_prompts(args: argparse.Namespace, names: list[str], trained_names: list[str],
+                         trained_w: Tensor, trained_prompts: list[str]) -> Tensor:
+    """The text embeddings of --prompt, w (number of prompts, E).
 
     For each prompt the trained class with the most similar text is printed, because a network
     answers reliably only to texts that are close to those of training.
 
-    trained  the classes that the network was trained on
-    returns  w (number of prompts, E), and what the JSON of a result records
-    raises   ValueError  if they mean nothing to the network
+    trained_...  of the classes that the network was trained on
+    raises       ValueError  if the embeddings mean nothing to the network
     """
-    advice = "--prompt needs a checkpoint that was trained with --text clip"
-    given = encode_prompts(args, {name: name for name in names}, trained, advice)
-    similarity = clip_text.cosine(torch.cat([given.w, trained.w]))[:len(names), len(names):]
+    w, _ = clip_text.encode_for(args.checkpoint, trained_names, trained_w, trained_prompts, names,
+                                names, weights=args.clip_weights)
+    similarity = clip_text.cosine(torch.cat([w, trained_w]))[:len(names), len(names):]
     for name, row in zip(names, similarity, strict=True):
         nearest = int(row.argmax())
-        if row[nearest] < clip_text.MIN_COSINE:
-            raise ValueError(f"{args.checkpoint}: its text embeddings have a cosine of at most "
-                             f"{row[nearest]:.2f} to that of {name!r}, so they are not of these "
-                             f"CLIP weights; {advice} and the same weights")
         if process_rank() == 0:
             doubt = "; what is found may mean nothing" if row[nearest] < CLOSE_COSINE else ""
-            print(f"prompt {name!r}: of the texts of training, that of "
-                  f"{trained.names[nearest]!r} is the most similar (cosine {row[nearest]:.3f})"
-                  f"{doubt}")
-    return given.w, {"prompts": names, "origin": given.origin}
+            print(f"prompt {name!r}: of the texts of training, that of {trained_names[nearest]!r} "
+                  f"is the most similar (cosine {row[nearest]:.3f}){doubt}")
+    return w
 
 
-def read_text(args: argparse.Namespace, classes, trained: clip_text.Rows,
+def read_text(args: argparse.Namespace, classes, trained_w: Tensor, trained_prompts: list[str],
               part: Tensor) -> tuple[Tensor, dict]:
     """The text embeddings of --text, in place of those of training for the classes that it names.
 
-    part     (K,) int: for each class the part of the model that computes it, see model.part_of
-    returns  w (K, E), and what the JSON of a result records
-    raises   ValueError  if they mean nothing to the network
+    trained_...  of all classes of the checkpoint
+    part         (K,) int: for each class the part of the model that computes it, see model.part_of
+    returns      w (K, E), and the prompts if the file holds some: {class: prompt}
+    raises       ValueError  if the embeddings mean nothing to the network
     """
-    advice = "leave out --text, or name a checkpoint that was trained with such embeddings"
-    record = {"file": file_identity(args.text)}
+    trained_names = [c.name for c in classes]
+    prompts: dict[str, str] = {}
     if args.text.suffix == ".json":
         prompts = read_prompts(args.text, classes)
-        given = encode_prompts(args, prompts, trained, advice)
-        record["prompts"] = prompts
+        names = list(prompts)
+        given, note = clip_text.encode_for(
+            args.checkpoint, trained_names, trained_w, trained_prompts, names,
+            list(prompts.values()), weights=args.clip_weights)
     else:
-        given = clip_text.read_rows(args.text, trained.names)
-    record["origin"] = given.origin
-    note = clip_text.check_origin(args.checkpoint, trained, given, advice)
+        names = trained_names
+        given = clip_text.read_text(args.text, names)
+        note = clip_text.check_text(args.checkpoint, names, trained_w, names, given)
     if note and process_rank() == 0:
         print(f"{note}; results may be far worse than with the text of training")
-    w = trained.w.clone()
-    for name, row in zip(given.names, given.w, strict=True):
-        k = trained.names.index(name)
+    w = trained_w.clone()
+    for name, row in zip(names, given, strict=True):
+        k = trained_names.index(name)
         if part[k] > 0 and not torch.equal(row, w[k]):
             raise ValueError(f"{args.text}: {name!r} was added by --extend and answers to its own "
                              "text embedding only; leave it out")
         w[k] = row
-    return w, record
+    return w, prompts
 
 
 def load_job(args: argparse.Namespace) -> Job:
@@ -1150,17 +1133,21 @@ def load_job(args: argparse.Namespace) -> Job:
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
-    rows = clip_text.Rows([c.name for c in classes], w, clip_text.origin_of_checkpoint(content))
-    text = prompts = None
+    trained_w, trained_prompts = w, clip_text.prompts_of(content, classes)
+    words = {}                             # what a result depends on beside the checkpoint's text
     if args.text:
-        w, text = read_text(args, classes, rows, model.part_of(w))
+        w, prompts = read_text(args, classes, trained_w, trained_prompts, model.part_of(w))
+        words["text"] = {"file": file_identity(args.text), "prompts": prompts}
     if args.prompt:
         new = classes_of_prompts(args.prompt, classes)
-        of_trained = [k for k, c in enumerate(classes) if c.name in trained]
-        known = clip_text.Rows([rows.names[k] for k in of_trained], rows.w[of_trained], rows.origin)
-        new_w, prompts = read_text_of_prompts(args, [c.name for c in new], known)
+        own = [k for k, c in enumerate(classes) if c.name in trained]
+        new_w = read_text_of_prompts(args, [c.name for c in new], [classes[k].name for k in own],
+                                     trained_w[own], [trained_prompts[k] for k in own])
+        words["prompts"] = [c.name for c in new]
         indices = [*indices, *range(len(classes), len(classes) + len(new))]
         classes, w = (*classes, *new), torch.cat([w, new_w])
+    if args.clip_weights:
+        words["clip_weights"] = file_identity(Path(args.clip_weights))
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
@@ -1168,15 +1155,11 @@ def load_job(args: argparse.Namespace) -> Job:
     flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain,
              args.probabilities]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
-                "flags": flags, "overlap": args.overlap}
-    if text:
-        settings["text"] = text
-    if prompts:
-        settings["prompts"] = prompts
+                "flags": flags, "overlap": args.overlap, **words}
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
                args.modality or content.get("modality", "ct"), amp, settings,
-               data.seen_by(content))
+               content.get("seen"))
 
 
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
@@ -1185,8 +1168,8 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     volume = data.load_volume(scan)
     volume.modality = job.modality
     data.check_grey_values(volume, scan)
-    seen, seen_as = job.seen.look_up(volume.array)
-    if seen_as:
+    seen, seen_as = data.look_up(job.seen, volume.array)
+    if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,

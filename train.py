@@ -69,6 +69,8 @@ from model import (
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
 ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
+ONEHOT_AXES = 512      # width of one-hot text embeddings, that of CLIP's
+ONEHOT = torch.eye(ONEHOT_AXES) * ONEHOT_NORM
 
 
 def setting(default, help_text: str):
@@ -140,9 +142,17 @@ class Config:
                           "cpu")
 
 
-# Settings that a resumed run must share with the run it continues
-FIXED = ("spacing_mm", "patch", "batch", "steps", "lr", "head_lr", "warmup", "weight_decay", "seed",
-         "unmasked", "plain", "modality", "fold", "val_fraction", "clip_grad")
+# Settings in which a resumed run may differ from the run that it continues
+MAY_DIFFER = {
+    # the scans, the classes, their text embeddings and the model themselves are compared
+    "data", "split", "classes", "text", "prompt_template", "clip_weights", "backbone", "width",
+    # last.pt replaces the weights that training started from
+    "init", "extend", "pretrained",
+    # without influence on the weights
+    "out", "cache", "resume", "dry_run", "skip_bad", "val_every", "val_scans", "save_every",
+    # another machine may finish what one began, up to rounding
+    "device", "amp", "workers", "recompute",
+}
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -153,93 +163,98 @@ def lr_at(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
 
 
-# ---- classes and their text embeddings -----------------------------------------------------------
+# ---- classes, their text embeddings, and what training starts from -------------------------------
 @dataclass
 class Task:
     """What is to be learned."""
     classes: tuple[labels.Class, ...]
-    w: Tensor                      # (K, E) text embeddings, on the device
-    base: UniversalModel | None    # the model that --init or --extend starts from
-    base_spec: dict                # what build_model needs for it
-    frozen_trained: list[str]      # names of the frozen classes that it was trained on
+    w: Tensor                                  # (K, E) text embeddings
+    prompts: list[str]                         # of w, if CLIP encoded it; otherwise none
+    base: UniversalModel | None = None         # the model that --init or --extend starts from
+    base_spec: dict = dataclasses.field(default_factory=dict)  # what build_model needs for it
     frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
-    base_spacing_mm: float = 0.0   # at which the base model was trained
-    base_seen: dict = dataclasses.field(default_factory=dict)  # "seen" of its checkpoint, if any
-    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
+    frozen_trained: tuple[str, ...] = ()       # names of those of them that it was trained on
+    base_spacing_mm: float = 0.0               # at which the base model was trained
+    base_seen: dict | None = None  # "seen" of the checkpoint that training starts from, if any
 
 
-def text_embeddings(cfg: Config, classes) -> Tensor:
-    """w (K, E): CLIP embeddings of the classes' prompts, one-hot vectors, or those of a file."""
-    if cfg.text == "onehot":
-        return torch.eye(len(classes)) * ONEHOT_NORM
-    if cfg.text == "clip":
-        prompts = [c.sentence(cfg.prompt_template) for c in classes]
-        return clip_text.encode_classes(prompts, "{}", weights=cfg.clip_weights or None)
-    return clip_text.read_rows(cfg.text, [c.name for c in classes]).w
+@dataclass
+class Base:
+    """A checkpoint that --init or --extend starts from."""
+    path: str
+    model: UniversalModel
+    spec: dict                                 # what build_model needs to make the model
+    classes: tuple[labels.Class, ...]          # () if they have no names
+    names: list[str]                           # of the n classes; "" where there are none
+    w: Tensor                                  # (n, E) text embeddings
+    content: dict                              # what else the file holds
 
 
-def text_origin(cfg: Config, classes) -> dict:
-    """Where `text_embeddings` of the classes come from, see clip_text.Rows."""
-    if cfg.text == "onehot":
-        return {"kind": "onehot"}
-    if cfg.text == "clip":
-        template = labels.TEMPLATES.get(cfg.prompt_template, cfg.prompt_template)
-        return clip_text.clip_origin(template, cfg.clip_weights or None)
-    return clip_text.read_rows(cfg.text, [c.name for c in classes]).origin
+def read_base(path: str, needs_names: bool) -> Base:
+    """Read a checkpoint of train.py or a released one.
 
-
-def rows_beside(cfg: Config, classes, trained: clip_text.Rows, path: str) -> clip_text.Rows:
-    """`text_embeddings`, with their origin, for a model that was trained with others; notes how
-    they differ.
-
-    raises ValueError  if those of --text are of another origin, with the flags that would fit
+    raises ValueError  if needs_names and the file does not say which classes it was trained on
     """
-    fitting = {"onehot": "--text onehot", "clip": "--text clip"}
-    kind = "onehot" if clip_text.is_onehot(trained) else trained.origin.get("kind")
-    advice = (f"pass {fitting.get(kind, '--text FILE with text embeddings of that origin')}, or "
-              "another checkpoint")
-    origin = text_origin(cfg, classes)
-    none = clip_text.Rows([], trained.w[:0], origin)
-    clip_text.check_origin(path, trained, none, advice)      # before anything is downloaded
-    given = clip_text.Rows([c.name for c in classes], text_embeddings(cfg, classes), origin)
-    if cfg.text != "onehot":
-        note = clip_text.check_origin(path, trained, given, advice)
-        if note and process_rank() == 0:
-            print(note)
-    return given
+    model, w, content = load_checkpoint(path)
+    name = next(name for name, kind in BACKBONES.items() if isinstance(model.backbone, kind))
+    spec = {"backbone": name, "text_dim": w.shape[1],
+            WIDTH_ARGUMENT[name]: model.backbone.fine_channels}
+    spec = content.get("spec", spec)
+    if "classes" not in content and len(w) != len(labels.CLASSES) and not needs_names:
+        return Base(path, model, spec, (), [""] * len(w), w, content)
+    classes = labels.classes_of_checkpoint(content, len(w), path)
+    return Base(path, model, spec, classes, [c.name for c in classes], w, content)
 
 
-def free_onehot_rows(old_w: Tensor, new: list[str], path: str) -> Tensor:
-    """One-hot text embeddings for new classes that are no row of old_w (n, E).
+def onehot_embeddings(names: list[str], base: Base | None = None) -> Tensor:
+    """One-hot text embeddings w (K, 512): every class has an axis of its own.
 
-    The positive ones come first; where they are used up, the negative ones follow.
+    A class of the same name as in `base` keeps its axis; any other takes the next free one.
+
+    raises ValueError  if there are more classes than axes, or base was trained with other text
     """
-    E = old_w.shape[1]
-    rows = torch.cat([torch.eye(E), -torch.eye(E)]) * ONEHOT_NORM              # (2 E, E)
-    taken = (rows[:, None] == old_w).all(2).any(1)                             # (2 E,)
-    free = rows[~taken]
-    if len(free) < len(new):
-        raise ValueError(f"{path}: has one-hot rows for {len(free)} more classes, "
-                         f"{len(new)} are new ({', '.join(new)}); use --init")
-    return free[:len(new)]
+    axis: dict[str, int] = {}
+    if base is not None:
+        taken = base.w.argmax(1)
+        if base.w.shape[1] != ONEHOT_AXES or not torch.equal(base.w, ONEHOT[taken]):
+            raise ValueError(f"{base.path}: was not trained with --text onehot; pass the --text "
+                             "that it was trained with")
+        axis = dict(zip(base.names, taken.tolist(), strict=True))
+    new = [name for name in names if name not in axis]
+    free = [i for i in range(ONEHOT_AXES) if i not in axis.values()]
+    if len(new) > len(free):
+        raise ValueError(f"--text onehot: has axes for {len(free)} new classes, not for {len(new)}")
+    axis.update(zip(new, free, strict=False))
+    return ONEHOT[[axis[name] for name in names]]
 
 
-def pad_onehot(base: UniversalModel, trained: clip_text.Rows, classes) -> Tensor:
-    """One-hot text embeddings of classes for a model that was trained with others (n, E) -> w.
+def text_embeddings(text: str, classes, base: Base | None = None, *, template: str = "V3",
+                    clip_weights: str | None = None) -> tuple[Tensor, list[str]]:
+    """-> (the text embeddings w (K, E) of classes, their prompts if CLIP encoded them).
 
-    A class of the same name keeps its embedding. Every new one has an axis of its own, which is
-    appended to all embeddings and to the model. Its weights start at 0, so a new class starts with
-    the head of an empty text: the head of any other axis may have no active unit left to learn.
+    text    clip, onehot, or a file of text embeddings
+    base    the checkpoint whose network is to be given them, if any
+    raises  ValueError  if they mean nothing to that network
     """
-    new = [c.name for c in classes if c.name not in trained.names]
-    text = base.controller.text
-    text.weight = nn.Parameter(nn.functional.pad(text.weight.detach(), (0, len(new))))
-    E, text.in_features = text.in_features, text.in_features + len(new)
-    rows = dict(zip(trained.names, nn.functional.pad(trained.w, (0, len(new))), strict=True))
-    for i, name in enumerate(new):
-        rows[name] = torch.zeros(text.in_features)
-        rows[name][E + i] = ONEHOT_NORM
-    return torch.stack([rows[c.name] for c in classes])
+    names = [c.name for c in classes]
+    if text == "onehot":
+        return onehot_embeddings(names, base), []
+    prompts, note = [], ""
+    if text == "clip":
+        prompts = [c.sentence(template) for c in classes]
+    if text == "clip" and base is None:
+        w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
+    elif text == "clip":
+        trained_prompts = clip_text.prompts_of(base.content, base.classes)
+        w, note = clip_text.encode_for(base.path, base.names, base.w, trained_prompts, names,
+                                       prompts, weights=clip_weights)
+    else:
+        w = clip_text.read_text(text, names)
+        if base is not None:
+            note = clip_text.check_text(base.path, base.names, base.w, names, w)
+    if note and process_rank() == 0:
+        print(note)
+    return w, prompts
 
 
 WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
@@ -247,124 +262,94 @@ WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the 
 
 def load_task(cfg: Config) -> Task:
     """The classes of --classes and their embeddings, and the model that training starts from."""
-    start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
-    if len(start) > 1:
-        raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
-    if not (cfg.init or cfg.extend):
+    words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
+    path = cfg.init or cfg.extend
+    if not path:
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        return Task(classes, text_embeddings(cfg, classes).to(cfg.device), None, {}, [],
-                    text=text_origin(cfg, classes))
-    path = cfg.init or cfg.extend
-    if cfg.resume and not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; a resumed run needs the file of "
-                                "--init or --extend, too")
-    base, old_w, rest = load_checkpoint(path)
-    check_side((cfg.patch,) * 3, base.backbone)
-    spec = spec_of(cfg, base, old_w, rest, path)
-    if cfg.init and "classes" not in rest and len(old_w) != len(labels.CLASSES):
-        old, old_w = (), old_w[:0]                 # embeddings of classes that have no name
-    else:
-        old = labels.classes_of_checkpoint(rest, len(old_w), path)
-    classes = labels.load_classes(cfg.classes or None, beside=old if cfg.extend else ())
+        seen = read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
+        return Task(classes, *text_embeddings(cfg.text, classes, **words), base_seen=seen)
+    base = read_base(path, needs_names=bool(cfg.extend))
+    check_side((cfg.patch,) * 3, base.model.backbone)
+    width = base.model.backbone.fine_channels
+    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
+        raise ValueError(f"{path}: its backbone is a {base.spec['backbone']} of width {width}; "
+                         "--backbone and --width cannot change it, leave them out")
+    classes = labels.load_classes(cfg.classes or None, beside=base.classes if cfg.extend else ())
     spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
-    names = [spelling.get(labels.name_key(c.name), c.name) for c in old]
-    rows = clip_text.Rows(names, old_w, clip_text.origin_of_checkpoint(rest))
-    if cfg.extend:
-        trained = rest.get("trained", [c.name for c in old])
-        task = extended_task(cfg, classes, base, spec, old, rows, trained)
-    else:
-        task = initial_task(cfg, classes, base, spec, rows)
-    task.base_spacing_mm = rest.get("config", {}).get("spacing_mm", SPACING_MM)
-    task.base_seen = {"seen": rest.get("seen")}
+    base.names = [spelling.get(labels.name_key(name), name) for name in base.names]
+    task = (extended_task if cfg.extend else initial_task)(base, classes, cfg.text, words)
+    task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
+    task.base_seen = base.content.get("seen")
     return task
 
 
-def spec_of(cfg: Config, base: UniversalModel, old_w: Tensor, rest: dict, path: str) -> dict:
-    """What build_model needs to make the model of a checkpoint.
-
-    raises ValueError  if --backbone or --width ask for another one
-    """
-    name = next(name for name, kind in BACKBONES.items() if isinstance(base.backbone, kind))
-    width = base.backbone.fine_channels
-    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, name):
-        raise ValueError(f"{path}: its backbone is a {name} of width {width}; --backbone and "
-                         "--width cannot change it, leave them out")
-    released = {"backbone": name, "text_dim": old_w.shape[1], WIDTH_ARGUMENT[name]: width}
-    return rest.get("spec", released)
-
-
-def initial_task(cfg: Config, classes, base: UniversalModel, spec: dict,
-                 rows: clip_text.Rows) -> Task:
+def initial_task(base: Base, classes, text: str, words: dict) -> Task:
     """--init: all weights of a checkpoint under a class table of one's own.
 
-    rows  the text embeddings that it was trained with
+    text, words  see text_embeddings
     """
-    left_out = sum(spec.get("extensions", []))     # each is made for its own classes
-    kept = len(rows.names) - left_out
-    rows = rows._replace(names=rows.names[:kept], w=rows.w[:kept])
-    base.extensions = nn.ModuleList()
-    given = rows_beside(cfg, classes, rows, cfg.init)
-    w = pad_onehot(base, rows, classes) if cfg.text == "onehot" else given.w
-    spec = {**spec, "text_dim": w.shape[1]}
+    left_out = sum(base.spec.get("extensions", []))     # each is made for its own classes
+    kept = len(base.names) - left_out
+    base = dataclasses.replace(base, names=base.names[:kept], w=base.w[:kept])
+    base.model.extensions = nn.ModuleList()
+    spec = dict(base.spec)
     spec.pop("extensions", None)
-    resumed = cfg.resume and (Path(cfg.out) / "last.pt").exists()      # its weights replace these
-    if process_rank() == 0 and not resumed:
-        shared = [c.name for c in classes if c.name in rows.names]
-        new = [c.name for c in classes if c.name not in rows.names]
-        print(f"{cfg.init}: all {len(base.state_dict())} tensors of a {spec['backbone']} of width "
-              f"{base.backbone.fine_channels} taken (backbone, pooling branch, controller, "
-              "reduction); optimiser and schedule start anew")
+    w, prompts = text_embeddings(text, classes, base, **words)
+    if process_rank() == 0:
+        shared = [c.name for c in classes if c.name in base.names]
+        new = [c.name for c in classes if c.name not in base.names]
+        print(f"{base.path}: all {len(base.model.state_dict())} tensors of a {spec['backbone']} of "
+              f"width {base.model.backbone.fine_channels} taken (backbone, pooling branch, "
+              "controller, reduction); optimiser and schedule start anew")
         print(f"  classes known to it: {', '.join(shared) or 'none'}; "
               f"new: {', '.join(new) or 'none'}")
         if left_out:
             print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w.to(cfg.device), base.requires_grad_(), spec, [], text=given.origin)
+    return Task(classes, w, prompts, base.model.requires_grad_(), spec)
 
 
-def extended_task(cfg: Config, classes, base: UniversalModel, spec: dict, old,
-                  rows: clip_text.Rows, trained: list[str]) -> Task:
-    """--extend: the frozen classes of a checkpoint, and after them the new ones."""
-    new = tuple(c for c in classes if c.name not in rows.names)
-    known = [c.name for c in classes if c.name in rows.names]
+def extended_task(base: Base, classes, text: str, words: dict) -> Task:
+    """--extend: the frozen classes of a checkpoint, and after them the new ones.
+
+    text, words  see text_embeddings
+    """
+    new = tuple(c for c in classes if c.name not in base.names)
+    known = [c.name for c in classes if c.name in base.names]
     if not new:
-        untrained = [name for name in known if name not in trained]
-        advice = (f"; it was never trained on {', '.join(untrained[:5])}: train it with --init, or "
-                  "give it another name in --classes" if untrained else "")
-        raise ValueError(f"--extend {cfg.extend}: --classes must name a class that is not in its "
-                         f"table{advice}")
+        raise ValueError(f"--extend {base.path}: --classes must name a class that is not in its "
+                         "table; one that is in it but was never trained is trained with --init")
     if process_rank() == 0:
         left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
-        print(f"{cfg.extend}: its {len(old)} classes are kept and frozen; new: "
+        print(f"{base.path}: its {len(base.names)} classes are kept and frozen; new: "
               f"{', '.join(c.name for c in new)}{left}")
-    w = rows_beside(cfg, new, rows, cfg.extend).w
-    if cfg.text == "onehot":
-        w = free_onehot_rows(rows.w, [c.name for c in new], cfg.extend)
+    w, prompts = text_embeddings(text, new, base, **words)
     for k, c in enumerate(new):
-        if (torch.cat([rows.w, w[:k].cpu()]) == w[k].cpu()).all(1).any():
-            raise ValueError(f"--extend {cfg.extend}: the text embedding of {c.name!r} is that of "
+        if (torch.cat([base.w, w[:k]]) == w[k]).all(1).any():
+            raise ValueError(f"--extend {base.path}: the text embedding of {c.name!r} is that of "
                              "another class, too, so the two cannot be told apart; give it another "
-                             "prompt in --classes or another row in --text")
-    w = torch.cat([rows.w, w]).to(cfg.device)
-    table = labels.make_classes([dataclasses.asdict(c) for c in (*old, *new)])
-    return Task(table, w, base, spec, trained, frozen=len(old), text=rows.origin)
+                             "prompt in --classes or another embedding in --text")
+    if prompts:
+        prompts = [*clip_text.prompts_of(base.content, base.classes), *prompts]
+    table = labels.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
+    trained = base.content.get("trained", [c.name for c in base.classes])
+    return Task(table, torch.cat([base.w, w]), prompts, base.model, base.spec,
+                frozen=len(base.names), frozen_trained=tuple(trained))
 
 
-def check_spacing(cfg: Config, task: Task) -> None:
-    """Compare the spacing of this run with that of the checkpoint of --init or --extend.
+def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
+    """Compare the spacing of this run, in mm, with that of the checkpoint that it starts from.
 
     raises ValueError  if it differs for --extend, because old classes need the spacing that they
                        were trained at
     """
-    before = task.base_spacing_mm
-    if task.base is None or before == cfg.spacing_mm:
+    if before == now:
         return
-    path = cfg.init or cfg.extend
-    if cfg.extend:
-        raise ValueError(f"{path}: was trained at {before:g} mm, now --spacing-mm is "
-                         f"{cfg.spacing_mm:g}; its old classes need --spacing-mm {before:g}")
+    text = f"{path}: was trained at {before:g} mm, now --spacing-mm is {now:g}"
+    if extended:
+        raise ValueError(f"{text}; its old classes need --spacing-mm {before:g}")
     if process_rank() == 0:
-        print(f"note: {path}: was trained at {before:g} mm, now --spacing-mm is {cfg.spacing_mm:g}")
+        print(f"note: {text}")
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -514,33 +499,22 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-def identify_scans(training, validation) -> dict:
-    """What identifies the data of a run, whichever folder they lie in.
-
-    returns  {"training": number of scans, "validation": number of scans, "hash": of the voxels of
-             the scans, of what is annotated in each, and of which scans form a dataset}
-    """
-    content = []
-    for scans in (training, validation):
-        datasets: dict[str, list] = {}
-        for scan in scans:
-            annotated = np.flatnonzero(scan.case.annotated).tolist()
-            histogram = scan.meta["fingerprint"][:data.HISTOGRAM_DIGITS]    # as earlier versions
-            scan_id = [histogram, annotated]
-            datasets.setdefault(scan.case.dataset, []).append(scan_id)
-        content.append(sorted(sorted(scan_ids) for scan_ids in datasets.values()))
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-    return {"training": len(training), "validation": len(validation), "hash": digest}
+def identify_scans(training: list[data.Scan], validation: list[data.Scan]) -> str:
+    """What identifies the scans of a run, wherever they lie: how many there are, and a hash of
+    their voxels, their names and what is annotated in each."""
+    content = [sorted((scan.case.name, scan.meta["fingerprint"], scan.case.annotated.tolist())
+                      for scan in scans) for scans in (training, validation)]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return f"{len(training)} for training, {len(validation)} for validation ({digest})"
 
 
-def seen_scans(cfg: Config, task: Task, training, validation) -> data.Seen:
-    """The scans that the run's weights will have seen, also in the checkpoint it starts from."""
-    bases = []
-    if task.base is not None:
-        bases.append(task.base_seen)
-    if cfg.pretrained:
-        bases.append(read_checkpoint(cfg.pretrained))
-    return data.record_seen(training, validation, bases)
+def warn_of_seen(path: str, seen: dict | None, validation: list[data.Scan]) -> None:
+    """Name the validation scans that a checkpoint was trained on: their Dice says little."""
+    known = [scan.case.name for scan in validation
+             if seen and scan.meta["fingerprint"] in seen["training"]]
+    if known and process_rank() == 0:
+        print(f"note: {path}: was trained on {len(known)} of {len(validation)} validation scans, "
+              f"whose Dice says little: {', '.join(known)}")
 
 
 @dataclass
@@ -556,78 +530,68 @@ class Run:
     part: Tensor | None = None     # (K,) of an extended model, what its part_of(w) returns
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
-    scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
-    seen: data.Seen | None = None  # the scans that the weights have seen, for infer.py
-    text: dict = dataclasses.field(default_factory=dict)       # origin of w, see clip_text.Rows
+    scans: str = ""                # what identify_scans returns
+    seen: dict | None = None       # the scans that the weights have seen, for infer.py
+    prompts: list[str] = dataclasses.field(default_factory=list)   # of w, if CLIP encoded it
 
 
-def save(path: Path, run: Run, cfg: Config) -> None:
-    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+def describe_run(run: Run, cfg: Config) -> dict:
+    """All that a checkpoint holds but the weights and the state of the optimiser."""
     classes = []
     for c in run.classes:
         entry = dataclasses.asdict(c)
         classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
-    content = {"format": FORMAT, "spec": run.spec, "model": run.network.state_dict(),
-               "w": run.w.cpu(), "text": run.text, "classes": classes, "config": config,
-               "trained": run.trained, "modality": run.modality,
-               "optimizer": run.optimiser.state_dict(), "step": run.step, "best": run.best,
-               "scans": run.scans, "seen": dataclasses.asdict(run.seen) if run.seen else None}
+    return {"format": FORMAT, "spec": run.spec, "w": run.w.cpu(), "prompts": run.prompts,
+            "classes": classes, "config": config, "trained": run.trained, "modality": run.modality,
+            "step": run.step, "best": run.best, "scans": run.scans, "seen": run.seen}
+
+
+def save(path: Path, run: Run, cfg: Config) -> None:
+    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
+    content = {**describe_run(run, cfg), "model": run.network.state_dict(),
+               "optimizer": run.optimiser.state_dict()}
     with data.atomic_write(path) as part:
         torch.save(content, part)
 
 
-def check_same_run(path: Path, content: dict, run: Run, cfg: Config) -> None:
-    """raises ValueError  unless a checkpoint belongs to a run with the settings of this one."""
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    names = [c["name"] for c in content["classes"]]
-    if names != [c.name for c in run.classes] or content["spec"] != run.spec:
-        raise ValueError(f"{path}: other classes or another model than asked for now "
-                         f"({content['spec']}); start a new --out instead")
-    now = {**dataclasses.asdict(cfg), "batch": cfg.batch * process_count()}
-    for key in FIXED:
-        was = content["config"].get(key, getattr(Config, key))     # older runs lack newer settings
-        if was != now[key]:
-            raise ValueError(f"{path}: was made with --{key.replace('_', '-')} {was}, now "
-                             f"{now[key]}; a resumed run must have the same (crops of all "
-                             "processes together)")
-    if not torch.equal(content["w"], run.w.cpu()):
-        raise ValueError(f"{path}: was made with other text embeddings (--text "
-                         f"{content['config']['text']}); a resumed run must have the same")
-    check_same_scans(path, content.get("scans"), run.scans)
+def identity(content: dict) -> dict:
+    """What a resumed run must share with the run that it continues, from what describe_run returns.
 
-
-def check_same_scans(path: Path, before: dict | None, now: dict) -> None:
-    """raises ValueError  if a run was made with other scans than those of now.
-
-    A checkpoint of an earlier version does not record its scans, which is reported.
+    The text embeddings are represented by a hash.
     """
-    if before is None:
-        if process_rank() == 0:
-            print(f"note: {path} was written by an earlier version, which did not record the "
-                  "scans; make sure that --data names the same ones")
-    elif before != now:
-        raise ValueError(
-            f"{path}: was made with other data ({before['training']} training and "
-            f"{before['validation']} validation scans, now {now['training']} and "
-            f"{now['validation']}; other scans, annotations or datasets); a resumed run must have "
-            "the same, start a new --out instead")
+    same = {f"--{key.replace('_', '-')}": value for key, value in content["config"].items()
+            if key not in MAY_DIFFER}
+    same["--batch x processes"] = same.pop("--batch")
+    same["classes"] = [c["name"] for c in content["classes"]]
+    same["model"] = content["spec"]
+    same["scans"] = content["scans"]
+    w = content["w"]                                                   # (K, E)
+    same["text embeddings"] = hashlib.sha256(w.numpy().tobytes()).hexdigest()[:12]
+    return same
 
 
 def resume(path: Path, run: Run, cfg: Config) -> None:
-    """Continue from a checkpoint of the same run."""
+    """Continue from a checkpoint of the same run.
+
+    raises ValueError  naming the first thing in which the two runs differ
+    """
     content = read_checkpoint(path)
     try:
-        check_same_run(path, content, run, cfg)
+        before, now = identity(content), identity(describe_run(run, cfg))
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise ValueError(f"{path}: was made with {key} {before.get(key)!s:.90}, now "
+                                 f"{value!s:.90}; a resumed run must have the same, start a new "
+                                 "--out instead")
+        run.network.load_state_dict(content["model"])
+        run.optimiser.load_state_dict(content["optimizer"])
+        run.step, run.best, run.seen = content["step"], content["best"], content["seen"]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
-    run.network.load_state_dict(content["model"])
-    run.optimiser.load_state_dict(content["optimizer"])
-    run.step, run.best = content["step"], content["best"]
-    if content.get("seen"):                        # also if --init is not given again
-        run.seen = data.seen_by(content)
+    if process_rank() == 0:
+        print(f"{path}: continued after {run.step} steps")
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -641,6 +605,19 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
     counted = covered.expand_as(annotated) if unmasked else annotated
     new = torch.arange(len(covered)) >= frozen
     return counted & new
+
+
+def step_targets(batch: dict, asked: Tensor, device) -> tuple[Tensor, Tensor | None]:
+    """-> (y, known), each (B, k, D, H, W) bool: the labels of the classes `asked` (k,), and where
+    the label says something about them. `known` is None if that is everywhere, as in most batches.
+    """
+    label_rows = batch["label_rows"].to(device, non_blocking=True)
+    regions = batch["regions"].to(device, non_blocking=True)
+    y = data.masks_of_classes(label_rows, regions, asked)
+    if batch["known"][:, :, asked].all():                              # still on the CPU
+        return y, None
+    known = batch["known"].to(device, non_blocking=True)
+    return y, data.masks_of_classes(label_rows, known, asked)
 
 
 def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
@@ -660,18 +637,14 @@ def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
     asked = torch.nonzero(annotated.any(0))[:, 0]                      # (k,)
     if len(asked) == 0:
         asked = torch.tensor([len(w) - 1])         # a zero gradient, for which DDP would wait
-    x, label_rows, regions = (batch[name].to(w.device, non_blocking=True)
-                              for name in ("image", "label_rows", "regions"))
+    annotated = annotated[:, asked]                                    # (B, k)
+    x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
     of_extended = () if part is None else (part[asked],)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
         logits = net(x, w[asked], *of_extended)                        # (B, k, D, H, W)
-    y = data.masks_of_classes(label_rows, regions, asked)              # (B, k, D, H, W) bool
-    known = None
-    if not batch["known"][:, :, asked].all():                          # rare, and asked on the CPU
-        table = batch["known"].to(w.device, non_blocking=True)
-        known = data.masks_of_classes(label_rows, table, asked)
-    bce = losses.masked_bce(logits, y, annotated[:, asked], known)
-    dice = losses.masked_dice(logits, y, annotated[:, asked], known)
+    y, known = step_targets(batch, asked, w.device)                    # (B, k, D, H, W)
+    bce = losses.masked_bce(logits, y, annotated, known)
+    dice = losses.masked_dice(logits, y, annotated, known)
     return bce + dice, bce, dice
 
 
@@ -767,38 +740,26 @@ def write_record(file, record: dict) -> None:
     file.write(json.dumps(record) + "\n")
 
 
-def read_log(path: Path) -> tuple[list[dict], list[int]]:
-    """-> (the records of a log, the numbers of its lines that are blank or damaged, from 1 on).
-
-    A crash of the machine or a full disk may leave such lines. A last line without an end is what
-    a kill leaves: it is passed over without being counted.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    records, damaged = [], []
-    for number, line in enumerate(lines, 1):
+def read_log(path: Path) -> list[dict]:
+    """The records of a log, without lines that a crash of the machine or a full disk damaged."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            readable = isinstance(record["step"], int)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            readable = False
-        if readable:
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
-        else:
-            damaged.append(number)
-    return records, damaged
+    return records
 
 
 def start_log(path: Path, step: int) -> None:
-    """Cut the log back to the steps before `step`; unfinished and damaged lines go, too."""
-    records, damaged = read_log(path)
-    if damaged:
-        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        print(f"note: {path}: {len(damaged)} blank or damaged lines were dropped (lines {numbers})")
+    """Cut the log back to the steps before `step`."""
+    records = [record for record in read_log(path) if record["step"] < step]
     with data.atomic_write(path) as part:
         with open(part, "w", encoding="utf-8") as file:
             for record in records:
-                if record["step"] < step:
-                    write_record(file, record)
+                write_record(file, record)
 
 
 def draw_curve(log: Path, png: Path) -> None:
@@ -807,7 +768,7 @@ def draw_curve(log: Path, png: Path) -> None:
         fig = data.new_figure(8, 4, layout="constrained")
     except ValueError:
         return
-    records, _ = read_log(log)
+    records = read_log(log)
     steps = [r for r in records if "bce" in r and "dice" in r]
     validations = [r for r in records if "val" in r]
     ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
@@ -824,22 +785,22 @@ def draw_curve(log: Path, png: Path) -> None:
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def check_output(cfg: Config) -> None:
-    """raises ValueError  if OUT holds a run that is not to be resumed, or a file that is read"""
+def check_settings(cfg: Config) -> None:
+    """raises ValueError  if OUT holds a run that is not to be resumed or a file that is read (a dry
+    run writes nothing there), or flags do not go together
+    """
     out = Path(cfg.out)
     given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained,
              *cfg.split)
-    data.refuse_overwriting_inputs(filter(None, given), [out / name for name in OUTPUTS], "--out")
-    if (out / "last.pt").exists() and not cfg.resume:
-        raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another --out")
-
-
-def check_settings(cfg: Config) -> None:
-    """raises ValueError  if OUT cannot be used (a dry run writes nothing there), or a flag is of no
-    use
-    """
     if not cfg.dry_run:
-        check_output(cfg)
+        outputs = [out / name for name in OUTPUTS]
+        data.refuse_overwriting_inputs(filter(None, given), outputs, "--out")
+        if (out / "last.pt").exists() and not cfg.resume:
+            raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another "
+                             "--out")
+    start = [f"--{name}" for name in ("init", "extend", "pretrained") if getattr(cfg, name)]
+    if len(start) > 1:
+        raise ValueError(f"{' and '.join(start)} exclude each other; give one of them")
     if cfg.clip_weights and cfg.text != "clip":
         raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
                          f"--text {cfg.text}")
@@ -856,22 +817,14 @@ def trains_in_bf16(cfg: Config) -> bool:
     return infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
 
 
-def check_missing(task: Task, missing: list[str]) -> None:
-    """raises ValueError  if no training scan annotates a class to be trained; missing: see describe
-    """
-    if len(missing) == len(task.classes) - task.frozen:
-        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
-                         "nothing to learn; see above how the names of each dataset.json were read")
-
-
 def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, task, scans, val),
-              text=task.text)
+              part, scans=identify_scans(scans, val),
+              seen=data.record_seen(scans, val, task.base_seen), prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
@@ -900,31 +853,49 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
                          "last.pt holds the state before")
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
+    if cfg.clip_grad:
+        nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
     run.optimiser.step()
     return dict(zip(("loss", "bce", "dice"), numbers, strict=False)), numbers[3] > 0
 
 
-def train(cfg: Config) -> dict[str, dict[str, float]]:
-    """One run -> the last validation's Dice per dataset and class."""
+@dataclass
+class Prepared:
+    """All that the loop of a run needs."""
+    cfg: Config                # with the device and the spacing that were found
+    run: Run
+    training: list[data.Scan]
+    validation: list[data.Scan]
+    covered: Tensor            # (K,) bool, see counted_classes
+    frozen: int                # how many classes, the first ones, are left as they are
+    amp: bool                  # compute in bf16
+
+
+def prepare(cfg: Config) -> Prepared | None:
+    """Everything before the first step; None after a dry run.
+
+    Downloads and preprocessing come before the processes of torchrun meet, because they may take
+    any time.
+    """
     torch.manual_seed(cfg.seed)
     check_settings(cfg)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
-    out = Path(cfg.out)
-    last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = trains_in_bf16(cfg)
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
+    task.w = task.w.to(device)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
                                skip_bad=cfg.skip_bad)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
         spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
-    check_spacing(cfg, task)
+    if task.base is not None:
+        check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
+                      extended=bool(cfg.extend))
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
         infer.join_processes(device)
@@ -932,35 +903,46 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
-    if first:
+    if process_rank() == 0:
         describe(scans, val, task.classes, missing)
-    check_missing(task, missing)
+    warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
+    if len(missing) == len(task.classes) - task.frozen:
+        raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
+                         "nothing to learn; see above how the names of each dataset.json were read")
     if cfg.dry_run:
-        return {}
+        return None
     run = start_run(cfg, task, scans, val, trained)
-    net = run.network
+    return Prepared(cfg, run, scans, val, covered, task.frozen, amp)
+
+
+def train(cfg: Config) -> dict[str, dict[str, float]]:
+    """One run -> the last validation's Dice per dataset and class."""
+    ready = prepare(cfg)
+    if ready is None:
+        return {}
+    cfg, run, net, first = ready.cfg, ready.run, ready.run.network, process_rank() == 0
+    last, log = Path(cfg.out) / "last.pt", Path(cfg.out) / "log.jsonl"
     if process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
     scores: dict[str, dict[str, float]] = {}
-    file_name = log if first else os.devnull
-    with open(file_name, "a", encoding="utf-8") as file, Stop() as stop, tqdm(
+    with open(log if first else os.devnull, "a", encoding="utf-8") as file, Stop() as stop, tqdm(
             total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first) as bar:
-        for batch in load_crops(cfg, scans, run.step):
+        for batch in load_crops(cfg, ready.training, run.step):
             start, rate = time.perf_counter(), lr_at(run.step, cfg)
             for group in run.optimiser.param_groups:
-                group["lr"] = rate * group.get("scale", 1.0)
-            batch["annotated"] = counted_classes(batch["annotated"], covered, unmasked=cfg.unmasked,
-                                                 frozen=task.frozen)
-            numbers, leave = update(run, net, batch, cfg, amp, stop)
-            write_record(file, {"step": run.step, **numbers, "lr": rate,
-                                "seconds": round(time.perf_counter() - start, 3)})
+                group["lr"] = rate * group["scale"]
+            batch["annotated"] = counted_classes(batch["annotated"], ready.covered,
+                                                 unmasked=cfg.unmasked, frozen=ready.frozen)
+            numbers, leave = update(run, net, batch, cfg, ready.amp, stop)
+            seconds = round(time.perf_counter() - start, 3)
+            write_record(file, {"step": run.step, **numbers, "lr": rate, "seconds": seconds})
             run.step += 1
             bar.update()
             bar.set_postfix({"bce loss": f"{numbers['bce']:.3f}",
                              "dice loss": f"{numbers['dice']:.3f}"}, refresh=False)
             done = run.step == cfg.steps
-            if val and (run.step % cfg.val_every == 0 or done):
-                scores = validate_and_keep_best(run, val, cfg, amp, file, bar)
+            if ready.validation and (run.step % cfg.val_every == 0 or done):
+                scores = validate_and_keep_best(run, ready.validation, cfg, ready.amp, file, bar)
             if first and (run.step % cfg.save_every == 0 or done or leave):
                 file.flush()
                 save(last, run, cfg)
@@ -968,8 +950,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 raise KeyboardInterrupt
     infer.leave_processes()
     if first:
-        draw_curve(log, out / "curve.png")
-        best = f", best validation Dice {run.best:.3f}" if val else ""
+        draw_curve(log, Path(cfg.out) / "curve.png")
+        best = f", best validation Dice {run.best:.3f}" if ready.validation else ""
         print(f"done: {run.step} steps, {last}{best}")
     return scores
 

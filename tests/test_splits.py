@@ -121,8 +121,7 @@ def test_the_first_half_is_that_of_earlier_versions():
     assert data.fingerprint(wide)[:20] == old
 
 
-def test_the_first_half_seeds_the_crops_and_identifies_a_resumed_run(tiny_cases, tmp_path,
-                                                                     monkeypatch):
+def test_the_first_half_seeds_the_crops(tiny_cases, tmp_path, monkeypatch):
     seeds, sample = [], data._sample_voxels
 
     def record(case, label_rows, seed):
@@ -131,8 +130,6 @@ def test_the_first_half_seeds_the_crops_and_identifies_a_resumed_run(tiny_cases,
     monkeypatch.setattr(data, "_sample_voxels", record)
     built = data.build(tiny_cases[0], tmp_path, 4.0)
     assert seeds == [int(built.meta["fingerprint"][:20], 16)]
-    earlier = data.Scan(built.case, None, {"fingerprint": built.meta["fingerprint"][:20]})
-    assert train.identify_scans([built], []) == train.identify_scans([earlier], [])
 
 
 def test_a_cache_entry_of_an_earlier_version_is_made_again(tiny_cases, tmp_path):
@@ -406,7 +403,7 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, untrained, tmp_pat
     assert "done: 1 steps" in capsys.readouterr().out
     swapped = split_file(tmp_path / "swapped.json", {"train": ["Dataset901_Liver/c1"],
                                                      "val": ["Dataset901_Liver/c0"]})
-    assert "was made with other data" in refused(
+    assert "was made with scans 1 for training, 1 for validation (" in refused(
         capsys, train.dataclasses.replace(again, split=(str(swapped),)))
     final = split_file(tmp_path / "splits_final.json", folds)
     assert "--fold , now 1" in refused(
@@ -438,36 +435,30 @@ def test_the_flags_of_a_split():
 # ---- seen in training ----------------------------------------------------------------------------
 def test_what_a_checkpoint_has_seen_by_hand():
     """x is trained on now, y was by the base, z is validated now and was trained on by the base."""
-    base = {"seen": {"training": {"y": "B/y", "z": "B/z"}, "validation": {"x": "B/x"},
-                     "complete": True}}
-    seen = data.record_seen([scan("A/x", "x")], [scan("A/z", "z")], [base])
-    assert seen == data.Seen({"x": "A/x", "y": "B/y", "z": "B/z"}, {"x": "B/x", "z": "A/z"}, True)
-    assert data.record_seen([scan("A/x", "x")], [], [base, {}]).complete is False
-    assert data.seen_by({"seen": train.dataclasses.asdict(seen)}) == seen
-    for damaged in ({}, {"seen": None}, {"seen": 3}, {"seen": {"training": {}}},
-                    {"seen": {"training": [], "validation": {}, "complete": True}},
-                    {"seen": {"training": {"x": None}, "validation": {}, "complete": True}}):
-        assert data.seen_by(damaged) == data.Seen({}, {}, False)
+    base = {"training": {"y": "B/y", "z": "B/z"}, "validation": {"x": "B/x"}}
+    now = [scan("A/x", "x")], [scan("A/z", "z")]
+    assert data.record_seen(*now, base) == {"training": {"x": "A/x", "y": "B/y", "z": "B/z"},
+                                            "validation": {"x": "B/x", "z": "A/z"}}
+    assert data.record_seen(*now) == {"training": {"x": "A/x"}, "validation": {"z": "A/z"}}
 
 
 def test_a_scan_is_looked_up_by_its_voxels():
     hu = {name: body(seed)[0] for name, seed in (("a", 1), ("b", 2), ("c", 3), ("both", 4))}
     scan_id = {name: data.fingerprint(array) for name, array in hu.items()}
-    seen = data.Seen({scan_id[name]: f"D/{name}" for name in ("a", "both")},
-                     {scan_id[name]: f"D/{name}" for name in ("b", "both")})
-    assert seen.look_up(hu["a"][::-1].transpose(1, 2, 0).astype(float)) == ("training", "D/a")
-    assert seen.look_up(hu["b"]) == ("validation", "D/b")
-    assert seen.look_up(hu["both"]) == ("training", "D/both")
-    assert seen.look_up(hu["c"]) == seen.look_up(hu["a"][1:]) == ("no", "")
-    seen.complete = False
-    assert seen.look_up(hu["c"]) == ("unknown", "")
-    assert seen.look_up(hu["a"]) == ("training", "D/a")
+    seen = {"training": {scan_id[name]: f"D/{name}" for name in ("a", "both")},
+            "validation": {scan_id[name]: f"D/{name}" for name in ("b", "both")}}
+    turned = hu["a"][::-1].transpose(1, 2, 0).astype(float)
+    assert data.look_up(seen, turned) == ("training", "D/a")
+    assert data.look_up(seen, hu["b"]) == ("validation", "D/b")
+    assert data.look_up(seen, hu["both"]) == ("training", "D/both")
+    assert data.look_up(seen, hu["c"]) == data.look_up(seen, hu["a"][1:]) == ("", "")
+    assert data.look_up(None, hu["a"]) == ("", "")
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, untrained, tmp_path_factory):
     """A run that trains on 901/c0 and validates 901/c1, and one that extends it, trained on 902/c1,
-    and one whose backbone comes from an earlier version's checkpoint, trained on 902/c1."""
+    and one whose backbone comes from it, trained on 902/c1."""
     out = tmp_path_factory.mktemp("trained")
     first = split_file(out / "first.json", {"train": ["Dataset901_Liver/c0"],
                                             "val": ["Dataset901_Liver/c1"]})
@@ -480,35 +471,16 @@ def trained(tiny, untrained, tmp_path_factory):
     kidney_data = (str(tiny / "raw/Dataset902_Kidney"),)
     train.train(config(tiny, out / "b", split=(str(second),), extend=str(out / "a/last.pt"),
                        classes=str(kidneys), data=kidney_data))
-    content = torch.load(out / "a/last.pt", weights_only=True)
-    del content["seen"]
-    content["step"] = 0
-    torch.save(content, out / "old.pt")
-    train.train(config(tiny, out / "c", split=(str(second),), pretrained=str(out / "old.pt"),
+    train.train(config(tiny, out / "c", split=(str(second),), pretrained=str(out / "a/last.pt"),
                        data=kidney_data))
     return out
 
 
 def test_scans_of_the_base_are_seen_as_well(trained):
-    _, _, rest = model.load_checkpoint(trained / "b/last.pt")
-    seen = data.seen_by(rest)
-    assert sorted(seen.training.values()) == ["Dataset901_Liver/c0", "Dataset902_Kidney/c1"]
-    assert list(seen.validation.values()) == ["Dataset901_Liver/c1"] and seen.complete
-    _, _, rest = model.load_checkpoint(trained / "c/last.pt")
-    seen = data.seen_by(rest)
-    assert list(seen.training.values()) == ["Dataset902_Kidney/c1"] and not seen.complete
-
-
-def test_a_run_of_an_earlier_version_resumes_and_records_its_scans(tiny, trained, tmp_path):
-    shutil.copytree(trained / "a", tmp_path / "a")
-    shutil.copy(trained / "old.pt", tmp_path / "a/last.pt")
-    train.train(config(tiny, tmp_path / "a", split=(str(trained / "first.json"),), resume=True,
-                       classes=str(trained / "liver.json"),
-                       data=(str(tiny / "raw/Dataset901_Liver"),)))
-    _, _, rest = model.load_checkpoint(tmp_path / "a/last.pt")
-    seen = data.seen_by(rest)
-    assert rest["step"] == 1 and seen.complete
-    assert list(seen.training.values()) == ["Dataset901_Liver/c0"]
+    seen = model.read_checkpoint(trained / "b/last.pt")["seen"]
+    assert sorted(seen["training"].values()) == ["Dataset901_Liver/c0", "Dataset902_Kidney/c1"]
+    assert list(seen["validation"].values()) == ["Dataset901_Liver/c1"]
+    assert model.read_checkpoint(trained / "c/last.pt")["seen"] == seen
 
 
 def segment(trained, run, folder, tmp_path, capsys):
@@ -545,17 +517,11 @@ def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_p
     write_nifti(scans / "shifted.nii.gz", np.roll(np.asarray(img.dataobj), 1, 0), img.affine)
     seen, lines = segment(trained, "a/last.pt", scans, tmp_path, capsys)
     assert seen == {"packed": "training", "unpacked": "training", "double": "training",
-                    "val": "validation", "other": "no", "crop": "no", "shifted": "no"}
+                    "val": "validation", "other": "", "crop": "", "shifted": ""}
     assert sorted(lines) == sorted(
         [f"{name}: seen in training (as Dataset901_Liver/c0)"
          for name in ("packed", "unpacked", "double")]
         + ["val: seen in validation (as Dataset901_Liver/c1)"])
-
-
-def test_a_checkpoint_without_a_record_says_unknown(tiny, trained, tmp_path, capsys):
-    folder = tiny / "raw/Dataset901_Liver/imagesTr"
-    seen, lines = segment(trained, "old.pt", folder, tmp_path, capsys)
-    assert seen == {"c0": "unknown", "c1": "unknown"} and not lines
 
 
 def scored(tmp_path, capsys, seen, monkeypatch):

@@ -1,5 +1,5 @@
-"""Where text embeddings come from: what checkpoints and files record, what may be mixed, and asking
-a trained model for a class in other words."""
+"""Other text for a trained network: what is compared, what is refused, files of text embeddings,
+and asking a trained model for a class in other words."""
 import json
 from pathlib import Path
 
@@ -11,123 +11,116 @@ import data
 import infer
 import labels
 import train
-from clip_text import Rows
 from model import FORMAT, build_model
 
-CLIP = {"kind": "clip", "weights": "w1", "template": "A {}"}
-OTHER_TEMPLATE = {"kind": "clip", "weights": "w1", "template": "B {}"}
-OTHER_WEIGHTS = {"kind": "clip", "weights": "w2", "template": "A {}"}
-FILE = {"kind": "file", "name": "rows.pt", "sha256": "0"}
-ONEHOT = {"kind": "onehot"}
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
 AB = ["a", "b"]
 
 
-def note(trained, given):
-    return clip_text.check_origin("m.pt", trained, given, "do this")
+def note(names, w, trained=W):
+    return clip_text.check_text("m.pt", AB[:len(trained)], trained, names, w)
 
 
-# ---- what is recorded ----------------------------------------------------------------------------
-def test_weights_have_an_id(tmp_path):
-    assert clip_text.weights_id() == "40d365715913c9da"        # the start of the hash in the URL
-    (tmp_path / "m.pt").write_bytes(b"abc")                    # SHA-256 of "abc": ba7816bf 8f01cfea
-    assert clip_text.weights_id(tmp_path / "m.pt") == "ba7816bf8f01cfea"
+# ---- files of text embeddings --------------------------------------------------------------------
+def test_a_file_of_text_embeddings_finds_classes_by_name(tmp_path):
+    path = tmp_path / "text.pt"
+    clip_text.save_text(path, ["a", "b", "c"], torch.arange(6.).view(3, 2))
+    assert clip_text.read_text(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
+    with pytest.raises(ValueError, match=r"text.pt: no text embedding of \['d'\].*'a', 'b', 'c'"):
+        clip_text.read_text(path, ["a", "d"])
 
 
-@pytest.mark.parametrize("content, origin", [
-    ({}, {"kind": "clip", "weights": "40d365715913c9da", "template": clip_text.TEMPLATE}),
-    ({"text": FILE, "config": {"text": "onehot"}}, FILE),
-    ({"config": {"text": "onehot"}}, ONEHOT),
-    ({"config": {"text": "clip", "prompt_template": "V1", "clip_weights": ""}},
-     {"kind": "clip", "weights": "40d365715913c9da", "template": "V1"}),
-    ({"config": {"text": "clip", "prompt_template": "V1", "clip_weights": "x.pt"}},
-     {"kind": "clip", "template": "V1"}),
-    ({"config": {"text": "some/rows.pt"}}, {"kind": "file", "name": "rows.pt"}),
-    ({"config": {}}, {}),
-])
-def test_released_and_earlier_checkpoints_have_an_origin_as_far_as_it_is_known(content, origin):
-    assert clip_text.origin_of_checkpoint(content) == origin
-
-
-def test_a_file_of_text_embeddings_carries_names_and_origin(tmp_path):
-    path = tmp_path / "rows.pt"
-    clip_text.save_rows(Rows(["a", "b", "c"], torch.arange(6.).view(3, 2), CLIP), path)
-    rows = clip_text.read_rows(path, ["c", "a"])
-    assert rows.w.tolist() == [[4, 5], [0, 1]] and rows.origin == CLIP and rows.names == ["c", "a"]
-    assert torch.equal(clip_text.read_embeddings(path), torch.arange(6.).view(3, 2))
-    with pytest.raises(ValueError, match=r"rows.pt: no text embedding of \['d'\].*'a', 'b', 'c'"):
-        clip_text.read_rows(path, ["a", "d"])
-    for names, text in ((["a"], {}), (3, {}), (["a", "b"], "clip")):
-        torch.save({"w": torch.ones(2, 2), "names": names, "text": text}, path)
-        with pytest.raises(ValueError, match="rows.pt: not a whole file of text embeddings: 2 of"):
-            clip_text.read_rows(path, ["a"])
-
-
-def test_a_plain_tensor_is_a_file_without_an_origin_of_its_own(tmp_path):
+def test_a_plain_tensor_holds_the_classes_in_order(tmp_path):
     path = tmp_path / "plain.pth"
-    torch.save(torch.arange(6.).view(3, 2), path)
-    rows = clip_text.read_rows(path, ["x", "y", "z"])
-    assert rows.origin == {"kind": "file", "name": "plain.pth", "sha256": clip_text.sha256(path)}
-    assert rows.w[2].tolist() == [4, 5]
-    with pytest.raises(ValueError, match="3 text embeddings for 2 classes"):
-        clip_text.read_rows(path, ["x", "y"])
+    torch.save(torch.arange(6).view(3, 2), path)
+    w = clip_text.read_text(path, ["x", "y", "z"])
+    assert w[2].tolist() == [4, 5] and w.dtype == torch.float32
 
 
-def test_the_command_records_the_template_and_the_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content, words", [
+    (torch.ones(3, 2), r"expected 2 text embeddings \(2, E\), got \(3, 2\)"),
+    (torch.ones(2), r"got \(2,\)"),
+    ({"w": torch.ones(2, 2), "names": ["x"]}, r"expected 1 text embeddings"),
+    ({"a": 1}, "one tensor"), ([1], "one tensor"), (b"", "not a readable file"),
+    (b"text", "not a readable file"), (None, "not a readable file"),
+])
+def test_a_file_without_text_embeddings_is_named_in_one_line(tmp_path, content, words):
+    path = tmp_path / "text.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"text.pt: .*{words}") as e:
+        clip_text.read_text(path, ["x", "y"])
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_the_command_writes_a_file_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_text, "encode_classes", lambda *a, **k: W.clone())
-    path = tmp_path / "rows.pt"
-    assert clip_text.main(["--classes", "liver", "spleen", "--template", "V1", "--out",
-                           str(path)]) == 0
-    rows = clip_text.read_rows(path, ["Spleen", "Liver"])
-    assert torch.equal(rows.w, W[[1, 0]])
-    assert rows.origin == clip_text.clip_origin("A photo of a {}.")
+    path = tmp_path / "text.pt"
+    assert clip_text.main(["--classes", "liver", "spleen", "--out", str(path)]) == 0
+    assert torch.equal(clip_text.read_text(path, ["Spleen", "Liver"]), W[[1, 0]])
 
 
 # ---- what may be mixed ---------------------------------------------------------------------------
-def test_equal_text_embeddings_need_no_note_whatever_is_recorded():
-    for origin in (CLIP, OTHER_TEMPLATE, FILE, {}):
-        assert note(Rows(AB, W, CLIP), Rows(["b", "c"], W[[1, 0]], origin)) == ""
+def test_equal_text_embeddings_need_no_note():
+    assert note(["b", "c"], W[[1, 0]]) == ""
+    assert note(AB, W + torch.tensor([0., 0., 0.04])) == ""            # rounding: 0.04 of 5
 
 
-def test_another_template_is_a_note_that_names_both_and_the_cosine():
+def test_other_words_are_a_note_that_names_the_cosine():
     """Of a, (3, 4) and (4, 3): cosine 24 / 25."""
-    line = note(Rows(AB, W, CLIP), Rows(AB, W[[1, 1]], OTHER_TEMPLATE))
-    assert "'A {}'" in line and "'B {}'" in line and len(line.splitlines()) == 1
-    assert "1 of 2 classes" in line and "'a' the most different (cosine 0.96)" in line
+    line = note(AB, W[[1, 1]])
+    assert "that of 'a' differs most (cosine 0.96)" in line and len(line.splitlines()) == 1
+    assert "differs most" in note(AB, W * 1.1)                         # only the norms
 
 
 @pytest.mark.parametrize("trained, given, words", [
-    (Rows(AB, torch.eye(2, 3) * 8.8, {}), Rows(AB, W, CLIP), "one-hot vectors, now there are C"),
-    (Rows(AB, -torch.eye(2, 3), {}), Rows(["c"], W[:1], FILE), "one-hot vectors, now there are t"),
-    (Rows(AB, W, CLIP), Rows(["c"], torch.eye(1, 3), ONEHOT), "now there are one-hot vectors"),
-    (Rows(AB, W, CLIP), Rows(AB, torch.eye(2, 3), FILE), "now there are one-hot vectors"),
-    (Rows(AB, W, CLIP), Rows(AB, W, OTHER_WEIGHTS), "of other weights"),
-    (Rows(AB, W, CLIP), Rows([], W[:0], OTHER_WEIGHTS), "of other weights"),
-    (Rows(AB, W, CLIP), Rows([], W[:0], ONEHOT), "one-hot"),
-    (Rows(AB, W, CLIP), Rows(AB, torch.ones(2, 4), FILE), "of width 4 instead of 3"),
-    (Rows(AB, W, FILE), Rows(AB, W.roll(1, 1), {}), "'a' have cosine 0.48"),     # (0, 3, 4): 12/25
-    (Rows(AB, W, FILE), Rows(AB, W * 2, FILE), "norms in the ratio 2.00"),
-    (Rows(AB, W, FILE), Rows(AB, W * 0, FILE), "cosine 0.00"),
-    (Rows(AB, W, FILE), Rows(AB, W * torch.nan, FILE), "cosine nan"),
-    (Rows(AB, torch.eye(2), ONEHOT), Rows(AB, torch.eye(2)[[1, 0]], FILE), "cosine 0.00"),
+    (W, torch.eye(2, 4), "of width 3, now they have width 4"),
+    (W, W.roll(1, 1), "'a' has a cosine of 0.48"),                     # (0, 3, 4): 12 / 25
+    (W, -W, "'a' has a cosine of -1.00"),
+    (W, W * 2, "2.00 times its norm"),
+    (W, W * 0, "a cosine of 0.00"),
+    (W, W * torch.nan, "a cosine of nan"),
+    (torch.eye(2, 3), torch.eye(3)[[0, 2]], "'b' has a cosine of 0.00"),
+    (torch.eye(3)[[2, 1]] * 5, W, "'a' has a cosine of 0.00"),         # one-hot, CLIP
 ])
 def test_text_embeddings_of_different_spaces_are_refused_in_one_line(trained, given, words):
     with pytest.raises(ValueError) as e:
-        note(trained, given)
-    assert words in str(e.value) and str(e.value).startswith("m.pt: was trained with")
-    assert str(e.value).endswith("; do this") and len(str(e.value).splitlines()) == 1
+        note(AB, given, trained)
+    assert words in str(e.value) and str(e.value).startswith("m.pt: ")
+    assert len(str(e.value).splitlines()) == 1
 
 
-def test_without_a_common_class_the_origin_decides_or_is_said_to_be_unknown():
-    assert note(Rows(AB, W, CLIP), Rows(["c"], W[:1], OTHER_TEMPLATE)) == ""
-    assert note(Rows(AB, torch.eye(2), ONEHOT), Rows(["c"], -torch.eye(2)[:1], ONEHOT)) == ""
-    assert "cannot be compared" in note(Rows(AB, W, CLIP), Rows(["c"], W[:1], FILE))
+def test_what_cannot_be_compared_is_said():
+    assert "cannot be compared" in note(["c"], W[:1])
 
 
-# ---- train.py --init and --extend ----------------------------------------------------------------
+# ---- CLIP, replaced by a table -------------------------------------------------------------------
 CLASSES = [{"name": "Liver"}, {"name": "Spleen"}, {"name": "Colon"}]
-CLIP_ROWS = torch.tensor([[3., 4., 0., 1.], [4., 3., 1., 0.], [4., 4., 0., 0.]])
-VIT_B_32 = {"kind": "clip", "weights": "40d365715913c9da", "template": clip_text.TEMPLATE}
+CLIP_W = torch.tensor([[3., 4., 0., 1.], [4., 3., 1., 0.], [4., 4., 0., 0.]])
+OTHER = torch.tensor([3., 4., 0., 1.5])                # of any prompt that is not in the table
+V3 = [clip_text.TEMPLATE.replace("{}", c["name"]) for c in CLASSES]
+SPLEEN = "A computerized tomography of a spleen"
+
+
+@pytest.fixture
+def clip(monkeypatch):
+    """encode_classes knows the prompts of the three classes; the prompts that it was asked for."""
+    asked, known = [], dict(zip(V3, CLIP_W, strict=True))
+
+    def encode(prompts, template, weights=None):
+        asked.extend(prompts)
+        return torch.stack([known.get(prompt, OTHER) for prompt in prompts])
+    monkeypatch.setattr(clip_text, "encode_classes", encode)
+    return asked
+
+
+@pytest.fixture
+def no_clip(monkeypatch):
+    def encode(*args, **kwargs):
+        raise AssertionError("CLIP was asked for")
+    monkeypatch.setattr(clip_text, "encode_classes", encode)
 
 
 def write_checkpoint(path, w, **more) -> str:
@@ -139,78 +132,59 @@ def write_checkpoint(path, w, **more) -> str:
     return str(path)
 
 
-@pytest.fixture
-def no_clip(monkeypatch):
-    def encode(*args, **kwargs):
-        raise AssertionError("CLIP was asked for")
-    monkeypatch.setattr(clip_text, "encode_classes", encode)
+def test_the_prompts_of_a_checkpoint_are_recorded_or_those_of_the_release():
+    classes = labels.make_classes(CLASSES)
+    assert clip_text.prompts_of({"prompts": ["x", "y", "z"]}, classes) == ["x", "y", "z"]
+    for content in ({}, {"prompts": []}, {"text": {"kind": "clip"}}):
+        assert clip_text.prompts_of(content, classes) == V3
 
 
-@pytest.fixture
-def spoken(monkeypatch):
-    """encode_classes gives the rows of CLIP_ROWS in turn; the prompts that it was asked for."""
-    asked = []
-
-    def encode(prompts, template, weights=None):
-        asked.extend(prompts)
-        return CLIP_ROWS[torch.arange(len(prompts)) % 3] + torch.tensor([0., 0., 0., 0.5])
-    monkeypatch.setattr(clip_text, "encode_classes", encode)
-    return asked
+# ---- train.py --init and --extend ----------------------------------------------------------------
+def task(tmp_path, start, names, **how):
+    (tmp_path / "new.json").write_text(json.dumps(names))
+    return train.load_task(train.Config(device="cpu", classes=str(tmp_path / "new.json"), patch=64,
+                                        **how, **start))
 
 
 @pytest.mark.parametrize("flag", ["init", "extend"])
-@pytest.mark.parametrize("w, text, fitting", [
-    (torch.eye(3, 4) * 8.8, "clip", "--text onehot"),
-    (CLIP_ROWS, "onehot", "--text clip"),
+@pytest.mark.parametrize("w, text, words", [
+    (train.ONEHOT[:3], "clip", "of width 512, now they have width 4"),
+    (torch.eye(4)[[2, 1, 0]] * 8.8, "clip", "the text embedding of 'Liver' has a cosine of 0.00"),
+    (-CLIP_W, "clip", "has a cosine of -1.00"),
+    (CLIP_W, "onehot", "was not trained with --text onehot"),
 ])
-def test_training_goes_on_with_text_of_the_same_origin_only(tmp_path, no_clip, w, text, fitting,
-                                                            flag):
-    """CLIP's weights are not downloaded only to be refused."""
-    start = write_checkpoint(tmp_path / "m.pt", w, text=VIT_B_32 if text == "onehot" else ONEHOT)
-    (tmp_path / "new.json").write_text('["Liver", "Aorta"]')
-    cfg = train.Config(text=text, device="cpu", classes=str(tmp_path / "new.json"), patch=64,
-                       **{flag: start})
-    with pytest.raises(ValueError, match=f"m.pt: was trained with .*pass {fitting}"):
-        train.load_task(cfg)
+def test_a_network_is_not_given_text_of_another_kind(tmp_path, clip, w, text, words, flag):
+    """Also where no class is in both: one of the network's own prompts is encoded."""
+    start = {flag: write_checkpoint(tmp_path / "m.pt", w)}
+    with pytest.raises(ValueError, match=f"m.pt: .*{words}"):
+        task(tmp_path, start, ["Aorta"], text=text)
 
 
-def test_init_tells_of_another_template_and_records_its_own(tmp_path, spoken, capsys):
-    start = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
-    (tmp_path / "new.json").write_text('["Liver", "Aorta"]')
-    cfg = train.Config(text="clip", prompt_template="V1", device="cpu", init=start, patch=64,
-                       classes=str(tmp_path / "new.json"))
-    task = train.load_task(cfg)
-    assert task.text == {**VIT_B_32, "template": "A photo of a {}."}
-    out = capsys.readouterr().out
-    assert "A photo of a {}." in out and clip_text.TEMPLATE in out and "1 of 1 classes" in out
-    extended = train.load_task(train.Config(
-        text="clip", prompt_template="V1", device="cpu", extend=start, patch=64,
-        classes=str(tmp_path / "new.json")))
-    assert extended.text == VIT_B_32                  # of the old classes, which stay as they are
-    assert torch.equal(extended.w[:3], CLIP_ROWS)
+def test_new_classes_get_prompts_and_old_ones_keep_theirs(tmp_path, clip, capsys):
+    start = write_checkpoint(tmp_path / "m.pt", CLIP_W, prompts=[*V3])
+    given = task(tmp_path, {"init": start}, ["Liver", "Aorta"], text="clip", prompt_template="V1")
+    assert given.prompts == ["A photo of a Liver.", "A photo of a Arota."]
+    assert given.w.tolist() == [OTHER.tolist()] * 2
+    assert "that of 'Liver' differs most" in capsys.readouterr().out
+    given = task(tmp_path, {"extend": start}, ["Liver", "Aorta"], text="clip",
+                 prompt_template="V1")
+    assert given.prompts == [*V3, "A photo of a Arota."]
+    assert torch.equal(given.w, torch.cat([CLIP_W, OTHER[None]]))
+    assert "note" not in capsys.readouterr().out
 
 
-def test_a_file_for_init_is_compared_by_the_classes_of_both(tmp_path):
-    start = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
-    rows = tmp_path / "rows.pt"
-    (tmp_path / "classes.json").write_text('["Spleen", "Aorta"]')
-    cfg = train.Config(text=str(rows), device="cpu", init=start, patch=64,
-                       classes=str(tmp_path / "classes.json"))
-    torch.save(CLIP_ROWS[[1, 2]], rows)
-    assert train.load_task(cfg).text["name"] == "rows.pt"
-    torch.save(-CLIP_ROWS[[1, 2]], rows)
-    with pytest.raises(ValueError, match="'Spleen' have cosine -1.00"):
-        train.load_task(cfg)
-
-
-def test_a_checkpoint_says_where_its_text_comes_from(tmp_path, tiny_scans):
-    rows = tmp_path / "rows.pt"
-    clip_text.save_rows(Rows([c.name for c in labels.CLASSES], torch.eye(32, 40) + 1, CLIP), rows)
-    cfg = train.Config(out=str(tmp_path / "run"), text=str(rows), patch=32, width=8, device="cpu")
-    run = train.start_run(cfg, train.load_task(cfg), tiny_scans, [], ["Liver"])
-    train.save(tmp_path / "last.pt", run, cfg)
-    content = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert content["text"] == CLIP and content["w"][3, 3] == 2
+def test_a_file_for_init_is_compared_by_the_classes_of_both(tmp_path, capsys):
+    start = {"init": write_checkpoint(tmp_path / "m.pt", CLIP_W)}
+    file = tmp_path / "text.pt"
+    torch.save(CLIP_W[[1, 2]], file)
+    given = task(tmp_path, start, ["Spleen", "Aorta"], text=str(file))
+    assert torch.equal(given.w, CLIP_W[[1, 2]]) and given.prompts == []
+    assert "note" not in capsys.readouterr().out
+    task(tmp_path, start, ["Heart", "Aorta"], text=str(file))
+    assert "cannot be compared" in capsys.readouterr().out
+    torch.save(-CLIP_W[[1, 2]], file)
+    with pytest.raises(ValueError, match="'Spleen' has a cosine of -1.00"):
+        task(tmp_path, start, ["Spleen", "Aorta"], text=str(file))
 
 
 # ---- infer.py --text -----------------------------------------------------------------------------
@@ -221,40 +195,35 @@ def job(checkpoint, *flags):
     return infer.load_job(args)
 
 
-def test_a_class_is_asked_for_by_another_prompt(tmp_path, spoken, capsys):
+def test_a_class_is_asked_for_by_another_prompt(tmp_path, clip, capsys):
     """Liver gets the embedding of its prompt, Spleen keeps its own; the record says so."""
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     file = tmp_path / "words.json"
     file.write_text('{"liver": "The hepatic organ"}')
     given = job(path, "--text", file)
-    assert spoken == ["The hepatic organ"]
     assert given.w.tolist() == [[3, 4, 0, 1.5], [4, 3, 1, 0]]
     assert given.settings["text"]["prompts"] == {"Liver": "The hepatic organ"}
-    assert given.settings["text"]["origin"] == {**VIT_B_32, "template": ""}
-    out = capsys.readouterr().out
-    assert "1 of 1 classes" in out and "'Liver' the most different (cosine 1.00)" in out
+    assert "'Liver' differs most (cosine 1.00); results may be" in capsys.readouterr().out
     plain = job(path)
-    assert torch.equal(plain.w, CLIP_ROWS[:2]) and "text" not in plain.settings
+    assert torch.equal(plain.w, CLIP_W[:2]) and "text" not in plain.settings
 
 
 def test_a_file_of_embeddings_replaces_those_of_all_classes(tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
-    torch.save(CLIP_ROWS * 1.1, tmp_path / "rows.pt")
-    given = job(path, "--text", tmp_path / "rows.pt", "--classes", "spleen")
-    assert torch.equal(given.w, CLIP_ROWS[[1]] * 1.1)
-    assert given.settings["text"]["origin"]["name"] == "rows.pt"
-    assert "3 of 3 classes have another one" in capsys.readouterr().out
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
+    torch.save(CLIP_W * 1.1, tmp_path / "text.pt")
+    given = job(path, "--text", tmp_path / "text.pt", "--classes", "spleen")
+    assert torch.equal(given.w, CLIP_W[[1]] * 1.1)
+    assert Path(given.settings["text"]["file"]["path"]) == tmp_path / "text.pt"
+    assert "results may be far worse" in capsys.readouterr().out
 
 
-def test_prompts_for_a_one_hot_model_are_refused_before_clip_is_needed(tmp_path, no_clip):
-    path = write_checkpoint(tmp_path / "m.pt", torch.eye(3) * 8.8, config={
-        "text": "onehot", "spacing_mm": 4.0, "patch": 64})
+def test_a_one_hot_model_refuses_other_text(tmp_path, clip):
+    path = write_checkpoint(tmp_path / "m.pt", torch.eye(4)[[2, 1, 0]] * 8.8)
     (tmp_path / "words.json").write_text('{"Liver": "The hepatic organ"}')
-    with pytest.raises(ValueError, match="one-hot vectors, now there are CLIP.*leave out --text"):
-        job(path, "--text", tmp_path / "words.json")
-    torch.save(CLIP_ROWS, tmp_path / "rows.pt")
-    with pytest.raises(ValueError, match="one-hot vectors, now there are the text embeddings of"):
-        job(path, "--text", tmp_path / "rows.pt")
+    torch.save(CLIP_W, tmp_path / "text.pt")
+    for file in ("words.json", "text.pt"):
+        with pytest.raises(ValueError, match="m.pt: the text embedding of 'Liver' has a cosine of"):
+            job(path, "--text", tmp_path / file)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -277,30 +246,30 @@ def test_a_prompt_for_both_sides_names_them(tmp_path):
         infer.read_prompts(path, labels.CLASSES)
 
 
-def test_a_class_of_an_extension_keeps_the_embedding_by_which_it_is_known(tmp_path, spoken):
+def test_a_class_of_an_extension_keeps_the_embedding_by_which_it_is_known(tmp_path, clip):
     classes = labels.make_classes(CLASSES)
-    trained = Rows([c.name for c in classes], CLIP_ROWS, VIT_B_32)
     args = infer.parse(["--checkpoint", "m.pt", "--input", "x", "--output", "y", "--text",
                         str(tmp_path / "words.json")])
     (tmp_path / "words.json").write_text('{"Colon": "The large bowel"}')
+    part = torch.tensor([0, 0, 1])
     with pytest.raises(ValueError, match="'Colon' was added by --extend"):
-        infer.read_text(args, classes, trained, torch.tensor([0, 0, 1]))
-    args.text = tmp_path / "rows.pt"
-    torch.save(CLIP_ROWS * torch.tensor([[2.], [1.], [1.]]).sqrt(), args.text)   # Colon's unchanged
-    w, _ = infer.read_text(args, classes, trained, torch.tensor([0, 0, 1]))
-    assert torch.equal(w[1:], CLIP_ROWS[1:]) and not torch.equal(w[0], CLIP_ROWS[0])
+        infer.read_text(args, classes, CLIP_W, V3, part)
+    args.text = tmp_path / "text.pt"
+    torch.save(CLIP_W * torch.tensor([[2.], [1.], [1.]]).sqrt(), args.text)   # Colon's unchanged
+    w, _ = infer.read_text(args, classes, CLIP_W, V3, part)
+    assert torch.equal(w[1:], CLIP_W[1:]) and not torch.equal(w[0], CLIP_W[0])
 
 
 def test_clip_weights_without_prompts_are_refused(tmp_path):
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS)
-    for flags in ((), ("--text", "rows.pt")):
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
+    for flags in ((), ("--text", "text.pt")):
         with pytest.raises(ValueError, match="--clip-weights encodes prompts"):
             job(path, "--clip-weights", "m.pt", *flags)
 
 
-def test_the_json_of_a_result_says_which_words_were_used(tmp_path, tiny, spoken, capsys):
+def test_the_json_of_a_result_says_which_words_were_used(tmp_path, tiny, clip, capsys):
     """A second run with the same words keeps the result, one with other words redoes it."""
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     scan = sorted((tiny / "raw/Dataset901_Liver/imagesTr").iterdir())[0]
     words, out = tmp_path / "words.json", tmp_path / "out"
     command = ["--checkpoint", path, "--input", str(scan), "--output", str(out), "--text",
@@ -319,43 +288,44 @@ def test_the_json_of_a_result_says_which_words_were_used(tmp_path, tiny, spoken,
 
 
 # ---- infer.py --prompt ---------------------------------------------------------------------------
-SPLEEN = "A computerized tomography of a spleen"
+HEART = "A CT of a heart"
 
 
-def test_a_prompt_is_a_class_of_its_own_after_those_of_the_checkpoint(tmp_path, spoken, capsys):
+def test_a_prompt_is_a_class_of_its_own_after_those_of_the_checkpoint(tmp_path, clip, capsys):
     """Of (3, 4, 0, 1.5), Liver's text (3, 4, 0, 1) is the nearest: cosine 26.5 / sqrt(27.25 * 26),
-    which is 0.996."""
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    which is 0.996. The first prompt of training is encoded with it and compared."""
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     given = job(path, "--prompt", f" {SPLEEN} ")
-    assert spoken == [SPLEEN]
+    assert clip == [SPLEEN, V3[0]]
     assert given.w.tolist() == [[3, 4, 0, 1.5]] and given.indices == [3]
     assert [c.name for c in given.classes] == ["Liver", "Spleen", "Colon", SPLEEN]
-    assert given.settings["prompts"] == {"prompts": [SPLEEN],
-                                         "origin": {**VIT_B_32, "template": ""}}
+    assert given.settings["prompts"] == [SPLEEN] and "clip_weights" not in given.settings
     assert f"prompt {SPLEEN!r}: of the texts of training, that of 'Liver' is the most similar " \
            "(cosine 0.996)\n" in capsys.readouterr().out
+    other = job(path, "--prompt", SPLEEN, "--clip-weights", path)
+    assert other.settings["clip_weights"]["path"] == path              # other weights, other result
 
 
 def test_a_prompt_far_from_every_trained_text_is_doubted(tmp_path, monkeypatch, capsys):
     """Colon's text is that of the prompt, but Colon was not trained. Of (4, 4, 0, 0), Liver's
     (3, 4, 0, 1) has cosine 28 / sqrt(32 * 26) = 0.971, Spleen's the same; of (4, 8, 0, 0), Liver's
     44 / sqrt(80 * 26) = 0.965; of (0, 4, 0, 0), Liver's 16 / sqrt(16 * 26) = 0.784."""
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     for embedding, line in (([4., 4, 0, 0], "cosine 0.971)\n"), ([4., 8, 0, 0], "cosine 0.965)\n"),
                             ([0., 4, 0, 0], "cosine 0.784); what is found may mean nothing\n")):
-        w = torch.tensor([embedding])
+        w = torch.tensor([embedding, CLIP_W[0].tolist()])
         monkeypatch.setattr(clip_text, "encode_classes", lambda *a, _w=w, **k: _w)
         job(path, "--prompt", SPLEEN)
         assert line in capsys.readouterr().out
 
 
-def test_prompts_stand_beside_classes_and_other_words_for_them(tmp_path, spoken):
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+def test_prompts_stand_beside_classes_and_other_words_for_them(tmp_path, clip):
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     (tmp_path / "words.json").write_text('{"Spleen": "The lien"}')
-    given = job(path, "--classes", "spleen", "--prompt", SPLEEN, "--prompt", "A CT of a heart",
+    given = job(path, "--classes", "spleen", "--prompt", SPLEEN, "--prompt", HEART,
                 "--text", tmp_path / "words.json")
     assert given.indices == [1, 3, 4]
-    assert given.w.tolist() == [[3, 4, 0, 1.5], [3, 4, 0, 1.5], [4, 3, 1, 0.5]]
+    assert given.w.tolist() == [OTHER.tolist()] * 3
 
 
 @pytest.mark.parametrize("prompts, words", [
@@ -364,33 +334,20 @@ def test_prompts_stand_beside_classes_and_other_words_for_them(tmp_path, spoken)
     ([" "], "is empty; write what is to be segmented"),
 ])
 def test_a_prompt_that_names_nothing_new_is_refused(tmp_path, no_clip, prompts, words):
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
     with pytest.raises(ValueError, match=words):
         job(path, *flags)
 
 
-def test_a_prompt_for_a_model_of_other_texts_is_refused_before_clip_is_needed(tmp_path, no_clip):
-    for w, text, words in ((torch.eye(3) * 8.8, ONEHOT, "one-hot vectors, now there are CLIP"),
-                           (CLIP_ROWS, OTHER_WEIGHTS, "of other weights")):
-        path = write_checkpoint(tmp_path / "m.pt", w, text=text)
-        with pytest.raises(ValueError, match=f"{words}.*--prompt needs a checkpoint"):
-            job(path, "--prompt", SPLEEN)
-
-
-def test_missing_weights_are_named(tmp_path):
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
-    with pytest.raises(FileNotFoundError, match="none.pt: no such weights file"):
-        job(path, "--prompt", SPLEEN, "--clip-weights", "none.pt")
-    with pytest.raises(ValueError, match="words.json: a JSON file of prompts is for infer.py"):
-        clip_text.read_rows("words.json", ["Liver"])
-
-
-def test_a_prompt_unlike_every_text_of_training_is_refused(tmp_path, spoken):
-    """Embeddings of unknown origin that point the other way are not of its space. The nearest to
-    that of the prompt, (3, 4, 0, 1.5), is -(4, 3, 1, 0): -24 / sqrt(27.25 * 26) = -0.90."""
-    path = write_checkpoint(tmp_path / "m.pt", -CLIP_ROWS, text=FILE)
-    with pytest.raises(ValueError, match="m.pt: its text embeddings have a cosine .* -0.90"):
+@pytest.mark.parametrize("w, words", [
+    (torch.eye(4)[[2, 1, 0]] * 8.8, "a cosine of 0.00"), (-CLIP_W, "a cosine of -1.00"),
+    (train.ONEHOT[:3], "of width 512, now they have width 4"),
+])
+def test_a_prompt_for_a_model_of_other_texts_is_refused(tmp_path, clip, w, words):
+    """A model of one-hot text, of other CLIP weights, and of another width."""
+    path = write_checkpoint(tmp_path / "m.pt", w)
+    with pytest.raises(ValueError, match=f"m.pt: .*{words}"):
         job(path, "--prompt", SPLEEN)
 
 
@@ -398,8 +355,8 @@ def test_the_prompt_of_a_class_finds_what_the_class_finds(tmp_path, tiny, monkey
     """The result is named after the prompt, in the JSON, in the file of the mask and in ITK-SNAP's
     label file; its voxels are those of Liver, before post-processing."""
     prompt = 'The organ called "liver"'
-    monkeypatch.setattr(clip_text, "encode_classes", lambda *args, **kwargs: CLIP_ROWS[:1])
-    path = write_checkpoint(tmp_path / "m.pt", CLIP_ROWS, text=VIT_B_32)
+    monkeypatch.setattr(clip_text, "encode_classes", lambda *args, **kwargs: CLIP_W[[0, 0]])
+    path = write_checkpoint(tmp_path / "m.pt", CLIP_W)
     content = torch.load(path, weights_only=True)
     content["model"]["controller.out.bias"][-1] = 0         # an untrained head finds nothing
     torch.save(content, path)
@@ -423,8 +380,3 @@ def test_a_prompt_too_long_for_a_file_is_refused_before_anything_is_computed():
     with pytest.raises(ValueError, match="too long for the name of a file; shorten the name"):
         infer.result_files("c0", ["x" * 194], masks=True)
     assert infer.result_files("c0", ["x" * 194]) == ["c0.nii.gz", "c0.json"]
-
-
-def test_an_origin_that_train_py_cannot_have_written_is_unknown():
-    for text in (5, None, {"kind": "file"}):
-        assert clip_text.origin_of_checkpoint({"text": text}) == {}

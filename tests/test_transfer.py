@@ -7,8 +7,6 @@ import torch
 from test_model import small_released
 from test_train import config, same, weights
 
-import clip_text
-import data
 import labels
 import model
 import train
@@ -38,66 +36,59 @@ def liver_run(tiny, out, **how):
                   classes=classes, **how)
 
 
-def widened(path):
-    """The weights of a checkpoint whose text embeddings got one more number."""
-    state = weights(path)
-    name = "controller.text.weight"
-    return {**state, name: torch.nn.functional.pad(state[name], (0, 1))}
+def base_of(names, w):
+    return train.Base("base.pt", None, {}, (), names, w, {})
 
 
-# ---- one-hot rows --------------------------------------------------------------------------------
-def test_free_onehot_rows_by_hand():
-    """Of the six rows +-e_0, +-e_1, +-e_2, two are taken; positive ones come first."""
-    n = train.ONEHOT_NORM
-    taken = torch.tensor([[0, n, 0], [-n, 0, 0]])
-    free = [[n, 0, 0], [0, 0, n], [0, -n, 0], [0, 0, -n]]
-    rows = train.free_onehot_rows(taken, ["a", "b", "c"], "base.pt")
-    assert rows.tolist() == torch.tensor(free[:3]).tolist()
-    assert train.free_onehot_rows(taken, [], "base.pt").shape == (0, 3)
-    with pytest.raises(ValueError, match="base.pt: has one-hot rows for 4 more classes, 5 are new"):
-        train.free_onehot_rows(taken, list("abcde"), "base.pt")
+# ---- one-hot text --------------------------------------------------------------------------------
+def test_onehot_axes_by_hand():
+    """a, b and c have the axes 0, 2 and 4. A class of the same name keeps its axis, x and y take
+    the next free ones, 1 and 3."""
+    old = base_of(["a", "b", "c"], train.ONEHOT[[0, 2, 4]])
+    w = train.onehot_embeddings(["x", "b", "y"], old)
+    assert w.shape == (3, 512) and w.argmax(1).tolist() == [1, 2, 3]
+    assert w.sum(1).tolist() == w.amax(1).tolist() == [torch.tensor(8.8).item()] * 3
+    assert torch.equal(train.onehot_embeddings(["a", "b"]), train.ONEHOT[:2])
 
 
-def test_padded_onehot_rows_by_hand():
-    """Classes a, b, c had rows of three numbers; x and y are new. Logits of b stay as they are, and
-    x and y start with the same head."""
-    network = model.build_model({"backbone": "unet", "width": 8, "text_dim": 3}).eval()
-    n, f = train.ONEHOT_NORM, torch.randn(2, 256)
-    old = clip_text.Rows(["a", "b", "c"], torch.eye(3) * n, {"kind": "onehot"})
-    with torch.no_grad():
-        before = network.controller(old.w[1:2], f)
-        w = train.pad_onehot(network, old, labels.make_classes(["x", "b", "y"]))
-        assert w.tolist() == (torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]])
-                              * torch.tensor(n)).tolist()
-        theta = network.controller(w, f)
-    assert torch.allclose(theta[:, 1:2], before, atol=1e-5)
-    assert torch.allclose(theta[:, 0], theta[:, 2], atol=1e-5)
-    assert network.controller.text.in_features == 5
+def test_there_are_axes_for_512_classes():
+    names = [f"class {k}" for k in range(513)]
+    assert torch.equal(train.onehot_embeddings(names[:512]), train.ONEHOT)
+    old = base_of(names[:510], train.ONEHOT[:510])
+    assert train.onehot_embeddings(["x", "y"], old).argmax(1).tolist() == [510, 511]
+    for more, base in ((names, None), (["x", "y", "z"], old)):
+        with pytest.raises(ValueError, match="--text onehot: has axes for"):
+            train.onehot_embeddings(more, base)
+
+
+@pytest.mark.parametrize("w", [torch.eye(3) * 8.8, -train.ONEHOT[:3], train.ONEHOT[:3] / 2,
+                               torch.rand(3, 512), torch.rand(3, 768)])
+def test_onehot_text_is_for_networks_that_were_trained_with_it(w):
+    with pytest.raises(ValueError, match="base.pt: was not trained with --text onehot"):
+        train.onehot_embeddings(["a"], base_of(["a", "b", "c"], w))
+
+
+def test_a_one_hot_run_is_one_with_a_file_of_the_same_embeddings(tiny, tmp_path):
+    torch.save(torch.eye(512)[:32] * 8.8, tmp_path / "text.pt")
+    how = {"steps": 2, "amp": False}
+    train.train(config(tiny, tmp_path / "a", **how))
+    train.train(config(tiny, tmp_path / "b", text=str(tmp_path / "text.pt"), **how))
+    assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
 
 
 # ---- the start of a run --------------------------------------------------------------------------
 def test_all_weights_are_taken_and_a_known_class_keeps_its_row(base, tiny, tmp_path, capsys):
-    """Two classes were trained on e_0 and e_1; the liver gets a third axis, of weight 0."""
+    """Two classes were trained on e_0 and e_1; the liver gets the next axis, e_2."""
     train.train(liver_run(tiny, tmp_path / "run", init=str(base)))
     printed = capsys.readouterr().out
     assert f"{base}: all {len(weights(base))} tensors of a unet of width 8 taken" in printed
     assert "classes known to it: Left Kidney; new: Liver" in printed
-    assert same(weights(tmp_path / "run/last.pt"), widened(base))
+    assert same(weights(tmp_path / "run/last.pt"), weights(base))
     network, w, rest = model.load_checkpoint(tmp_path / "run/last.pt")
     assert [c["name"] for c in rest["classes"]] == ["Left Kidney", "Liver"]
-    assert w.tolist() == (torch.tensor([[0, 1, 0], [0, 0, 1]]) * train.ONEHOT_NORM).tolist()
+    assert torch.equal(w, train.ONEHOT[1:3])
     assert rest["trained"] == ["Liver"] and rest["step"] == 1
     assert all(p.requires_grad for p in network.parameters())
-
-
-def test_a_class_is_known_in_another_spelling(base, tiny, tmp_path, capsys):
-    """The row of "Left Kidney" is that of "kidney_left", and --extend has no class to add."""
-    cfg = liver_run(tiny, tmp_path / "run", init=str(base), classes=["kidney_left", "Liver"])
-    assert torch.equal(train.load_task(cfg).w[0, :2], torch.tensor([0, train.ONEHOT_NORM]))
-    assert "classes known to it: kidney_left; new: Liver" in capsys.readouterr().out
-    cfg = liver_run(tiny, tmp_path / "run", extend=str(base), classes=["kidney_left"])
-    with pytest.raises(ValueError, match="must name a class that is not in it"):
-        train.load_task(cfg)
 
 
 def test_another_spacing_is_a_note_for_init_and_an_error_for_extend(base, tiny, tmp_path, capsys):
@@ -114,7 +105,7 @@ def test_all_weights_are_trained(base, tiny, tmp_path):
     cfg = liver_run(tiny, tmp_path / "run", init=str(base))
     cfg.lr, cfg.steps = 1e-3, 2
     train.train(cfg)
-    before, after = widened(base), weights(tmp_path / "run/last.pt")
+    before, after = weights(base), weights(tmp_path / "run/last.pt")
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
@@ -138,7 +129,7 @@ def test_what_extend_added_is_left_out(base, tiny, tmp_path, capsys):
     train.train(liver_run(tiny, tmp_path / "extended", extend=str(base), classes=["Liver"]))
     train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "extended/last.pt")))
     assert "not taken: what --extend added to it for 1 classes" in capsys.readouterr().out
-    assert same(weights(tmp_path / "run/last.pt"), widened(base))
+    assert same(weights(tmp_path / "run/last.pt"), weights(base))
 
 
 @pytest.mark.parametrize("rows, name", [
@@ -149,7 +140,7 @@ def test_extend_refuses_an_embedding_that_two_classes_have(base, tiny, tmp_path,
     """An extension knows its classes by their embeddings: an old class with the same one would be
     computed by it, too."""
     content = model.read_checkpoint(base)
-    content |= {"text": {}, "w": torch.tensor([[1.0, 0], [1, 1]])}
+    content |= {"w": torch.tensor([[1.0, 0], [1, 1]])}
     torch.save(content, tmp_path / "base.pt")
     torch.save(torch.tensor(rows), tmp_path / "rows.pt")
     cfg = liver_run(tiny, tmp_path / "run", extend=str(tmp_path / "base.pt"), width=0,
@@ -164,29 +155,35 @@ def test_a_class_in_another_spelling_is_the_same_class(base, tiny, tmp_path, cap
     cfg = liver_run(tiny, tmp_path / "a", init=str(base), classes=classes, width=0)
     task = train.load_task(cfg)
     assert "classes known to it: kidney_left; new: Liver" in capsys.readouterr().out
-    assert task.w.tolist() == (torch.tensor([[0, 1, 0], [0, 0, 1]]) * train.ONEHOT_NORM).tolist()
+    assert torch.equal(task.w, train.ONEHOT[1:3])
     cfg = liver_run(tiny, tmp_path / "b", extend=str(base), classes=classes, width=0)
     task = train.load_task(cfg)
     assert [c.name for c in task.classes] == ["Right Kidney", "Left Kidney", "Liver"]
+    assert torch.equal(task.w, train.ONEHOT[:3])
+    cfg = liver_run(tiny, tmp_path / "c", extend=str(base), classes=["kidney_left"], width=0)
+    with pytest.raises(ValueError, match="must name a class that is not in its table"):
+        train.load_task(cfg)
 
 
-def test_a_resumed_run_remembers_the_scans_of_its_init(base, tiny, tmp_path):
-    """Also if --init is left out, which is possible where the class table is the same."""
-    how = {"classes": KIDNEYS + [{"name": "Liver"}], "val_fraction": 0.0}
-    train.train(liver_run(tiny, tmp_path / "run", init=str(base), **how))
-    before = model.read_checkpoint(tmp_path / "run/last.pt")
-    assert len(before["seen"]["training"]) > before["scans"]["training"]
-    run = train.Run(model.build_model(before["spec"]), None, (), None, {}, [], "ct",
-                    seen=data.Seen({}, {}))
-    run.optimiser = train.make_optimiser(run.network, train.Config(data=()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "check_same_run", lambda *_: None)
-        train.resume(tmp_path / "run/last.pt", run, train.Config(data=()))
-    assert run.seen.training == before["seen"]["training"]
+def test_a_run_records_the_scans_of_its_base_and_warns_of_them(base, tiny, tmp_path, capsys):
+    """Both kidney scans were trained on; now one of them is a validation scan. A resumed run
+    remembers this, also if --init is left out: the classes and their axes are the same."""
+    how = {"classes": KIDNEYS, "val_fraction": 0.5, "val_scans": 1}
+    cfg = liver_run(tiny, tmp_path / "run", init=str(base), **how)
+    cfg.data = (str(tiny / "raw/Dataset902_Kidney"),)
+    train.train(cfg)
+    seen = model.read_checkpoint(tmp_path / "run/last.pt")["seen"]
+    assert len(seen["training"]) == 2 and len(seen["validation"]) == 1
+    name, = seen["validation"].values()
+    assert (f"note: {base}: was trained on 1 of 1 validation scans, whose Dice says little: {name}"
+            in capsys.readouterr().out)
+    cfg.init, cfg.resume = "", True
+    train.train(cfg)
+    assert model.read_checkpoint(tmp_path / "run/last.pt")["seen"] == seen
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys):
+def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
     whole = liver_run(tiny, tmp_path / "whole", init=str(base))
     whole.lr, whole.steps = 1e-3, 4
     train.train(whole)
@@ -204,9 +201,7 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys)
         patch.setattr(train, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(part)
-    capsys.readouterr()
     train.train(part)
-    assert "tensors of a unet" not in capsys.readouterr().out      # last.pt replaces them
     assert same(weights(tmp_path / "part/last.pt"), weights(tmp_path / "whole/last.pt"))
 
 
@@ -216,10 +211,8 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys)
     ({"width": 16}, "last.pt: its backbone is a unet of width 8; --backbone and --width cannot"),
     ({"backbone": "swin_unetr"}, "its backbone is a unet of width 8"),
     ({"patch": 40}, "multiples of 16"),
-    ({"text": "ROWS"}, "last.pt: was trained with one-hot vectors, now there are the text "
-                       "embeddings of rows.pth, which mean nothing to it; pass --text onehot"),
+    ({"text": "ROWS"}, "last.pt: was trained with text embeddings of width 512, now they have"),
     ({"init": "nowhere.pt"}, "nowhere.pt: cannot be read"),
-    ({"init": "nowhere.pt", "resume": True}, "a resumed run needs the file of --init or --extend"),
 ])
 def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
     torch.save(torch.rand(2, 3), tmp_path / "rows.pth")
