@@ -175,11 +175,10 @@ class Tokenizer:
                 raw.extend(letter.encode("utf-8"))
         return raw.decode("utf-8", errors="replace")
 
-    def tokenize(self, texts: str | list[str], context_length: int = CONTEXT_LENGTH,
-                 truncate: bool = False) -> Tensor:
+    def tokenize(self, texts: str | list[str], context_length: int = CONTEXT_LENGTH) -> Tensor:
         """Texts -> (N, T) int64: start, token ids, end, then zeros.
 
-        raises  ValueError  if a text has too many tokens, unless `truncate` cuts it
+        raises  ValueError  if a text has too many tokens
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -187,10 +186,8 @@ class Tokenizer:
         for n, text in enumerate(texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length:
-                if not truncate:
-                    raise ValueError(f"prompt {text!r} has {len(ids)} tokens with start and end, "
-                                     f"the limit is {context_length}; shorten it")
-                ids = [*ids[:context_length - 1], self.end]
+                raise ValueError(f"prompt {text!r} has {len(ids)} tokens with start and end, the "
+                                 f"limit is {context_length}; shorten it")
             tokens[n, :len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -406,12 +403,8 @@ _FROM_HUGGING_FACE = (
 )
 
 
-# Where a name of TextEncoder starts; other tensors, such as logit_scale, are not its parameters
-_PARTS = ("token_embedding.", "position_embedding", "layers.", "norm.", "projection.")
-
-
 def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a CLIP file -> those of TextEncoder, float32, under its names."""
+    """The tensors of a CLIP file -> float32, under the names of TextEncoder."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     is_openai = "token_embedding.weight" in tensors
     renames = _FROM_OPENAI if is_openai else _FROM_HUGGING_FACE
@@ -421,8 +414,7 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             name, tensor = "projection.weight", tensor.t()             # theirs is x @ weight
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
-        if name.startswith(_PARTS):
-            state[name] = tensor.float().contiguous()
+        state[name] = tensor.float().contiguous()
     return state
 
 
@@ -459,7 +451,9 @@ def load_text_encoder(path: str | Path, activation: str = "quick_gelu") -> TextE
                 heads=max(1, width // HEAD_WIDTH),
                 embed_dim=len(state["projection.weight"]),
                 activation=activation)
-        encoder.load_state_dict(state, assign=True)
+        # Files also hold what is no part of a text encoder, such as logit_scale
+        own = {name: state[name] for name in encoder.state_dict() if name in state}
+        encoder.load_state_dict(own, assign=True)
     except Exception as e:          # PyTorch refuses odd sizes with all kinds of errors
         raise ValueError(f"{path}: not a CLIP text encoder ({_one_line(e)})") from None
     return encoder.eval().requires_grad_(False)
@@ -469,10 +463,6 @@ def load_text_encoder(path: str | Path, activation: str = "quick_gelu") -> TextE
 def cache_folder() -> Path:
     """The folder that OpenAI's own package uses, so that files already there are found."""
     return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def fetch(url: str, digest: str) -> Path:
@@ -499,85 +489,29 @@ def fetch(url: str, digest: str) -> Path:
 
 
 # ---- text embeddings -----------------------------------------------------------------------------
-def _save(content, path: Path) -> None:
-    """torch.save to a temporary file that is then renamed: path is written completely or not."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except RuntimeError as e:                                          # from torch's zip writer
-        raise OSError(f"{path}: cannot be written, is the disk full? ({e})") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _read_prompts(path: Path) -> dict[str, Tensor]:
-    """The text embeddings of the prompts encoded before: {prompt: (E,)}."""
-    if not path.exists():
-        return {}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(prompt): embedding.float() for prompt, embedding in content.items()}
-    except Exception as e:
-        raise ValueError(f"{path}: unreadable cache of prompts: {_one_line(e)}; "
-                         "delete it") from None
-
-
-def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path | None,
-            activation: str) -> Tensor:
-    """The text embeddings (N, E) of prompts that are not in the cache."""
-    weights = weights or fetch(*WEIGHTS)
-    tokenizer = Tokenizer(merges or fetch(*MERGES))
-    encoder = load_text_encoder(weights, activation)
-    tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))
-    with torch.no_grad():
-        return encoder(tokens)
-
-
-def weights_id(weights: str | Path | None = None) -> str:
-    """What tells CLIP weights from all others.
-
-    weights  a CLIP file; None: OpenAI's ViT-B/32, which need not be there
-    """
-    if weights is None:
-        return WEIGHTS[1][:16]
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"{weights}: no such weights file")
-    return sha256(weights)[:16]
-
-
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
                    merges: str | Path | None = None, activation: str = "quick_gelu") -> Tensor:
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
 
-    template  a text with {} for the name
-    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
-    merges    the tokenizer's merges file; None: likewise
+    template    a text with {} for the name
+    weights     a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
+    merges      the tokenizer's merges file; None: likewise
     activation  that of the weights, see load_text_encoder
-    raises    ValueError, OSError  in one line
-
-    Text embeddings are kept in the cache folder, by weights and prompt, so that a second call needs
-    neither the weights nor the network.
+    raises      ValueError, OSError  in one line
     """
     if "{}" not in template:
         raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
     prompts = [template.replace("{}", name) for name in names]
-    cache = cache_folder() / f"prompts-{weights_id(weights)}-{activation}.pt"
-    embeddings = _read_prompts(cache)
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeddings]
-    if new:
-        w = _encode(new, weights, merges, activation)
-        for prompt, embedding in zip(new, w, strict=True):
-            embeddings[prompt] = embedding.clone()       # a view would save all of w
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        _save(embeddings, cache)
-    return torch.stack([embeddings[prompt] for prompt in prompts])
+    encoder = load_text_encoder(weights or fetch(*WEIGHTS), activation)
+    tokenizer = Tokenizer(merges or fetch(*MERGES))
+    tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))   # (K, T)
+    return encoder(tokens)                                                                 # (K, E)
 
 
 # ---- the origin of text embeddings ---------------------------------------------------------------
 # What a checkpoint and a file of text embeddings record about them, as plain strings, is one of
 #   {"kind": "onehot"}
-#   {"kind": "clip", "weights": weights_id, "template": the text with {} for the class name, or ""
+#   {"kind": "clip", "weights": digest, "template": the text with {} for the class name, or ""
 #                                            where each class has a prompt of its own}
 #   {"kind": "file", "name": "rows.pt", "sha256": "..."}     a file that records no origin
 MIN_COSINE = 0.5            # of two text embeddings of one class in one space. In that of ViT-B/32
@@ -593,7 +527,8 @@ class Rows(NamedTuple):
 
 
 def clip_origin(template: str, weights: str | Path | None = None) -> dict:
-    return {"kind": "clip", "weights": weights_id(weights), "template": template}
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else WEIGHTS[1]
+    return {"kind": "clip", "weights": digest[:16], "template": template}
 
 
 def origin_of_checkpoint(content: dict) -> dict:
@@ -697,7 +632,7 @@ def _compare_classes(both: str, trained: Rows, given: Rows, shared: list[str], a
 # ---- files of text embeddings --------------------------------------------------------------------
 def save_rows(rows: Rows, path: str | Path) -> None:
     content = {"w": rows.w.clone(), "names": list(rows.names), "text": rows.origin}
-    _save(content, Path(path))
+    torch.save(content, path)
 
 
 def read_rows(path: str | Path, names: list[str]) -> Rows:
@@ -710,7 +645,7 @@ def read_rows(path: str | Path, names: list[str]) -> Rows:
     if isinstance(content, Tensor):
         if len(content) != len(names):
             raise ValueError(f"{path}: {len(content)} text embeddings for {len(names)} classes")
-        digest = sha256(path)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         return Rows(names, content.float(), {"kind": "file", "name": Path(path).name,
                                              "sha256": digest})
     missing = [name for name in names if name not in content["names"]]

@@ -77,8 +77,6 @@ def test_tokenize_pads_and_refuses_a_prompt_that_is_too_long(toy_merges):
     assert tokens[1].tolist() == [49406, *[515] * 9, 49407]
     with pytest.raises(ValueError, match=r"'liver liver.* has 12 tokens.* limit is 11"):
         tokenizer.tokenize("liver " * 10, context_length=11)
-    cut = tokenizer.tokenize("liver " * 10, context_length=11, truncate=True)
-    assert cut[0].tolist() == [49406, *[515] * 9, 49407]
 
 
 @needs_shared
@@ -279,16 +277,12 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
 
 
 def test_a_missing_tensor_another_shape_and_another_model_are_named(tmp_path):
-    """A tensor within a layer that this encoder does not have, as some of open_clip's encoders have
-    them, is refused, because the features would be wrong without it."""
     model = hf_model("short")
     state, hugging_face = openai_state(model), model.state_dict()
     lost = "text_model.encoder.layers.0.self_attn.k_proj.bias"
     cases = [("Missing.*norm.bias", {k: v for k, v in state.items() if k != "ln_final.bias"}),
              ("'position_embedding'", {k: v for k, v in state.items() if k[:5] != "posit"}),
              (r"size mismatch for norm.weight.*\[3\]", {**state, "ln_final.weight": torch.ones(3)}),
-             ("Unexpected.*layers.0.ls_1.gamma",
-              {**state, "transformer.resblocks.0.ls_1.gamma": torch.ones(64)}),
              ("layers.0.self_attn.k_proj.bias",
               {k: v for k, v in hugging_face.items() if k != lost}),
              ("'token_embedding.weight'", {"backbone.conv.weight": torch.ones(2)})]
@@ -369,39 +363,25 @@ def small_clip(tmp_path, monkeypatch, toy_merges):
     return path
 
 
-def test_encode_classes_gives_the_encoders_features_and_a_second_call_needs_no_weights(small_clip):
+def test_encode_classes_gives_the_encoders_features_of_the_prompts(small_clip):
     w = clip_text.encode_classes(["Liver", "Spleen", "Liver"], "A photo of a {}.")
     encoder = clip_text.load_text_encoder(small_clip)
     tokenizer = clip_text.Tokenizer(small_clip.parent / "toy.txt.gz")
     want = encoder(tokenizer.tokenize(["A photo of a Liver.", "A photo of a Spleen."]))
-    assert torch.equal(w[0], w[2]) and not torch.equal(w[0], w[1])
-    assert torch.allclose(w[:2], want, atol=1e-6)
-    small_clip.unlink()
-    (small_clip.parent / "toy.txt.gz").unlink()
-    assert torch.equal(clip_text.encode_classes(["Spleen", "Liver"], "A photo of a {}."), w[[1, 0]])
-    with pytest.raises(OSError, match="--clip-weights"):
-        clip_text.encode_classes(["Spleen"], "Another {}")
+    assert torch.allclose(w[0], w[2], atol=1e-6) and not torch.allclose(w[0], w[1], atol=1e-3)
+    assert torch.allclose(w[:2], want, atol=1e-6) and not w.requires_grad
 
 
-def test_other_weights_have_a_cache_of_their_own(small_clip, tmp_path):
+def test_encode_classes_takes_other_weights_and_needs_a_place_for_the_name(small_clip, tmp_path):
     w = clip_text.encode_classes(["Liver"])
     state = torch.load(small_clip, weights_only=True)
     state["ln_final.bias"] = state["ln_final.bias"] + 1
     torch.save(state, tmp_path / "other.pt")
     assert not torch.allclose(clip_text.encode_classes(["Liver"], weights=tmp_path / "other.pt"), w)
-    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+    with pytest.raises(OSError, match="nowhere.pt: cannot be read"):
         clip_text.encode_classes(["Liver"], weights=tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match="no {}"):
         clip_text.encode_classes(["Liver"], "a template")
-
-
-def test_a_damaged_cache_of_prompts_is_named_and_left_alone(small_clip):
-    clip_text.encode_classes(["Liver"])
-    store, = small_clip.parent.glob("prompts-*.pt")
-    store.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="prompts-.*delete it"):
-        clip_text.encode_classes(["Liver"])
-    assert store.read_bytes() == b"damaged"
 
 
 def test_command_writes_text_embeddings_and_prints_norms(small_clip, tmp_path, capsys, monkeypatch):
