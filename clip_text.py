@@ -13,9 +13,7 @@ N prompts   T tokens of a prompt (77)   E width of a text embedding (512)   K cl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
-import hashlib
 import html
 import http.client
 import json
@@ -26,24 +24,15 @@ import re
 import struct
 import sys
 import textwrap
-import urllib.error
-import urllib.request
 import zipfile
 from functools import lru_cache
-from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
-
-try:
-    import fcntl
-except ImportError:                # Windows: several processes may then do the same work
-    fcntl = None
 
 import ftfy
 import regex
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 # address and SHA-256 of OpenAI's files
 WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/40d365715913c9da98579312b702a82c18be219cc"
@@ -185,11 +174,10 @@ class Tokenizer:
                 raw.extend(letter.encode("utf-8"))
         return raw.decode("utf-8", errors="replace")
 
-    def tokenize(self, texts: str | list[str], context_length: int = CONTEXT_LENGTH,
-                 truncate: bool = False) -> Tensor:
+    def tokenize(self, texts: str | list[str], context_length: int = CONTEXT_LENGTH) -> Tensor:
         """Texts -> (N, T) int64: start, token ids, end, then zeros.
 
-        raises  ValueError  if a text has too many tokens, unless `truncate` cuts it
+        raises  ValueError  if a text has too many tokens
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -197,10 +185,8 @@ class Tokenizer:
         for n, text in enumerate(texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length:
-                if not truncate:
-                    raise ValueError(f"prompt {text!r} has {len(ids)} tokens with start and end, "
-                                     f"the limit is {context_length}; shorten it")
-                ids = [*ids[:context_length - 1], self.end]
+                raise ValueError(f"prompt {text!r} has {len(ids)} tokens with start and end, the "
+                                 f"limit is {context_length}; shorten it")
             tokens[n, :len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -416,12 +402,8 @@ _FROM_HUGGING_FACE = (
 )
 
 
-# Where a name of TextEncoder starts; other tensors, such as logit_scale, are not its parameters
-_PARTS = ("token_embedding.", "position_embedding", "layers.", "norm.", "projection.")
-
-
 def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a CLIP file -> those of TextEncoder, float32, under its names."""
+    """The tensors of a CLIP file -> float32, under the names of TextEncoder."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     is_openai = "token_embedding.weight" in tensors
     renames = _FROM_OPENAI if is_openai else _FROM_HUGGING_FACE
@@ -431,8 +413,7 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             name, tensor = "projection.weight", tensor.t()             # theirs is x @ weight
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
-        if name.startswith(_PARTS):
-            state[name] = tensor.float().contiguous()
+        state[name] = tensor.float().contiguous()
     return state
 
 
@@ -469,7 +450,9 @@ def load_text_encoder(path: str | Path, activation: str = "quick_gelu") -> TextE
                 heads=max(1, width // HEAD_WIDTH),
                 embed_dim=len(state["projection.weight"]),
                 activation=activation)
-        encoder.load_state_dict(state, assign=True)
+        # Files also hold what is no part of a text encoder, such as logit_scale
+        own = {name: state[name] for name in encoder.state_dict() if name in state}
+        encoder.load_state_dict(own, assign=True)
     except Exception as e:          # PyTorch refuses odd sizes with all kinds of errors
         raise ValueError(f"{path}: not a CLIP text encoder ({_one_line(e)})") from None
     return encoder.eval().requires_grad_(False)
@@ -481,162 +464,47 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
 
 
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(path: Path):
-    """Let the other processes wait that come here for the same path, those of torchrun for example.
-
-    The operating system releases the lock of a process that ends in any way.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "wb") as file:
-        with contextlib.suppress(OSError):               # a file system without locks
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _download(url: str, part: Path, name: str) -> None:
-    """Download to the file `part`, continuing after the bytes that it already holds.
-
-    name    shown in the progress bar
-    raises  OSError, http.client.HTTPException
-    """
-    have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        reply = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as e:
-        if e.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:       # part is already complete
-            return
-        raise
-    continued = reply.status == HTTPStatus.PARTIAL_CONTENT
-    if not continued:                                                  # the server starts over
-        have = 0
-    total = have + int(reply.headers.get("Content-Length") or 0)
-    with reply, open(part, "ab" if continued else "wb") as file, \
-            tqdm(total=total or None, initial=have, desc=name, unit="B", unit_scale=True) as bar:
-        while block := reply.read(1 << 20):
-            file.write(block)
-            bar.update(len(block))
-            have += len(block)
-    if have < total:
-        raise OSError(f"broken off after {have} of {total} bytes; run again to go on")
-
-
-def fetch(url: str, digest: str, folder: Path | None = None, alternative: str = "") -> Path:
+def fetch(url: str, digest: str) -> Path:
     """A file of the cache folder, downloaded on first use.
 
-    A download that breaks off leaves NAME.part, and the next call continues it. The file gets its
-    name only after its SHA-256 was checked, so a good file is never replaced by a bad one.
+    A download gets its name only after its SHA-256 was checked, so a file that is there is used
+    without reading all of it again. Several processes that download at once do not disturb each
+    other: each writes a temporary file of its own.
 
-    alternative  what else the user can do, for the error message
-    raises       OSError, ValueError  in one line with the URL, the path and what can be done
+    raises  OSError  in one line with the URL, the path and what the user can do
     """
-    path = (folder or cache_folder()) / url.rsplit("/", 1)[1]
-    part = path.with_name(path.name + ".part")
-    advice = f"put the file of {url} there yourself"
-    if alternative:
-        advice += f", or {alternative}"
+    path = cache_folder() / url.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
     try:
-        if path.is_file() and sha256(path) == digest:
-            return path
-        with _one_process_at_a_time(path):
-            if path.is_file() and sha256(path) == digest:        # another process was faster
-                return path
-            _download(url, part, path.name)
-            found = sha256(part)
-            if found == digest:
-                os.replace(part, path)
-                return path
-            part.unlink()
-    except (OSError, http.client.HTTPException) as e:
-        raise OSError(f"{path}: cannot download it ({e}); {advice}") from None
-    raise ValueError(f"{path}: the download has SHA-256 {found[:12]}..., expected "
-                     f"{digest[:12]}...; it was thrown away: try again, or {advice}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+    except (OSError, RuntimeError, http.client.HTTPException) as e:    # RuntimeError: another hash
+        raise OSError(f"{path}: cannot download {url} ({_one_line(e)}); put the file there "
+                      "yourself, or do without: --clip-weights FILE names other CLIP weights, "
+                      "--text FILE embeddings of clip_text.py --out, and train.py --text onehot "
+                      "needs none") from None
+    return path
 
 
 # ---- text embeddings -----------------------------------------------------------------------------
-def _save(content, path: Path) -> None:
-    """torch.save to a temporary file that is then renamed: path is written completely or not."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except RuntimeError as e:                                          # from torch's zip writer
-        raise OSError(f"{path}: cannot be written, is the disk full? ({e})") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _read_prompts(path: Path) -> dict[str, Tensor]:
-    """The text embeddings of the prompts encoded before: {prompt: (E,)}."""
-    if not path.exists():
-        return {}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(prompt): embedding.float() for prompt, embedding in content.items()}
-    except Exception as e:
-        raise ValueError(f"{path}: unreadable cache of prompts: {_one_line(e)}; "
-                         "delete it") from None
-
-
-def _encode(prompts: list[str], weights: str | Path | None, merges: str | Path | None,
-            activation: str) -> Tensor:
-    """The text embeddings (N, E) of prompts that are not in the cache."""
-    weights = weights or fetch(
-        *WEIGHTS, alternative="pass --clip-weights FILE (ViT-B-32.pt or Hugging Face's "
-        "model.safetensors); train.py also takes --text onehot, or --text FILE with embeddings")
-    tokenizer = Tokenizer(merges or fetch(*MERGES))
-    encoder = load_text_encoder(weights, activation)
-    tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))
-    with torch.no_grad():
-        return encoder(tokens)
-
-
-def weights_id(weights: str | Path | None = None) -> str:
-    """What tells CLIP weights from all others.
-
-    weights  a CLIP file; None: OpenAI's ViT-B/32, which need not be there
-    """
-    if weights is None:
-        return WEIGHTS[1][:16]
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"{weights}: no such weights file")
-    return sha256(weights)[:16]
-
-
 def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str | Path | None = None,
                    merges: str | Path | None = None, activation: str = "quick_gelu") -> Tensor:
     """The text embeddings of classes, w (K, E) float32, not normalised to unit length.
 
-    template  a text with {} for the name
-    weights   a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
-    merges    the tokenizer's merges file; None: likewise
+    template    a text with {} for the name
+    weights     a CLIP file; None: OpenAI's ViT-B/32 from the cache folder, downloaded on first use
+    merges      the tokenizer's merges file; None: likewise
     activation  that of the weights, see load_text_encoder
-    raises    ValueError, OSError  in one line
-
-    Text embeddings are kept in the cache folder, by weights and prompt, so that a second call needs
-    neither the weights nor the network.
+    raises      ValueError, OSError  in one line
     """
     if "{}" not in template:
         raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
     prompts = [template.replace("{}", name) for name in names]
-    cache = cache_folder() / f"prompts-{weights_id(weights)}-{activation}.pt"
-    embeddings = _read_prompts(cache)
-    if not embeddings.keys() >= set(prompts):
-        with _one_process_at_a_time(cache):
-            embeddings = _read_prompts(cache)            # another process may have been faster
-            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeddings]
-            if new:
-                w = _encode(new, weights, merges, activation)
-                for prompt, embedding in zip(new, w, strict=True):
-                    embeddings[prompt] = embedding.clone()       # a view would save all of w
-                _save(embeddings, cache)
-    return torch.stack([embeddings[prompt] for prompt in prompts])
+    encoder = load_text_encoder(weights or fetch(*WEIGHTS), activation)
+    tokenizer = Tokenizer(merges or fetch(*MERGES))
+    tokens = tokenizer.tokenize(prompts, context_length=len(encoder.position_embedding))   # (K, T)
+    return encoder(tokens)                                                                 # (K, E)
 
 
 # ---- other text for a trained network ------------------------------------------------------------

@@ -139,24 +139,17 @@ def server():
     """One file behind HTTP on the loopback address -> (handler class, URL).
 
     Attributes of the handler class: the file's content; stop_after, bytes after which a response
-    breaks off; ranges, whether the Range header is honoured; pause, seconds between blocks; asked,
-    the Range header of every request.
+    breaks off; pause, seconds between blocks; requests, their number.
     """
     class Handler(http.server.BaseHTTPRequestHandler):
-        content, stop_after, ranges, pause, asked = b"", None, True, 0.0, []
+        content, stop_after, pause, requests = b"", None, 0.0, 0
 
         def do_GET(self):
-            start = 0
-            Handler.asked.append(self.headers.get("Range"))
-            if self.headers.get("Range") and Handler.ranges:
-                start = int(self.headers["Range"].split("=")[1].split("-")[0])
-                if start >= len(Handler.content):
-                    return self.send_error(416)
-            body = Handler.content[start:]
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body)))
+            Handler.requests += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(Handler.content)))
             self.end_headers()
-            body = body[:Handler.stop_after]
+            body = Handler.content[:Handler.stop_after]
             try:
                 for i in range(0, len(body), 1 << 16):
                     self.wfile.write(body[i:i + (1 << 16)])
@@ -169,7 +162,6 @@ def server():
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    Handler.asked = []
     yield Handler, f"http://127.0.0.1:{httpd.server_address[1]}/file.bin"
     httpd.shutdown()
     httpd.server_close()

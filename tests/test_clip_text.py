@@ -77,8 +77,6 @@ def test_tokenize_pads_and_refuses_a_prompt_that_is_too_long(toy_merges):
     assert tokens[1].tolist() == [49406, *[515] * 9, 49407]
     with pytest.raises(ValueError, match=r"'liver liver.* has 12 tokens.* limit is 11"):
         tokenizer.tokenize("liver " * 10, context_length=11)
-    cut = tokenizer.tokenize("liver " * 10, context_length=11, truncate=True)
-    assert cut[0].tolist() == [49406, *[515] * 9, 49407]
 
 
 @needs_shared
@@ -279,16 +277,12 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
 
 
 def test_a_missing_tensor_another_shape_and_another_model_are_named(tmp_path):
-    """A tensor within a layer that this encoder does not have, as some of open_clip's encoders have
-    them, is refused, because the features would be wrong without it."""
     model = hf_model("short")
     state, hugging_face = openai_state(model), model.state_dict()
     lost = "text_model.encoder.layers.0.self_attn.k_proj.bias"
     cases = [("Missing.*norm.bias", {k: v for k, v in state.items() if k != "ln_final.bias"}),
              ("'position_embedding'", {k: v for k, v in state.items() if k[:5] != "posit"}),
              (r"size mismatch for norm.weight.*\[3\]", {**state, "ln_final.weight": torch.ones(3)}),
-             ("Unexpected.*layers.0.ls_1.gamma",
-              {**state, "transformer.resblocks.0.ls_1.gamma": torch.ones(64)}),
              ("layers.0.self_attn.k_proj.bias",
               {k: v for k, v in hugging_face.items() if k != lost}),
              ("'token_embedding.weight'", {"backbone.conv.weight": torch.ones(2)})]
@@ -312,55 +306,35 @@ CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
-def visible(folder):
-    """{name: content} of the files in a folder, without its lock."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".lock")}
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_broken_download_continues_where_it_stopped(server, tmp_path):
+def test_a_file_is_downloaded_once_and_a_download_that_breaks_off_leaves_nothing(server, cache):
     handler, url = server
     handler.content, handler.stop_after = CONTENT, 100_000
-    with pytest.raises(OSError, match="broken off after 100000 of 300000 bytes"):
-        clip_text.fetch(url, DIGEST, tmp_path)
-    assert visible(tmp_path) == {"file.bin.part": CONTENT[:100_000]}
+    with pytest.raises(OSError, match="invalid hash value"):
+        clip_text.fetch(url, DIGEST)
+    assert list(cache.iterdir()) == []
     handler.stop_after = None
-    path = clip_text.fetch(url, DIGEST, tmp_path)
-    assert path.read_bytes() == CONTENT and handler.asked == [None, "bytes=100000-"]
-    assert clip_text.fetch(url, DIGEST, tmp_path) == path
-    assert len(handler.asked) == 2                                     # no third request
-    assert visible(tmp_path) == {"file.bin": CONTENT}
+    for _ in range(2):
+        assert clip_text.fetch(url, DIGEST) == cache / "file.bin"
+    assert {p.name: p.read_bytes() for p in cache.iterdir()} == {"file.bin": CONTENT}
+    assert handler.requests == 2
 
 
-def test_a_server_without_ranges_makes_the_download_start_over(server, tmp_path):
-    handler, url = server
-    handler.content, handler.ranges = CONTENT, False
-    (tmp_path / "file.bin.part").write_bytes(b"wrong start")
-    assert clip_text.fetch(url, DIGEST, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_part_file_that_is_already_complete_is_used(server, tmp_path):
-    handler, url = server
-    handler.content = CONTENT
-    (tmp_path / "file.bin.part").write_bytes(CONTENT)
-    assert clip_text.fetch(url, DIGEST, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_download_with_a_wrong_checksum_leaves_the_old_file_untouched(server, tmp_path):
+def test_a_failed_download_is_one_line_with_url_path_and_alternatives(server, cache):
     handler, url = server
     handler.content = CONTENT[:-1] + b"x"
-    (tmp_path / "file.bin").write_bytes(b"the good old file")
-    with pytest.raises(ValueError, match=r"file.bin: the download has SHA-256 .* expected"):
-        clip_text.fetch(url, DIGEST, tmp_path)
-    assert visible(tmp_path) == {"file.bin": b"the good old file"}
-
-
-def test_an_error_without_network_names_url_path_and_alternatives(tmp_path):
-    url = "http://127.0.0.1:9/ViT-B-32.pt"
-    with pytest.raises(OSError) as e:
-        clip_text.fetch(url, DIGEST, tmp_path / "cache", alternative="pass --clip-weights FILE")
-    text = str(e.value)
-    assert url in text and str(tmp_path / "cache" / "ViT-B-32.pt") in text
-    assert "--clip-weights" in text and "\n" not in text
+    for address, cause in ((url, "invalid hash value"),
+                           ("http://127.0.0.1:9/file.bin", "Connection refused")):
+        with pytest.raises(OSError, match=cause) as e:
+            clip_text.fetch(address, DIGEST)
+        assert "\n" not in str(e.value) and list(cache.iterdir()) == []
+        for part in (address, str(cache / "file.bin"), "--clip-weights FILE", "--text onehot"):
+            assert part in str(e.value)
 
 
 # ---- text embeddings -----------------------------------------------------------------------------
@@ -383,48 +357,31 @@ def small_clip(tmp_path, monkeypatch, toy_merges):
     path = tmp_path / "cache" / "ViT-B-32.pt"
     path.parent.mkdir()
     torch.save(state, path)
-    digest = clip_text.sha256(path)
-    monkeypatch.setattr(clip_text, "WEIGHTS", ("http://127.0.0.1:9/ViT-B-32.pt", digest))
-    copy = tmp_path / "cache" / "toy.txt.gz"
-    copy.write_bytes(toy_merges.read_bytes())
-    digest = clip_text.sha256(copy)
-    monkeypatch.setattr(clip_text, "MERGES", ("http://127.0.0.1:9/toy.txt.gz", digest))
+    (tmp_path / "cache" / "toy.txt.gz").write_bytes(toy_merges.read_bytes())
+    for name, file in (("WEIGHTS", "ViT-B-32.pt"), ("MERGES", "toy.txt.gz")):
+        monkeypatch.setattr(clip_text, name, (f"http://127.0.0.1:9/{file}", "its hash"))
     return path
 
 
-def test_encode_classes_gives_the_encoders_features_and_a_second_call_needs_no_weights(small_clip):
+def test_encode_classes_gives_the_encoders_features_of_the_prompts(small_clip):
     w = clip_text.encode_classes(["Liver", "Spleen", "Liver"], "A photo of a {}.")
     encoder = clip_text.load_text_encoder(small_clip)
     tokenizer = clip_text.Tokenizer(small_clip.parent / "toy.txt.gz")
     want = encoder(tokenizer.tokenize(["A photo of a Liver.", "A photo of a Spleen."]))
-    assert torch.equal(w[0], w[2]) and not torch.equal(w[0], w[1])
-    assert torch.allclose(w[:2], want, atol=1e-6)
-    small_clip.unlink()
-    (small_clip.parent / "toy.txt.gz").unlink()
-    assert torch.equal(clip_text.encode_classes(["Spleen", "Liver"], "A photo of a {}."), w[[1, 0]])
-    with pytest.raises(OSError, match="--clip-weights"):
-        clip_text.encode_classes(["Spleen"], "Another {}")
+    assert torch.allclose(w[0], w[2], atol=1e-6) and not torch.allclose(w[0], w[1], atol=1e-3)
+    assert torch.allclose(w[:2], want, atol=1e-6) and not w.requires_grad
 
 
-def test_other_weights_have_a_cache_of_their_own(small_clip, tmp_path):
+def test_encode_classes_takes_other_weights_and_needs_a_place_for_the_name(small_clip, tmp_path):
     w = clip_text.encode_classes(["Liver"])
     state = torch.load(small_clip, weights_only=True)
     state["ln_final.bias"] = state["ln_final.bias"] + 1
     torch.save(state, tmp_path / "other.pt")
     assert not torch.allclose(clip_text.encode_classes(["Liver"], weights=tmp_path / "other.pt"), w)
-    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+    with pytest.raises(OSError, match="nowhere.pt: cannot be read"):
         clip_text.encode_classes(["Liver"], weights=tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match="no {}"):
         clip_text.encode_classes(["Liver"], "a template")
-
-
-def test_a_damaged_cache_of_prompts_is_named_and_left_alone(small_clip):
-    clip_text.encode_classes(["Liver"])
-    store, = small_clip.parent.glob("prompts-*.pt")
-    store.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="prompts-.*delete it"):
-        clip_text.encode_classes(["Liver"])
-    assert store.read_bytes() == b"damaged"
 
 
 def test_command_writes_text_embeddings_and_prints_norms(small_clip, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 """Damaged and unusual input files: each has one exact outcome, and none a traceback."""
 import gzip
-import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ import pytest
 import torch
 from conftest import affine_of, body, write_nifti
 
-import clip_text
 import data
 import infer
 import labels
@@ -564,13 +562,3 @@ def test_workers_of_metrics_end_with_a_killed_parent(tmp_path):
     while alive() and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive()
-
-
-@pytest.mark.slow
-def test_eleven_kills_of_a_download(server, tmp_path):
-    handler, url = server
-    handler.content, handler.pause = bytes(i * 7 % 251 for i in range(3_000_000)), 0.02
-    digest = hashlib.sha256(handler.content).hexdigest()
-    killed(11, lambda n: tmp_path / n, clip_text.fetch, lambda folder: (url, digest, folder),
-           same_bytes)
-    assert any(handler.asked)                   # some downloads were resumed
