@@ -63,6 +63,7 @@ SAME_GRID_MM = 0.01             # two volumes that are this near each other lie 
 NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated so, with a note
 QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
                                 # is taken for one that was rounded
+GZIP_RATIO = 1032               # the highest compression that gzip can reach
 BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
 CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
@@ -111,18 +112,42 @@ class Volume:
 def load_volume(path: str | Path) -> Volume:
     """Read a NIfTI file, with its axes flipped and permuted to closest RAS+.
 
-    Trailing axes of length 1 are dropped.
-
-    raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
-                                          off, not NIfTI, not 3D, or its affine is not usable
+    Nothing is checked; `read_checked` reads the file of a user.
     """
-    img = _open(path)
-    _note_orientation(path, img)
-    raw = _read_voxels(path, img)
-    volume = to_ras(raw.reshape(raw.shape[:3]), img.affine)
-    native = volume.array.dtype.newbyteorder("=")
-    volume.array = volume.array.astype(native, copy=False)
-    return volume
+    img = open_nifti(path)
+    return volume_of(img.dataobj, img.affine)
+
+
+def open_nifti(path: str | Path) -> nib.Nifti1Image:
+    """The image object of a NIfTI file; no voxel is read.
+
+    A quaternion that rounding has made longer than 1 is brought to length 1. nibabel refuses it.
+    """
+    try:
+        return nib.load(path)
+    except ValueError as error:
+        if "w2 should be positive" not in str(error):
+            raise
+    thresholds = [(header, header.quaternion_threshold)
+                  for header in (nib.Nifti1Header, nib.Nifti2Header)]
+    try:
+        for header, _ in thresholds:
+            header.quaternion_threshold = 2 * QUATERNION_EXCESS
+        img = nib.load(path)
+        img.set_qform(img.affine, int(img.header["qform_code"]))
+        return img
+    finally:
+        for header, threshold in thresholds:
+            header.quaternion_threshold = threshold
+
+
+def volume_of(voxels: nib.arrayproxy.ArrayProxy, affine: np.ndarray) -> Volume:
+    """The voxels of a NIfTI file, in the file's own type, or as float32 if its header asks for
+    scaling. Trailing axes of length 1 are dropped."""
+    scaled = (voxels.slope, voxels.inter) != (1, 0)
+    array = np.asarray(voxels, dtype=np.float32 if scaled else None)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return to_ras(array.reshape(array.shape[:3]), affine)
 
 
 def to_ras(array: np.ndarray, affine: np.ndarray) -> Volume:
@@ -141,92 +166,85 @@ def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return nib.apply_orientation(array, back)
 
 
-def _open(path: str | Path) -> nib.Nifti1Image:
+def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
+              description: str | None = None) -> None:
+    """Write an array in the axes, affine and header codes of the file `like`.
+
+    array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+    slope        readers of the file multiply the stored values by this number, in float32
+    description  text for the header, at most 79 characters; None: that of `like`
+
+    The file appears complete or not at all.
+    """
+    img = open_nifti(like)
+    header = img.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = 0
+    header["cal_max"] = 0
+    if description is not None:
+        header["descrip"] = description
+    voxels = from_ras(array, img.affine).reshape(img.shape)
+    out = type(img)(voxels, None, header)
+    out.header.set_slope_inter(slope, 0)
+    with atomic_write(path) as part:
+        out.to_filename(part)
+
+
+# ---- checks of a user's file -------------------------------------------------------------------
+def read_checked(path: str | Path) -> Volume:
+    """`load_volume` of a file that may be damaged or no scan at all.
+
+    raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
+                                          off, not NIfTI, not 3D, if its affine is not usable, or
+                                          if voxels are NaN or infinite
+    """
+    img = open_checked(path)
+    _note_orientation(path, img)
+    try:
+        volume = volume_of(_verified_voxels(path, img), img.affine)
+    except Exception as error:
+        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off; copy or "
+                         f"download it again ({error})") from None
+    if volume.array.dtype.kind == "f" and not np.isfinite(volume.array.sum(dtype=np.float64)):
+        raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
+                         "them first")
+    return volume
+
+
+def open_checked(path: str | Path) -> nib.Nifti1Image:
     """The image object of a NIfTI file whose header has been checked; no voxel is read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        img = nib.load(path)
+        img = open_nifti(path)
     except Exception as error:
-        img = _load_rounded(path) if "w2 should be positive" in str(error) else None
-        if img is None:
-            raise ValueError(f"{path}: not a readable NIfTI file ({error})") from None
+        raise ValueError(f"{path}: not a readable NIfTI file ({error}); copy or download it again"
+                         ) from None
     if not isinstance(img, nib.Nifti1Image):
         raise ValueError(f"{path}: expected a NIfTI file, got {type(img).__name__}")
-    _check_voxel_grid(path, img)
+    _check_voxels(path, img)
     _check_affine(path, img.affine)
-    _check_file_size(path, img)
     return img
 
 
-def _load_rounded(path: Path) -> nib.Nifti1Image | None:
-    """A NIfTI file whose quaternion is longer than 1, which nibabel refuses to read.
+def _check_voxels(path: Path, img: nib.Nifti1Image) -> None:
+    """Raise ValueError unless the header describes a 3D grid with one real number per voxel, and
+    the file is long enough to hold them.
 
-    returns  the image object with the quaternion brought to length 1; None if it is longer than
-             rounding can make it
+    A damaged header would otherwise make numpy allocate an arbitrary amount of memory.
     """
-    with nib.openers.ImageOpener(path) as file:
-        start = file.read(nib.Nifti2Header.sizeof_hdr)
-        is_nifti2 = nib.Nifti2Header.may_contain_header(start)
-        kind = nib.Nifti2Image if is_nifti2 else nib.Nifti1Image
-        file.seek(0)
-        header = kind.header_class.from_fileobj(file)
-    names = ("quatern_b", "quatern_c", "quatern_d")
-    length = math.sqrt(sum(float(header[name]) ** 2 for name in names))
-    if not length <= 1 + QUATERNION_EXCESS:              # NaN included
-        return None
-    voxels = kind.ImageArrayProxy(str(path), header.copy())
-    for name in names:
-        header[name] = float(header[name]) / length
-    return kind(voxels, header.get_qform(), header)
-
-
-def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:
-    """Report a header whose statements about the orientation are missing or contradict each other.
-
-    nibabel, and so this code, takes the sform where there is one, then the qform, and without both
-    assumes that the first axis runs to the patient's left, the second to the front, the third to
-    the head.
-    """
-    has_sform, has_qform = img.header["sform_code"] > 0, img.header["qform_code"] > 0
-    if not has_sform and not has_qform:
-        axes = ", ".join(_AXIS_TOWARDS[code] for code in nib.aff2axcodes(img.affine))
-        _note(f"{path}: its header has neither sform nor qform; the orientation is assumed (axes "
-              f"towards {axes})")
-    if not has_sform or not has_qform:
-        return
-    try:
-        qform = img.header.get_qform()
-    except Exception:                                    # not usable, and not used
-        return
-    flipped = np.linalg.det(qform[:3, :3]) * np.linalg.det(img.affine[:3, :3]) < 0
-    off_mm = largest_distance(img.affine, qform, img.shape[:3])
-    if flipped or off_mm > NEAR_GRID_MM:
-        mirrored = ", mirrored" if flipped else ""
-        _note(f"{path}: its sform and qform disagree by up to {off_mm:.3g} mm{mirrored}; the "
-              "sform is used")
-
-
-_AXIS_TOWARDS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet"}
-
-
-@functools.cache
-def _note(text: str) -> None:
-    """Print a note; the same note only once in a process."""
-    tqdm.write(f"note: {text}")
-
-
-def _check_voxel_grid(path: Path, img: nib.Nifti1Image) -> None:
-    """Raise ValueError unless the header describes a 3D grid with one real number per voxel."""
     is_3d = len(img.shape) >= 3 and all(n == 1 for n in img.shape[3:])
     if not is_3d or 0 in img.shape:
         raise ValueError(f"{path}: expected a 3D scan, its shape is {img.shape}")
     dtype = img.get_data_dtype()
-    is_colour = dtype.names is not None
-    is_complex = dtype.kind == "c"
-    if is_colour or is_complex:
+    if dtype.names is not None or dtype.kind == "c":
         raise ValueError(f"{path}: expected one number per voxel, its type is colour or complex")
+    largest = path.stat().st_size * (GZIP_RATIO if path.name.endswith(".gz") else 1)
+    if math.prod(img.shape) * dtype.itemsize > largest:
+        raise ValueError(f"{path}: its header announces more voxels ({img.shape}) than the file "
+                         "holds; it is cut off or damaged")
 
 
 def _check_affine(path: Path, affine: np.ndarray) -> None:
@@ -247,66 +265,48 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
         raise ValueError(f"{path}: its axes are sheared by more than 5 degrees; resample it first")
 
 
-def _check_file_size(path: Path, img: nib.Nifti1Image) -> None:
-    """Raise ValueError if the file is too short for the voxels that its header announces.
+def _verified_voxels(path: str | Path, img: nib.Nifti1Image) -> nib.arrayproxy.ArrayProxy:
+    """The voxels of a file; those of a .gz file are unpacked and its checksum is verified.
 
-    Without this check, a damaged header would make numpy allocate an arbitrary amount of memory.
+    nibabel stops at the last voxel, before the checksum, which follows at the end of the file.
     """
-    gzip_ratio = 1032                                    # the highest compression gzip can reach
-    needed = math.prod(img.shape) * img.get_data_dtype().itemsize
-    largest = path.stat().st_size * (gzip_ratio if path.name.endswith(".gz") else 1)
-    if needed > largest:
-        raise ValueError(f"{path}: its header announces more voxels ({img.shape}) than the file "
-                         "holds; it is cut off or damaged")
-
-
-def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
-    """Voxels in the file's own type, or as float32 if the header asks for scaling."""
     voxels = img.dataobj
-    try:
-        if str(path).endswith(".gz"):
-            # nibabel stops at the last voxel; reading on to the end verifies gzip's checksum
-            length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
-            with gzip.open(path) as file:
-                content = io.BytesIO(file.read(length + (1 << 20)))
-            layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
-            voxels = nib.arrayproxy.ArrayProxy(content, layout)
-        scaled = (voxels.slope, voxels.inter) != (1, 0)
-        raw = np.asarray(voxels, dtype=np.float32 if scaled else None)
-    except Exception as error:
-        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({error})"
-                         ) from None
-    if raw.dtype.kind == "f" and not np.isfinite(raw.sum(dtype=np.float64)):
-        raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
-                         "them first")
-    return raw
+    if not str(path).endswith(".gz"):
+        return voxels
+    length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
+    with gzip.open(path) as file:
+        content = io.BytesIO(file.read(length + (1 << 20)))
+    layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
+    return nib.arrayproxy.ArrayProxy(content, layout)
 
 
-def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
-              description: str | None = None) -> None:
-    """Write an array in the axes, affine and header codes of the file `like`.
+def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:
+    """Report a header whose statements about the orientation are missing or contradict each other.
 
-    array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
-    slope        readers of the file multiply the stored values by this number, in float32
-    description  text for the header, at most 79 characters; None: that of `like`
-
-    The file appears complete or not at all.
+    nibabel, and so this code, takes the sform where there is one, then the qform, and without both
+    assumes that the first axis runs to the patient's left, the second to the front, the third to
+    the head.
     """
-    img = _open(like)
-    header = img.header.copy()
-    header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"] = 0
-    header["cal_max"] = 0
-    if description is not None:
-        header["descrip"] = description
-    voxels = from_ras(array, img.affine).reshape(img.shape)
-    out = type(img)(voxels, None, header)
-    out.header.set_slope_inter(slope, 0)
-    with atomic_write(path) as part:
-        out.to_filename(part)
+    has_sform, has_qform = img.header["sform_code"] > 0, img.header["qform_code"] > 0
+    if not has_sform and not has_qform:
+        _note(f"{path}: its header has neither sform nor qform; the orientation is assumed (axes "
+              "towards left, front, head)")
+    if has_sform and has_qform:
+        with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):
+            qform = img.header.get_qform()           # a qform that is not usable is not used
+            off_mm = largest_distance(img.affine, qform, img.shape[:3])
+            if off_mm > NEAR_GRID_MM:
+                _note(f"{path}: its sform and qform disagree by up to {off_mm:.3g} mm; the sform "
+                      "is used")
 
 
+@functools.cache
+def _note(text: str) -> None:
+    """Print a note; the same note only once in a process."""
+    tqdm.write(f"note: {text}")
+
+
+# ---- files that are written ---------------------------------------------------------------------
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
     """Write a file completely or not at all: `with atomic_write(path) as part:` writes to `part`,
@@ -911,7 +911,7 @@ def median_spacing(cases: list[Case], *, skip_bad: bool = False) -> float:
     spacings = []
     for case in cases:
         try:
-            spacings.append(np.linalg.norm(_open(case.image).affine[:3, :3], axis=0))
+            spacings.append(np.linalg.norm(open_checked(case.image).affine[:3, :3], axis=0))
         except (ValueError, OSError):
             if not skip_bad:
                 raise
@@ -990,7 +990,7 @@ def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> S
 
 def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     """Preprocess one case into the folder `entry`."""
-    volume, label = load_volume(case.image), load_volume(case.label)
+    volume, label = read_checked(case.image), read_checked(case.label)
     volume.modality = case.modality
     check_same_grid(case.label, label, case.image, volume)
     check_grey_values(volume, case.image)
@@ -1340,7 +1340,7 @@ def workers_that_fit(images: list[Path], bytes_per_voxel: float = PREPROCESS_MEM
     largest = 1
     for path in images:
         try:
-            largest = max(largest, math.prod(_open(path).shape))
+            largest = max(largest, math.prod(open_checked(path).shape))
         except (ValueError, OSError):                    # reported when it is preprocessed
             continue
     by_memory = available_memory() // (largest * bytes_per_voxel * neighbours)

@@ -1182,7 +1182,7 @@ def load_job(args: argparse.Namespace) -> Job:
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
                  made_with: dict) -> list[dict]:
     """Segment one scan and write its results as NAME."""
-    volume = data.load_volume(scan)
+    volume = data.read_checked(scan)
     volume.modality = job.modality
     data.check_grey_values(volume, scan)
     seen, seen_as = job.seen.look_up(volume.array)

@@ -486,7 +486,7 @@ def _read_pair(pred_path: Path, ref_path: Path) -> tuple[np.ndarray, np.ndarray,
     raises ValueError  if they do not lie in one grid
     """
     import data
-    pred, ref = data.load_volume(pred_path), data.load_volume(ref_path)
+    pred, ref = data.read_checked(pred_path), data.read_checked(ref_path)
     data.check_same_grid(pred_path, pred, ref_path, ref, roles=("prediction", "reference"))
     return pred.array, ref.array, ref.spacing_mm
 
