@@ -335,14 +335,16 @@ def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
     inputs   paths, or words that may be paths, such as the value of --text
     flag     where the user can name another place for the outputs
     """
-    known = {}
-    for path in map(Path, inputs):
-        if path.exists():
-            known[path.stat().st_dev, path.stat().st_ino] = path
-    for path in map(Path, outputs):
-        if path.exists() and (read := known.get((path.stat().st_dev, path.stat().st_ino))):
-            raise ValueError(f"{path}: the result would overwrite the input file {read}; choose "
-                             f"another place with {flag}")
+    def existing(paths) -> list[tuple]:
+        """What tells each file that is there from all others, and its path."""
+        found = [path for path in map(Path, paths) if path.exists()]
+        return [((path.stat().st_dev, path.stat().st_ino), path) for path in found]
+
+    read = dict(existing(inputs))
+    for file, path in existing(outputs):
+        if file in read:
+            raise ValueError(f"{path}: the result would overwrite the input file {read[file]}; "
+                             f"choose another place with {flag}")
 
 
 @contextlib.contextmanager
@@ -394,9 +396,7 @@ def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
     raises ValueError  if the file cannot be read or holds anything else
     """
     try:
-        content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        content = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, kinds):
@@ -603,25 +603,13 @@ def check_grey_values(volume: Volume, path: str | Path) -> None:
     low, high = float(volume.array.min()), float(volume.array.max())
     if low == high:
         raise ValueError(f"{path}: all of its voxels have the value {low:g}; this is not a scan")
-    values = f"note: {path}: its values lie in {low:g}..{high:g}"
-    if volume.modality != "ct":
-        if low < NO_MRI_BELOW:
-            tqdm.write(f"{values}; is this a CT? It is treated as an MRI")
-    elif low >= AIR_HU or high < AIR_HU:
-        tqdm.write(f"{values}; are these Hounsfield units? {_why_no_hounsfield_units(low, high)}")
-
-
-def _why_no_hounsfield_units(low: float, high: float) -> str:
-    """What may have happened to the values of a CT that has no air, or nothing else."""
-    if high < AIR_HU:
-        return "All of it is air"
-    if low < 0 and high > 1:
-        return "A CT without any air is a small crop, or not a CT"
-    if low >= -1 and high <= 1:
-        return "They seem to have been scaled"
-    if high <= 255:
-        return "They seem to be 8-bit grey values"
-    return "If 1024 was added to them, subtract it; an MRI needs --modality mri"
+    if volume.modality == "ct":
+        usual, expected = low < AIR_HU <= high, "the Hounsfield units of a CT"
+    else:
+        usual, expected = low >= NO_MRI_BELOW, "the intensities of an MRI"
+    if not usual:
+        tqdm.write(f"note: {path}: its values lie in {low:g}..{high:g}; are these {expected}? They "
+                   "are treated as such; --modality tells CT from MRI")
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
@@ -903,21 +891,10 @@ def modality_of(info: dict, where: str | Path) -> str:
     return "ct" if is_ct else "mri"
 
 
-def median_spacing(cases: list[Case], *, skip_bad: bool = False) -> float:
-    """The median voxel spacing over all scans and axes, in mm: a target for a new collection.
-
-    skip_bad  pass over scans that cannot be read, instead of raising
-    """
-    spacings = []
-    for case in cases:
-        try:
-            spacings.append(np.linalg.norm(open_checked(case.image).affine[:3, :3], axis=0))
-        except (ValueError, OSError):
-            if not skip_bad:
-                raise
-    if not spacings:
-        raise ValueError("none of the scans can be read; their spacing is not known")
-    return float(np.median(spacings))
+def median_spacing(cases: list[Case]) -> float:
+    """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
+    affines = [open_checked(case.image).affine for case in cases]
+    return float(np.median([np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]))
 
 
 # ---- cache -------------------------------------------------------------------------------------

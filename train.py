@@ -925,7 +925,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                                skip_bad=cfg.skip_bad)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
-        spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
+        spacing_mm = round(data.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     check_spacing(cfg, task)
     scans = preprocess(cfg, cases)

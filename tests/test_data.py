@@ -223,14 +223,13 @@ def note_on(capsys, low, high, modality="ct"):
     return out.out
 
 
-@pytest.mark.parametrize("low, high, hint", [
-    (0, 4095, "subtract"), (24, 3000, "subtract"), (0, 255, "8-bit"), (0, 1, "scaled"),
-    (-1, 1, "scaled"), (-0.5, 0.5, "scaled"), (-150, 300, "small crop"), (0, 30000, "mri"),
-    (-3, 5, "small crop"), (-1024, -900, "All of it is air")])
-def test_a_ct_whose_values_cannot_be_hounsfield_units_gets_a_note(capsys, low, high, hint):
+@pytest.mark.parametrize("low, high", [(0, 4095), (0, 255), (0, 1), (-1, 1), (-150, 300),
+                                       (-1024, -900)])
+def test_a_ct_whose_values_cannot_be_hounsfield_units_gets_a_note(capsys, low, high):
+    """No air, or nothing but air."""
     note = note_on(capsys, low, high)
-    assert note.startswith(f"note: d/scan.nii.gz: its values lie in {low:g}..{high:g}")
-    assert "Hounsfield" in note and hint in note
+    assert note.startswith(f"note: d/scan.nii.gz: its values lie in {low:g}..{high:g}; are these "
+                           "the Hounsfield units of a CT?")
 
 
 @pytest.mark.parametrize("low, high, modality", [
@@ -241,7 +240,7 @@ def test_usual_grey_values_get_no_note(capsys, low, high, modality):
 
 
 def test_a_ct_that_is_called_an_mri_gets_a_note(capsys):
-    assert "is this a CT?" in note_on(capsys, -1024, 3071, "mri")
+    assert "are these the intensities of an MRI?" in note_on(capsys, -1024, 3071, "mri")
 
 
 def test_preprocessing_notes_and_refuses_by_grey_value(tiny, tmp_path, capsys):
