@@ -27,7 +27,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +67,8 @@ BODY_LEVEL = 0.1                # share of the highest intensity above which a v
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
 CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
                                 # halves: 0.6 to 0.95
-CT_WORDS = frozenset("ct cta cect ncct cbct ldct ctpa hu computed".split())
-MRI_WORDS = re.compile(         # words in the name of an MRI channel, with single spaces between
-    r"\b(mr|mri|mra|mrt|mrcp|[a-z]{1,2}mri|magnetic|mprage|t[12][a-z]*|flair|pdw?|proton|dwi|adc|"
-    r"b\d+|swi|dce|gre|dess|vibe|haste|trufi|b?ssfp|cine|lge|tof|stir|dixon|water|fat|"
-    r"inphase|in phase|outphase|out of phase|opposed phase)\b")
+CT_NAMES = frozenset({"ct", "cta"})                  # names of a channel, in lower case
+MRI_NAMES = frozenset({"mr", "mri", "t1", "t1w", "t2", "t2w", "flair"})
 AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
@@ -628,7 +624,7 @@ class Case:
 
 
 def find_datasets(roots) -> list[Path]:
-    """The dataset folders among and inside `roots`.
+    """The dataset folders among `roots` and directly inside them.
 
     A root is a dataset itself (it has a dataset.json) or a folder that holds several. Hidden
     folders are passed over. A folder that is found twice, as through a symbolic link, is used once.
@@ -638,17 +634,32 @@ def find_datasets(roots) -> list[Path]:
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; `python -m experiments.phantom "
                                     "--out DIR` makes a toy dataset")
-        if (root / "dataset.json").is_file():
-            inside = [root]
-        else:
-            inside = sorted(path.parent for path in root.glob("*/dataset.json")
-                            if not is_hidden(path.parent) and _has_training_images(path))
+        inside = [root] if (root / "dataset.json").is_file() else _datasets_inside(root)
         if not inside:
             raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
                              "labelsTr (nnU-Net raw), or a folder of such folders")
         for folder in inside:
             found.setdefault(folder.resolve(), folder)
+    by_name: dict[str, Path] = {}
+    for folder in found.values():
+        other = by_name.setdefault(dataset_name(folder), folder)
+        if other is not folder:
+            raise ValueError(f"two datasets are called {dataset_name(folder)}: {other} and "
+                             f"{folder}; rename one of the folders")
     return list(found.values())
+
+
+def _datasets_inside(root: Path) -> list[Path]:
+    """The dataset folders directly inside a folder. Those one folder deeper are named as not used.
+    """
+    inside = sorted(path.parent for path in root.glob("*/dataset.json")
+                    if not is_hidden(path.parent) and _has_training_images(path))
+    deeper = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/dataset.json")
+                    if not any(is_hidden(folder) for folder in path.parents[:2])
+                    and path.parents[1] not in inside)
+    _report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
+                 "them", deeper)
+    return inside
 
 
 def _has_training_images(dataset_json: Path) -> bool:
@@ -660,67 +671,60 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def dataset_names(folders: list[Path]) -> list[str]:
-    """The name of each dataset: that of its folder, with as many of the folders above it as tell
-    it from the other datasets."""
-    return _distinct_names([Path(os.path.abspath(folder)) for folder in folders])
+def dataset_name(folder: Path) -> str:
+    """The name of a dataset is that of its folder."""
+    return Path(os.path.abspath(folder)).name
 
 
-def _distinct_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, and before it as many parts as tell it from the other paths.
+def case_of(image: Path) -> str:
+    """The case that an image shows: the name of the file, or that of its folder where the file has
+    a name such as "ct".
 
-    a/Dataset001_X, b/Dataset001_X, b/Dataset002_Y -> a/Dataset001_X, b/Dataset001_X, Dataset002_Y
+    imagesTr/liver_1_0000.nii.gz -> liver_1   s0011/ct.nii.gz -> s0011
     """
-    names: dict[Path, str] = {}
-    for n in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
-        ends = {path: "/".join(path.parts[-n:]) for path in paths if path not in names}
-        counts = Counter(ends.values())
-        for path, end in ends.items():
-            if counts[end] == 1 or n == len(path.parts):
-                names[path] = end
-    return [names[path] for path in paths]
+    name = case_name(image)
+    return image.absolute().parent.name if name in COMMON_NAMES else name
 
 
-def image_label_pairs(folder: Path, info: dict, *,
-                      skip_bad: bool = False) -> list[tuple[Path, Path]]:
-    """The (image, label) files of a dataset.
+def image_label_pairs(folder: Path, info: dict) -> dict[str, tuple[Path, Path]]:
+    """{case: (image, label)} of a dataset.
 
-    info      the content of dataset.json: MSD lists the files under "training"; without such a
-              list the files are those of nnU-Net's folders imagesTr and labelsTr
-    skip_bad  report a pair whose image or label is missing and go on, instead of raising
+    info  the content of dataset.json: MSD lists the files under "training"; without such a list
+          the files are those of nnU-Net's folders imagesTr and labelsTr
+
+    raises ValueError, FileNotFoundError  if two cases have one name, or a file is missing
     """
-    pairs = []
+    pairs: dict[str, tuple[Path, Path]] = {}
     for image, label in _listed_pairs(folder, info):
-        problem = ""
+        case = case_of(image)
+        if case in pairs:
+            raise ValueError(f"{folder}: two cases are called {case}: {pairs[case][0]} and "
+                             f"{image}; rename or remove one")
         if not image.is_file():
-            problem = f"{image}: no such image, but dataset.json lists it"
-        elif not label.is_file():
-            problem = f"{label}: no label for {image.name}"
-        if not problem:
-            pairs.append((image, label))
-        elif skip_bad:
-            _report(f"skipped: {problem}")
-        else:
-            raise FileNotFoundError(f"{problem}; --skip-bad leaves such scans out")
+            raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it; remove "
+                                    "it there")
+        if not label.is_file():
+            raise FileNotFoundError(f"{label}: no label for {image.name}; remove this image")
+        pairs[case] = image, label
     return pairs
 
 
 def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
     """The (image, label) files of a dataset, whether they exist or not; without hidden files."""
-    listed = info.get("training")
-    if isinstance(listed, list) and listed and all(isinstance(item, dict) for item in listed):
+    if isinstance(info.get("training"), list) and info["training"]:
         try:
-            found = [(_listed_image(folder / item["image"]), folder / item["label"])
-                     for item in listed]
+            pairs = [(_listed_image(folder / item["image"]), folder / item["label"])
+                     for item in info["training"]]
         except (KeyError, TypeError):
             raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
                              '{"image": FILE, "label": FILE}') from None
-    else:
-        found = []
-        for ending in ENDINGS:
-            for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}")):
-                found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
-    return [pair for pair in found if not is_hidden(pair[0])]
+        return [pair for pair in pairs if not is_hidden(pair[0])]
+    images = [path for path in (folder / "imagesTr").glob("*.nii*") if not is_hidden(path)]
+    _report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
+                 "not used", sorted(path.name for path in images
+                                    if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)))
+    return [(image, folder / "labelsTr" / f"{case_name(image)}{ending}") for ending in ENDINGS
+            for image in sorted(images) if image.name.endswith(f"_0000{ending}")]
 
 
 def _listed_image(image: Path) -> Path:
@@ -733,97 +737,60 @@ def _listed_image(image: Path) -> Path:
     return image
 
 
-def _passed_over(folder: Path, info: dict) -> list[str]:
-    """Names of the images in imagesTr that are not used, because they have no nnU-Net name."""
-    if isinstance(info.get("training"), list) and info["training"]:
-        return []                                        # the list says what is used
-    return sorted(path.name for path in (folder / "imagesTr").glob("*.nii*")
-                  if not is_hidden(path) and not re.search(r"_\d{4}\.nii(\.gz)?$", path.name))
-
-
-def _case_names(images: list[Path], where: str) -> list[str]:
-    """The name of each case, different from the names of all others.
-
-    An image with a name such as "ct" is called after its folder. Images of the same name in
-    several folders are told apart by these: siteA/x.nii.gz, siteB/x.nii.gz -> siteA/x, siteB/x.
-
-    raises ValueError  if two cases have the same name, such as those of x.nii and x.nii.gz
-    """
-    paths = []
-    for image in images:
-        name = case_name(image)
-        paths.append(image.parent if name in COMMON_NAMES else image.parent / (name or image.name))
-    first: dict[Path, Path] = {}
-    for image, path in zip(images, paths, strict=True):
-        other = first.setdefault(path, image)
-        if other is not image:
-            raise ValueError(f"{where}: two cases are called {path.name}: {other} and {image}; "
-                             "rename or remove one")
-    return _distinct_names(paths)
-
-
 def _report(text: str) -> None:
     """Print one line; of several processes under torchrun, only the first does."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
-def read_datasets(roots, classes, *, modality: str = "", skip_bad: bool = False) -> list[Case]:
+def _report_some(what: str, names: list[str]) -> None:
+    """Print how many there are, and the first five names; nothing if there are none."""
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        _report(f"note: {len(names)} {what}: {', '.join(names[:5])}{more}")
+
+
+def read_datasets(roots, classes, *, modality: str = "") -> list[Case]:
     """All training cases of all datasets among and inside `roots`; see read_dataset."""
-    folders = find_datasets(roots)
-    cases = []
-    for folder, name in zip(folders, dataset_names(folders), strict=True):
-        cases += read_dataset(folder, classes, name=name, modality=modality, skip_bad=skip_bad)
-    return cases
+    return [case for folder in find_datasets(roots)
+            for case in read_dataset(folder, classes, modality=modality)]
 
 
-def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
-                 skip_bad: bool = False) -> list[Case]:
+def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
     classes   the class table to which the names in dataset.json are matched
-    name      of the dataset, in messages and reports; "": that of its folder
     modality  "ct" or "mri", whatever dataset.json says
-    skip_bad  report a case whose image or label is missing and go on, instead of raising
 
-    raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
-                       missing
+    raises ValueError, FileNotFoundError  if dataset.json is malformed, no name in it matches a
+                                          class, or a file is missing
     """
     where = folder / "dataset.json"
     info = read_json(where)
-    name = name or dataset_names([folder])[0]
-    context = info.get("name") or dataset_names([folder])[0]
-    label_map = labels.label_map(info.get("labels"), classes, str(where), context=str(context))
-    listed = _listed_pairs(folder, info)
-    names = _case_names([image for image, _ in listed], str(where))
-    name_of_pair = dict(zip(listed, names, strict=True))
+    name = dataset_name(folder)
+    label_map = labels.label_map(info.get("labels"), classes, str(where),
+                                 context=str(info.get("name") or name))
+    pairs = image_label_pairs(folder, info)
+    if not pairs:
+        raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     own_annotated = annotated_per_case(info, classes, where)
-    unknown = sorted(set(own_annotated) - set(names))
-    if unknown:
-        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
-                f"{', '.join(unknown[:5])}")
-    unused = _passed_over(folder, info)
-    if unused:
-        _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
-                f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
-    lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
-    amos_mri = set() if modality else set(filter(labels.is_amos_mri, names))
+    _report_some(f'cases that "annotated" in {where} names are not here',
+                 sorted(own_annotated.keys() - pairs.keys()))
+    amos_mri = set() if modality else set(filter(labels.is_amos_mri, pairs))
     if amos_mri:
         _report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
     modality = modality or modality_of(info, where)
     if modality not in ("ct", "mri"):
         raise ValueError(f"the modality must be ct or mri, got {modality!r}")
+    lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     cases = []
-    for pair in image_label_pairs(folder, info, skip_bad=skip_bad):
-        case = name_of_pair[pair]
-        cases.append(Case(name=f"{name}/{case}", dataset=name, image=pair[0], label=pair[1],
+    for case, (image, label) in pairs.items():
+        cases.append(Case(name=f"{name}/{case}", dataset=name, image=image, label=label,
                           label_map=label_map,
                           annotated=own_annotated.get(case, label_map.annotated),
                           modality="mri" if case in amos_mri else modality,
                           msd="tensorImageSize" in info,
                           lesions=lesions))
-    if not cases:
-        raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
 
 
@@ -836,8 +803,8 @@ def annotated_per_case(info: dict, classes, where: Path,
     only   the one case to look up, where a caller needs no other; None: all
 
     A name that only the dataset's own "labels" or the built-in class table knows is passed over, so
-    that a dataset.json can be used with a smaller table. A case that is not listed has all classes
-    of the dataset.
+    that a dataset.json can be used with a smaller table; select() refuses a name that nothing
+    knows. A case that is not listed has all classes of the dataset.
     """
     table = info.get("annotated", {})                    # {case name: class names}
     if not isinstance(table, dict):
@@ -845,19 +812,17 @@ def annotated_per_case(info: dict, classes, where: Path,
     own = info.get("labels")
     own_names = [*own, *own.values()] if isinstance(own, dict) else []      # MSD: {value: name}
 
-    def lacking(name: str) -> bool:
-        """Whether a name is known, but to no class of this table. select() refuses unknown ones."""
-        known = labels.match(name) or name in own_names
+    def is_lacking(name) -> bool:
+        known = isinstance(name, str) and (name in own_names or labels.match(name))
         return bool(known) and not labels.match(name, classes)
 
     masks = {}
     for case, names in table.items():
-        if only is not None and case != only:
-            continue
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            names = [name for name in names if not lacking(name)]
-        masks[case] = np.zeros(len(classes), bool)
-        masks[case][labels.select(names, classes)] = True
+        if only in (None, case):
+            if isinstance(names, list):
+                names = [name for name in names if not is_lacking(name)]
+            masks[case] = np.zeros(len(classes), bool)
+            masks[case][labels.select(names, classes)] = True
     return masks
 
 
@@ -868,27 +833,23 @@ def modality_of(info: dict, where: str | Path) -> str:
             channels; without either the scans are CTs
     where   the file, for messages
 
-    raises ValueError  if the name is not known to mean one of the two
-
-    "CT", "CTA", "T1w", "FLAIR", "ADC", "b1000" and "MRI in-phase" are clear; "zscore" is not, since
-    it is nnU-Net's name for a normalisation, and neither are "PET" or "0".
+    raises ValueError  if the name is not one of CT_NAMES or MRI_NAMES. Others, as "zscore", which
+                       is nnU-Net's name for a normalisation, or "PET/CT", do not tell
     """
     channels = info.get("channel_names") or info.get("modality") or "CT"
     if isinstance(channels, list):
-        channels = dict(enumerate(channels))
+        channels = {str(number): name for number, name in enumerate(channels)}
     if not isinstance(channels, dict):
         channels = {"0": channels}
-    channels = {str(number): str(name) for number, name in channels.items()}
-    first = channels.get("0", next(iter(channels.values())))
-    words = re.findall("[a-z0-9]+", first.lower())
-    is_ct = not CT_WORDS.isdisjoint(words)
-    is_mri = MRI_WORDS.search(" ".join(words)) is not None
-    if is_ct == is_mri or "pet" in words:
-        raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or '
-                         'MRI; write "CT" or "MRI" as its name there, or pass --modality')
-    if len(channels) > 1 and os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
-    return "ct" if is_ct else "mri"
+    first = str(channels.get("0", next(iter(channels.values()))))
+    if len(channels) > 1:
+        _report(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+    if first.lower() in CT_NAMES:
+        return "ct"
+    if first.lower() in MRI_NAMES:
+        return "mri"
+    raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or MRI; '
+                     'write "CT" or "MRI" as its name there, or pass --modality')
 
 
 def median_spacing(cases: list[Case]) -> float:
@@ -1524,13 +1485,6 @@ def _common_part(name: str, entries: list[SplitEntry]) -> str:
             raise ValueError(f"{other.where}: {name} is in two parts of the split, as {first.text} "
                              f"in {first.part!r} and as {other.text} in {other.part!r}")
     return first.part
-
-
-def _report_some(what: str, names: list[str]) -> None:
-    """Print how many there are, and the first five names; nothing if there are none."""
-    if names:
-        more = ", ..." if len(names) > 5 else ""
-        _report(f"note: {len(names)} {what}: {', '.join(names[:5])}{more}")
 
 
 def _agreement(entry: SplitEntry, case: Case) -> int:

@@ -921,8 +921,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     amp = trains_in_bf16(cfg)
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
-    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
-                               skip_bad=cfg.skip_bad)
+    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
         spacing_mm = round(data.median_spacing(cases), 2)
