@@ -14,6 +14,7 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gzip
@@ -22,11 +23,13 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
-import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,16 +83,10 @@ MOST_BITS = 60                  # largest power of 2 by which values are multipl
 LARGEST = 1 << 31               # the largest whole number that a voxel is rounded to
 MOST_LEVELS = 1 << 22           # values that span more are sorted to be counted
 IMAGE_FOLDERS = ("img", "images", "imagestr", "imagests")      # which tell no dataset
-CACHE_VERSION = 2
-SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
-PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
-                                # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
-CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"))
-CAN_FORK = sys.platform == "linux"
-UNKNOWN_MEMORY = 8 << 30        # bytes, assumed where the system does not tell
-POLL_SECONDS = 0.5              # between looks at what other processes have preprocessed
+CACHE_VERSION = 3
+DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
+CAN_FORK = sys.platform == "linux"                   # macOS can, but not safely
+PR_SET_PDEATHSIG = 1            # Linux's prctl: which signal a process gets when its parent ends
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -344,44 +341,72 @@ def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, *, wait: bool = True):
+def exclusive_lock(path: Path):
     """Hold a lock while the block runs, so that only one process at a time is in it.
 
-    path    a file that exists only while the lock is held
-    wait    False: go on without the lock if another process has it
-    yields  whether the lock is held
+    path  a file that is made for the lock, and stays
 
-    The operating system releases the lock of a process that ends in any way, so what a killed
-    process leaves behind blocks nobody. Where the file system has no locks, every process gets it.
+    The operating system releases the lock when its process ends, in whatever way; a forked worker
+    does not inherit it. Where there are no such locks (Windows, some network file systems),
+    several processes may be in the block.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "wb")
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def pool_map(function, items, workers: int = -1, *, desc: str, unit: str, quiet: bool = False):
+    """[function(item) for item in items], computed by several processes, with a progress bar.
+
+    function  a function of a module, or functools.partial of one: it is sent to the processes
+    workers   how many processes; 0 or 1: this one; -1: as many as cores, at most DEFAULT_WORKERS
+    quiet     no progress bar
+
+    A worker is a copy of this process, so that the user's script is not run again. Where a process
+    cannot be copied (macOS, Windows), this one does the work. What `function` raises for an item is
+    raised here; the remaining items are then left.
+    """
+    items = list(items)
+    if workers < 0:
+        workers = min(DEFAULT_WORKERS, core_count())
+    workers = min(workers, len(items))
+
+    def collect(results) -> list:
+        with tqdm(results, total=len(items), desc=desc, unit=unit, disable=quiet) as bar:
+            return list(bar)
+
+    if workers < 2 or not CAN_FORK:
+        return collect(map(function, items))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_worker,
+                             (os.getpid(),)) as pool:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            yield False
-            return
-        except OSError:                                  # no locks here
-            break
-        if _is_same_file(file, path):
-            break
-        file.close()                 # its last holder has deleted it since; lock a new file
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
+            return collect(pool.map(function, items))
+        except BrokenExecutor:
+            raise OSError(f"{desc}: a worker process was killed; is the memory full? Use fewer "
+                          "--workers") from None
+        except BaseException:                            # Ctrl-C included: do not begin the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _is_same_file(file, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _begin_worker(parent: int) -> None:
+    """What a worker process does first: it arranges to be killed when its parent ends, even by
+    SIGKILL, and to end without a word at Ctrl-C, which the parent reports."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:                           # it has ended before
+        os._exit(1)
+    torch.set_num_threads(1)                             # OpenMP's threads are not copied
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
@@ -875,20 +900,28 @@ class Scan:
 
     def image(self) -> np.ndarray:
         """(d, h, w) float16, 0..1 for a CT"""
-        return np.load(self.entry / "image.npy", mmap_mode="r")
+        return load_array(self.entry / "image.npy")
 
     def label_rows(self) -> np.ndarray:
         """(d, h, w) unsigned integers: each voxel's index into label_map.regions"""
-        return np.load(self.entry / "rows.npy", mmap_mode="r")
+        return load_array(self.entry / "rows.npy")
 
     def class_voxels(self, k: int) -> np.ndarray:
         """(n, 3) places of voxels of class k, at most VOXELS_PER_CLASS, in random order"""
         start, stop = self.meta["points"].get(str(k), (0, 0))
-        return np.load(self.entry / "points.npy", mmap_mode="r")[start:stop]
+        return load_array(self.entry / "points.npy")[start:stop]
 
     def present_classes(self) -> list[int]:
         """Indices of the annotated classes that have a voxel in this scan."""
         return [k for k in np.flatnonzero(self.case.annotated) if str(k) in self.meta["points"]]
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An array of the cache: memory-mapped, or read where the file system cannot do that."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError:
+        return np.load(path)
 
 
 def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
@@ -906,23 +939,15 @@ def _read_entry(case: Case, entry: Path) -> Scan | None:
     return Scan(dataclasses.replace(case, annotated=annotated), entry, meta)
 
 
-def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> Scan | None:
-    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again.
-
-    wait     False: do not wait for another process that is preprocessing this case
-    returns  None if another process is
-    """
+def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
+    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again."""
     entry = cache / _key(case, spacing_mm)
     scan = _read_entry(case, entry)
-    if scan is not None:
-        return scan
-    with exclusive_lock(entry.with_name(f".{entry.name}.lock"), wait=wait) as held:
-        if not held:
-            return None
-        scan = _read_entry(case, entry)                  # another process may have been faster
-        if scan is None:
-            _make_entry(case, entry, spacing_mm)
-            scan = _read_entry(case, entry)
+    if scan is None:
+        _make_entry(case, entry, spacing_mm)
+        scan = _read_entry(case, entry)
+    if scan is None:
+        raise OSError(f"{entry}: cannot be read back after it was written; is the disk damaged?")
     return scan
 
 
@@ -948,13 +973,11 @@ def _key(case: Case, spacing_mm: float) -> str:
     for path in (case.image, case.label):
         stat = path.stat()
         stamps.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    regions = case.label_map.regions.astype(int).tolist()
-    content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.label_map.values,
-               regions, sorted(case.label_map.named)]
-    if not case.label_map.known.all():
-        content.append(case.label_map.known.astype(int).tolist())
-    if case.label_map.unsplit:
-        content.append(SIDES_VERSION)
+    meaning = case.label_map
+    content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, meaning.values,
+               meaning.regions.astype(int).tolist(), meaning.known.astype(int).tolist(),
+               np.flatnonzero(meaning.annotated).tolist(), sorted(meaning.named),
+               sorted(meaning.unsplit)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -963,9 +986,8 @@ def _read_meta(entry: Path) -> dict | None:
     earlier version wrote it, whose fingerprints were hashes of the histogram alone."""
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
-        image = np.load(entry / "image.npy", mmap_mode="r")
-        label_rows = np.load(entry / "rows.npy", mmap_mode="r")
-        voxels = np.load(entry / "points.npy", mmap_mode="r")
+        image, label_rows, voxels = (load_array(entry / name)
+                                     for name in ("image.npy", "rows.npy", "points.npy"))
         last_stop = max((stop for _, stop in meta["points"].values()), default=0)
         same_shape = list(image.shape) == list(label_rows.shape) == meta["shape"]
         earlier = len(meta.get("fingerprint", "")) == HISTOGRAM_DIGITS
@@ -1182,134 +1204,23 @@ def _write_entry(entry: Path, image, label_rows, voxels, meta: dict) -> None:
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{entry.parent}: cannot be written, is the disk full? ({error})") from None
-    try:
-        os.rename(part, entry)
-    except OSError:                  # the entry exists: damaged, or another process was faster
-        if _read_meta(entry) is None:
-            shutil.rmtree(entry, ignore_errors=True)
-            os.rename(part, entry)
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@dataclass
-class _Attempts(torch.utils.data.Dataset):
-    """Item i: build case i unless another process is at it -> (i, the error or None)."""
-    cases: list[Case]
-    cache: Path
-    spacing_mm: float
-
-    def __getitem__(self, i: int) -> tuple[int, Exception | None]:
-        try:
-            build(self.cases[i], self.cache, self.spacing_mm, wait=False)
-        except (ValueError, OSError) as error:
-            return i, error
-        return i, None
-
-    def find(self, i: int) -> Scan | None:
-        """Case i if it is in the cache. An unreadable file is reported when it is built."""
-        with contextlib.suppress(OSError):
-            return find(self.cases[i], self.cache, self.spacing_mm)
-        return None
-
-
-def _as_it_is(item):
-    return item
+    shutil.rmtree(entry, ignore_errors=True)             # a damaged one
+    os.rename(part, entry)
 
 
 def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
-              workers: int = -1, skip_bad: bool = False, quiet: bool = False) -> list[Scan]:
-    """Preprocess every case once, with a progress bar.
+              workers: int = -1, quiet: bool = False) -> list[Scan]:
+    """Preprocess every case once; see pool_map for `workers` and `quiet`.
 
-    workers   how many processes do it; 0: this one; -1: as many as cores and memory allow
-    skip_bad  report a scan that cannot be used and go on, instead of raising
-    quiet     no progress bar
-
-    Several processes may call this at the same time, as under torchrun. Each takes cases that
-    nobody else has, and all of them return when every case is in the cache.
+    Several processes may call this at the same time, as under torchrun: the first one preprocesses
+    with its workers, while the others wait, and then find the entries.
     """
-    attempts = _Attempts(cases, cache, spacing_mm)
-    scans = {}
-    with tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
-        for i in range(len(cases)):
-            scan = attempts.find(i)
-            if scan is not None:
-                scans[i] = scan
-                bar.update()
-        waiting = [i for i in range(len(cases)) if i not in scans]
-        if workers < 0:
-            workers = workers_that_fit([cases[i].image for i in waiting])
-        while waiting:
-            loader = torch.utils.data.DataLoader(
-                attempts, batch_size=None, sampler=waiting, collate_fn=_as_it_is, in_order=False,
-                num_workers=min(workers, len(waiting)),
-                multiprocessing_context="fork" if CAN_FORK and workers else None,
-                generator=torch.Generator())             # leaves the global random state alone
-            waiting = []
-            for i, error in loader:
-                if error is None:
-                    scan = attempts.find(i)
-                    if scan is None:
-                        waiting.append(i)                # another process is preprocessing it
-                        continue
-                    scans[i] = scan
-                elif skip_bad:
-                    bar.write(f"skipped: {error}")
-                else:
-                    raise error
-                bar.update()
-            workers = 0                                  # from here on others do the work
-            if waiting:
-                time.sleep(POLL_SECONDS)
-    return [scans[i] for i in sorted(scans)]
-
-
-def workers_that_fit(images: list[Path], bytes_per_voxel: float = PREPROCESS_MEMORY) -> int:
-    """How many processes can work on these scans at once, by cores and memory.
-
-    bytes_per_voxel  memory that the work on one scan takes; by default that of preprocessing
-
-    They are shared with the other processes that torchrun started on this machine. 0 if one
-    process is enough, which is then the calling one; also where a new process cannot be a copy of
-    this one (macOS, Windows), since it would begin by running the user's script again.
-    """
-    if not CAN_FORK:
-        return 0
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    largest = 1
-    for path in images:
-        try:
-            largest = max(largest, math.prod(open_checked(path).shape))
-        except (ValueError, OSError):                    # reported when it is preprocessed
-            continue
-    by_memory = available_memory() // (largest * bytes_per_voxel * neighbours)
-    workers = min(core_count() // neighbours, by_memory, len(images))
-    return int(workers) if workers > 1 else 0
-
-
-def core_count() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """How many bytes can still be used, in the machine or, if that is less, in its container."""
-    available = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        available.append(int(kilobytes) * 1024)
-    for folder, limit, used in CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):   # "max" stands for no limit
-            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            statistics = dict(line.split() for line in lines)
-            reclaimable = int(statistics.get("inactive_file", 0))
-            in_use = int((folder / used).read_bytes()) - reclaimable
-            available.append(int((folder / limit).read_bytes()) - in_use)
-    if not available and hasattr(os, "sysconf"):         # macOS: half of what the machine has
-        available.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(0, min(available, default=UNKNOWN_MEMORY))
+    if any(find(case, cache, spacing_mm) is None for case in cases):
+        with exclusive_lock(cache / ".lock"):
+            missing = [case for case in cases if find(case, cache, spacing_mm) is None]
+            make = functools.partial(build, cache=cache, spacing_mm=spacing_mm)
+            pool_map(make, missing, workers, desc="preprocess", unit="scan", quiet=quiet)
+    return [build(case, cache, spacing_mm) for case in cases]
 
 
 # ---- training, validation and test scans ---------------------------------------------------------

@@ -371,10 +371,9 @@ def check_spacing(cfg: Config, task: Task) -> None:
 
 # ---- data ----------------------------------------------------------------------------------------
 def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
-    """Preprocess every scan once; the processes of torchrun share the work."""
+    """Preprocess every scan once; of the processes of torchrun, the first that comes does it."""
     cache = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
-    return data.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers, skip_bad=cfg.skip_bad,
-                          quiet=process_rank() > 0)
+    return data.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers)
 
 
 def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
@@ -398,10 +397,6 @@ def split(cfg: Config, scans: list[data.Scan],
 
     parts  {name of the case: its part} of --split; none: at random
     """
-    entries = [{scan.entry.name for scan in scans}]
-    if dist.is_initialized():                      # --skip-bad may have skipped one here or there
-        entries = infer.exchange(entries[0])
-    scans = [scan for scan in scans if all(scan.entry.name in own for own in entries)]
     if parts:
         training, validation = data.divide_scans(scans, parts)
     else:

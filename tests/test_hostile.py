@@ -3,12 +3,10 @@ import gzip
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -539,31 +537,6 @@ def test_eleven_kills_of_evaluation(tmp_path):
         return tmp_path / name
     killed(11, make_folder, metrics.main, lambda folder: (
         ["--pred", str(folder), "--ref", str(tmp_path / "ref"), "--tolerance", "3"],), same_bytes)
-
-
-def test_workers_of_metrics_end_with_a_killed_parent(tmp_path):
-    """Without that, the idle workers of the pool would wait forever."""
-    (tmp_path / "pool.py").write_text(
-        "import time, multiprocessing as m, metrics\n"
-        "from concurrent.futures import ProcessPoolExecutor as Pool\n"
-        "p = Pool(2, m.get_context('fork'), initializer=metrics._leave_with_parent)\n"
-        "p.submit(int).result()\n"
-        "print(*p._processes, flush=True)\n"
-        "time.sleep(60)\n")
-    p = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE,
-                         env={**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parent)})
-    stats = [Path(f"/proc/{int(worker)}/stat") for worker in p.stdout.readline().split()]
-
-    def alive():
-        return [stat for stat in stats
-                if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
-    assert len(alive()) == 2
-    p.kill()
-    p.wait()
-    until = time.monotonic() + 10
-    while alive() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive()
 
 
 @pytest.mark.slow

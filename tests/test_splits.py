@@ -559,7 +559,7 @@ def test_a_checkpoint_without_a_record_says_unknown(tiny, trained, tmp_path, cap
 
 def scored(tmp_path, capsys, seen, monkeypatch):
     """Score four cases of a liver, Dice 1, 2/3, 0.5 and 0 by hand; seen: what each JSON says."""
-    monkeypatch.setattr(data, "workers_that_fit", lambda *_: 0)
+    monkeypatch.setattr(data, "CAN_FORK", False)
     ref = np.zeros((4, 4, 4), np.uint8)
     ref[0, 0] = 6
     for name, voxels, where in zip("abcd", (4, 2, 12, 0), seen, strict=True):
