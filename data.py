@@ -76,12 +76,8 @@ AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
-HISTOGRAM_DIGITS = 20           # of a scan's fingerprint; see fingerprint
-FEW_LEVELS = 16                 # values that span less are not rounded to whole numbers ...
-PROJECTION_BITS = 12            # ... but so that their span has at least 2 ** PROJECTION_BITS steps
-MOST_BITS = 60                  # largest power of 2 by which values are multiplied for that
-LARGEST = 1 << 31               # the largest whole number that a voxel is rounded to
-MOST_LEVELS = 1 << 22           # values that span more are sorted to be counted
+FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
+FINE_LEVELS = 1 << 12                        # see fingerprint
 IMAGE_FOLDERS = ("img", "images", "imagestr", "imagests")      # which tell no dataset
 CACHE_VERSION = 3
 DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
@@ -960,7 +956,7 @@ def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
-    seed = int(scan_id[:HISTOGRAM_DIGITS], 16)
+    seed = int(scan_id, 16)
     voxels, ranges = _sample_voxels(case, label_rows, seed)
     meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
             "spacing_mm": volume.spacing_mm.tolist(), "undecided": undecided}
@@ -982,16 +978,14 @@ def _key(case: Case, spacing_mm: float) -> str:
 
 
 def _read_meta(entry: Path) -> dict | None:
-    """meta.json of a cache entry; None if the entry is missing, its files contradict it, or an
-    earlier version wrote it, whose fingerprints were hashes of the histogram alone."""
+    """meta.json of a cache entry; None if the entry is missing or its files contradict it."""
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
         image, label_rows, voxels = (load_array(entry / name)
                                      for name in ("image.npy", "rows.npy", "points.npy"))
         last_stop = max((stop for _, stop in meta["points"].values()), default=0)
         same_shape = list(image.shape) == list(label_rows.shape) == meta["shape"]
-        earlier = len(meta.get("fingerprint", "")) == HISTOGRAM_DIGITS
-        return meta if same_shape and len(voxels) == last_stop and not earlier else None
+        return meta if same_shape and len(voxels) == last_stop else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 
@@ -1042,74 +1036,31 @@ def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: floa
 
 
 def fingerprint(array: np.ndarray) -> str:
-    """Identify a scan by its voxels: 40 hexadecimal digits.
+    """Identify a scan by its voxels: 20 hexadecimal digits.
 
-    They are the same for the same scan in another axis order, mirrored along an axis, in another
-    compression or in another type, and so find copies of one scan in several datasets. A crop of a
-    scan and a resampled or shifted scan are other scans.
+    A hash of the sorted shape and of the histogram of the values, rounded to whole numbers. It is
+    the same for the same scan in another axis order, mirrored along an axis, in another compression
+    or in another type, and so finds copies of one scan in several datasets. A crop of a scan and a
+    resampled scan are other scans.
 
-    The first HISTOGRAM_DIGITS are a hash of the sorted shape and of the histogram of the values,
-    rounded to whole numbers. The others are a hash of the projections: for each axis, the sum of
-    every plane perpendicular to it. Values that span less than FEW_LEVELS, as those of a scan that
-    was scaled to 0..1, or more than LARGEST are rounded to a power of 2 instead for these.
+    Values that span less than FEW_LEVELS, as those of a scan that was scaled to 0..1, or more than
+    MOST_LEVELS are multiplied by a power of 2 first, so that they span FINE_LEVELS or up to twice
+    as many: as whole numbers they would be almost all the same, or too many to count.
     """
     # planes along the slowest axis in memory, which are read fastest
     planes = array.transpose(np.argsort([-abs(stride) for stride in array.strides]))
-    low, high = planes.min().item(), planes.max().item()
-    values, counts = _histogram(planes, low, high)
-    histogram = sorted(array.shape), values, counts
+    low, high = float(planes.min()), float(planes.max())
     scale = 1.0
-    if 0 < high - low < FEW_LEVELS or high - low > LARGEST:
-        scale = 2.0 ** min(PROJECTION_BITS - math.floor(math.log2(high - low)), MOST_BITS)
-    digests = [hashlib.sha256(json.dumps(content).encode()).hexdigest()[:HISTOGRAM_DIGITS]
-               for content in (histogram, _projections(planes, scale))]
-    return "".join(digests)
-
-
-def _whole_numbers(array: np.ndarray) -> np.ndarray:
-    """Values rounded to whole numbers, int64; float ones beyond LARGEST are clipped."""
-    if array.dtype.kind == "f":
-        array = np.rint(array)
-        np.clip(array, -LARGEST, LARGEST, out=array)
-    return array.astype(np.int64)
-
-
-def _histogram(planes: np.ndarray, low: float, high: float) -> tuple[list[int], list[int]]:
-    """The different values of an array, rounded to whole numbers, and how often each occurs.
-
-    low, high  the smallest and the largest value
-    """
-    first, last = _whole_numbers(np.array([low, high])).tolist()
-    if last - first >= MOST_LEVELS:
-        values, counts = np.unique(_whole_numbers(planes), return_counts=True)
-        return values.tolist(), counts.tolist()
+    if low < high and not FEW_LEVELS <= high - low <= MOST_LEVELS:
+        scale = FINE_LEVELS * 2.0 ** -math.floor(math.log2(high - low))
+    first, last = round(low * scale), round(high * scale)
     counts = np.zeros(last - first + 1, np.int64)
     for plane in planes:
-        whole = _whole_numbers(plane)
-        whole -= first                                   # in place, which is several times faster
-        counts += np.bincount(whole.ravel(), minlength=len(counts))
+        whole = np.rint(plane.astype(np.float64) * scale).astype(np.int64)
+        counts += np.bincount((whole - first).ravel(), minlength=len(counts))
     present = np.flatnonzero(counts)
-    return (present + first).tolist(), counts[present].tolist()
-
-
-def _projections(planes: np.ndarray, scale: float) -> list[list[int]]:
-    """For each axis, the sums of the planes perpendicular to it, of values times `scale`.
-
-    The order of the axes does not matter, nor do their directions: of a list and its reverse, the
-    smaller one is taken, and the three lists are sorted.
-
-    [[[1, 2], [3, 5]]] (1, 2, 2) -> [[4, 7], [3, 8], [11]] -> sorted [[3, 8], [4, 7], [11]]
-    """
-    sums = [np.zeros(n, np.int64) for n in planes.shape]
-    for i, plane in enumerate(planes):
-        if scale != 1:
-            plane = plane * scale
-        whole = _whole_numbers(plane)
-        sums[0][i] = whole.sum()
-        sums[1] += whole.sum(1)
-        sums[2] += whole.sum(0)
-    lists = [of_axis.tolist() for of_axis in sums]
-    return sorted(min(forward, forward[::-1]) for forward in lists)
+    histogram = sorted(array.shape), (present + first).tolist(), counts[present].tolist()
+    return hashlib.sha256(json.dumps(histogram).encode()).hexdigest()[:20]
 
 
 @dataclass

@@ -521,8 +521,7 @@ def identify_scans(training, validation) -> dict:
         datasets: dict[str, list] = {}
         for scan in scans:
             annotated = np.flatnonzero(scan.case.annotated).tolist()
-            histogram = scan.meta["fingerprint"][:data.HISTOGRAM_DIGITS]    # as earlier versions
-            scan_id = [histogram, annotated]
+            scan_id = [scan.meta["fingerprint"], annotated]
             datasets.setdefault(scan.case.dataset, []).append(scan_id)
         content.append(sorted(sorted(scan_ids) for scan_ids in datasets.values()))
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]

