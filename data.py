@@ -78,7 +78,6 @@ ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
 FINE_LEVELS = 1 << 12                        # see fingerprint
-IMAGE_FOLDERS = ("img", "images", "imagestr", "imagests")      # which tell no dataset
 CACHE_VERSION = 3
 DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
 CAN_FORK = sys.platform == "linux"                   # macOS can, but not safely
@@ -1176,46 +1175,49 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
 
 # ---- training, validation and test scans ---------------------------------------------------------
 PARTS = ("train", "val", "test")                         # of a split
-SPLIT_WORD = re.compile(r"(?:^|[\W_])(train|val|test)$")  # at the end of a list's name
 
 
 @dataclass(frozen=True)
 class SplitEntry:
     """A scan that a split names.
 
-    04_LiTS/img/liver_0.nii.gz -> name "liver_0", folders ("04_LiTS",)
+    04_LiTS/img/liver_0.nii.gz -> case "liver_0", folders ("04_LiTS", "img")
     """
     text: str                        # as it is written in the split
-    where: Path                      # the file of the split
     part: str                        # "train", "val" or "test"
-    name: str
-    folders: tuple[str, ...]
+    case: str
+    folders: tuple[str, ...]         # one of them is the dataset's; empty: any dataset
+
+    def names(self, case: Case) -> bool:
+        """Whether this entry stands for a case."""
+        in_dataset = not self.folders or case.dataset in self.folders
+        return in_dataset and case.name == f"{case.dataset}/{self.case}"
 
 
 def read_split(paths, fold: str = "") -> list[SplitEntry]:
     """The scans that the files of --split name, of one or several files:
 
-    NAME.json      {"train": [...], "val": [...], "test": [...]} with names of cases; the last two
-                   may be missing
+    NAME.json      {"train": [...], "val": [...], "test": [...]} with CASE or DATASET/CASE; the last
+                   two lists may be missing
     NAME.json      nnU-Net's splits_final.json, a list of such objects of which `fold` is taken, a
                    number from 0 on
     NAME_train.txt, NAME_val.txt, NAME_test.txt
-                   the lists of the release: in each line the paths of an image and of its label
+                   the lists of the release: in each line the path of an image, and after a tab that
+                   of its label. A folder of the path is the dataset's, and the file names the case
 
     raises ValueError, OSError  if a file cannot be read or is none of these, if it has no fold of
                                 that number, or if no file has folds and one is asked for
     """
-    entries, folds = [], 0
+    entries, has_folds = [], False
     for path in map(Path, paths):
         if path.suffix.lower() == ".json":
             content = read_json(path, (dict, list))
             if isinstance(content, list):
-                content, folds = _choose_fold(path, content, fold), folds + 1
-            named = _named_in_json(path, content)
+                content, has_folds = _choose_fold(path, content, fold), True
+            entries += _entries_of_json(path, content)
         else:
-            named = _named_in_list(path)
-        entries += [_split_entry(text, path, part) for part, text in named]
-    if fold and not folds:
+            entries += _entries_of_list(path)
+    if fold and not has_folds:
         raise ValueError(f"--fold {fold}: {', '.join(map(str, paths))} has no folds, as nnU-Net's "
                          "splits_final.json has; leave --fold out")
     return entries
@@ -1223,150 +1225,71 @@ def read_split(paths, fold: str = "") -> list[SplitEntry]:
 
 def _choose_fold(path: Path, folds: list, fold: str) -> dict:
     """The fold with the number `fold` of a splits_final.json."""
-    if not fold:
-        raise ValueError(f"{path}: has {len(folds)} folds; say which one with --fold, from 0 on")
     if not fold.isdecimal() or int(fold) >= len(folds):
-        raise ValueError(f"--fold {fold}: {path} has folds 0 to {len(folds) - 1}; with --split, "
-                         "--fold is the number of one of them")
-    chosen = folds[int(fold)]
-    if not isinstance(chosen, dict):
-        raise ValueError(f'{path}: expected a list of {{"train": [...], "val": [...]}}')
-    return chosen
+        raise ValueError(f"{path}: has folds 0 to {len(folds) - 1}; name one of them with --fold, "
+                         f"got {fold!r}")
+    return folds[int(fold)]
 
 
-def _named_in_json(path: Path, content: dict) -> list[tuple[str, str]]:
-    """(part, name of the case) of every scan in a JSON object."""
-    lists = content.values()
-    texts = [text for names in lists if isinstance(names, list) for text in names]
-    if not ({"train"} <= set(content) <= set(PARTS) and all(isinstance(v, list) for v in lists)
-            and all(isinstance(text, str) for text in texts)):
+def _entries_of_json(path: Path, content) -> list[SplitEntry]:
+    """The cases that a JSON object {"train": [...], "val": [...], "test": [...]} names."""
+    right_keys = isinstance(content, dict) and {"train"} <= content.keys() <= set(PARTS)
+    if not right_keys or not all(isinstance(names, list) for names in content.values()) \
+            or not all(isinstance(text, str) for names in content.values() for text in names):
         raise ValueError(f'{path}: expected {{"train": [...], "val": [...], "test": [...]}} with '
                          "lists of case names, of which the last two may be missing")
-    return [(part, text) for part in PARTS for text in content.get(part, [])]
+    entries = []
+    for part, names in content.items():
+        for text in names:
+            *folders, case = text.replace("\\", "/").split("/")
+            entries.append(SplitEntry(text, part, case, tuple(folders)))
+    return entries
 
 
-def _named_in_list(path: Path) -> list[tuple[str, str]]:
-    """(part, path of the image) of every line of a text file, whose name ends with the part."""
-    word = SPLIT_WORD.search(path.stem)
-    if word is None:
+def _entries_of_list(path: Path) -> list[SplitEntry]:
+    """The cases of a text file, one image in each line; the file's name ends with the part."""
+    part = path.stem.split("_")[-1]
+    if part not in PARTS:
         raise ValueError(f"{path}: a split is a JSON file, or a list of scans whose name ends with "
                          "_train, _val or _test, as PAOT_train.txt")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
-    named = []
-    for number, line in enumerate(lines, 1):
-        columns = line.strip().split("\t") if "\t" in line.strip() else line.split()
-        columns = [column.strip() for column in columns if column.strip()]
-        if len(columns) > 2:
-            raise ValueError(f"{path}: line {number}: expected the paths of an image and of its "
-                             f"label, got {line.strip()[:80]!r}")
-        if columns:
-            named.append((word[1], columns[0]))
-    return named
-
-
-def _split_entry(text: str, where: Path, part: str) -> SplitEntry:
-    """A scan as a split writes it: CASE, DATASET/CASE, or the path of its image.
-
-    The names in an nnU-Net file PREPROCESSED/Dataset001_X/splits_final.json are of that dataset.
-    """
-    steps = [step for step in text.strip().replace("\\", "/").split("/") if step not in ("", ".")]
-    if not steps:
-        raise ValueError(f"{where}: an empty name among the scans")
-    for ending in ENDINGS:
-        steps[-1] = steps[-1].removesuffix(ending)
-    if len(steps) > 1 and steps[-1].removesuffix("_0000") in COMMON_NAMES:
-        steps.pop()                                      # named after its folder; see _case_names
-    if re.match(r"(Dataset|Task)\d+_", where.absolute().parent.name):
-        steps.insert(0, where.absolute().parent.name)
-    folders = tuple(step for step in steps[:-1] if step.lower() not in IMAGE_FOLDERS)
-    return SplitEntry(text, where, part, steps[-1], folders)
+    entries = []
+    for line in filter(str.strip, lines):
+        text = line.split("\t")[0].strip()
+        image = Path(text.replace("\\", "/"))
+        entries.append(SplitEntry(text, part, case_of(image), image.parts[:-1]))
+    return entries
 
 
 def match_split(entries: list[SplitEntry], cases: list[Case]) -> dict[str, str]:
     """{name of the case: its part} of the cases that a split names.
 
-    A case is found by its name; where several cases or several entries have this name, by the
-    folders: the case whose dataset's folder is named in the entry. What a split names and is not
-    there, what is there and not named, and what was found by name alone is printed.
+    What a split names and is not there, and what is there and not named, is printed.
 
     raises ValueError  if an entry may stand for several cases, or a case is in several parts
     """
-    by_name: dict[str, list[Case]] = {}
+    with_name: dict[str, list[Case]] = {}
     for case in cases:
-        by_name.setdefault(case.name.split("/")[-1], []).append(case)
-    claims: dict[str, list[tuple[int, SplitEntry]]] = {}       # case -> (agreement, entry), ...
+        with_name.setdefault(case.name.removeprefix(f"{case.dataset}/"), []).append(case)
+    parts: dict[str, str] = {}
     absent = []
     for entry in entries:
-        found = _case_of_entry(entry, by_name)
-        if found is None:
+        found = [case.name for case in with_name.get(entry.case, []) if entry.names(case)]
+        if len(found) > 1:
+            raise ValueError(f"the split's {entry.text} may be {' or '.join(found)}; name the "
+                             "dataset, too: DATASET/CASE")
+        if not found:
             absent.append(entry.text)
-        else:
-            name, agreement = found
-            claims.setdefault(name, []).append((agreement, entry))
-    parts, by_name_alone = {}, []
-    for name, claimed in claims.items():
-        highest = max(agreement for agreement, _ in claimed)
-        own = []
-        for agreement, entry in claimed:
-            if agreement < highest and entry.folders:
-                absent.append(entry.text)                # of another dataset with a case so called
-            else:
-                own.append(entry)
-        parts[name] = _common_part(name, own)
-        if highest == 0 and own[0].folders:
-            by_name_alone.append(f"{own[0].text} -> {name}")
+        elif parts.setdefault(found[0], entry.part) != entry.part:
+            raise ValueError(f"{found[0]} is in two parts of the split: {parts[found[0]]!r} and "
+                             f"{entry.part!r}")
     unnamed = [case.name for case in cases if case.name not in parts]
     _report_some("scans of the split are not in --data", absent)
     _report_some("scans of --data are not in the split and not used", unnamed)
-    _report_some("scans of the split were found by their name alone", by_name_alone)
     return parts
-
-
-def _case_of_entry(entry: SplitEntry, by_name: dict[str, list[Case]]) -> tuple[str, int] | None:
-    """The name of the case that an entry stands for, and their agreement; None: it is not there."""
-    same_name = by_name.get(entry.name) or by_name.get(entry.name.removesuffix("_0000"), [])
-    agreements = {case.name: _agreement(entry, case) for case in same_name}
-    highest = max(agreements.values(), default=0)
-    best = [name for name, agreement in agreements.items() if agreement == highest]
-    if len(best) == 1:
-        return best[0], highest
-    if not best or (highest == 0 and entry.folders):
-        return None
-    raise ValueError(f"{entry.where}: {entry.text} may be {' or '.join(best)}; name the dataset, "
-                     "too: DATASET/CASE")
-
-
-def _common_part(name: str, entries: list[SplitEntry]) -> str:
-    """The part to which all entries that stand for one case assign it."""
-    first = entries[0]
-    for other in entries[1:]:
-        if other.part != first.part:
-            raise ValueError(f"{other.where}: {name} is in two parts of the split, as {first.text} "
-                             f"in {first.part!r} and as {other.text} in {other.part!r}")
-    return first.part
-
-
-def _agreement(entry: SplitEntry, case: Case) -> int:
-    """How well the folders that an entry names agree with the names of a case's folders: 2 for
-    each one that is the same, 1 for one that is but for its number, as 04_LiTS and Dataset004_LiTS.
-    """
-    keys = {_folder_key(folder) for folder in entry.folders}
-    points = 0
-    for folder in case.name.split("/")[:-1]:
-        if folder in entry.folders:
-            points += 2
-        elif _folder_key(folder) in keys:
-            points += 1
-    return points
-
-
-def _folder_key(folder: str) -> str:
-    """04_LiTS, Dataset004_LiTS, lits -> "lits"; Dataset004 -> "dataset004" """
-    without_number = re.sub(r"^(dataset|task)?\d+[_-]+", "", folder.casefold())
-    return re.sub(r"[\W_]", "", without_number) or folder
 
 
 def divide_scans(scans: list[Scan], parts: dict[str, str]) -> tuple[list[Scan], list[Scan]]:
@@ -1392,30 +1315,13 @@ def divide_scans(scans: list[Scan], parts: dict[str, str]) -> tuple[list[Scan], 
     return chosen["train"], chosen["val"]
 
 
-def check_fold(fold: str) -> tuple[int, int]:
-    """--fold without a split: "i/k" -> (i, k).   raises ValueError  otherwise"""
-    try:
-        i, k = map(int, fold.split("/"))
-        return range(k)[i], k
-    except (ValueError, IndexError):
-        raise ValueError(f"--fold is i/k with i from 0 to k - 1, got {fold!r}; a plain number is "
-                         "a fold of the file that --split names") from None
-
-
-def split_scans(scans: list[Scan], val_fraction: float, seed: int,
-                fold: str = "") -> tuple[list[Scan], list[Scan]]:
+def split_scans(scans: list[Scan], val_fraction: float,
+                seed: int) -> tuple[list[Scan], list[Scan]]:
     """(training scans, validation scans), at random; copies of one scan in several datasets stay
-    together.
-
-    fold  "i/k" holds out part i of k equal parts, counted from 0, instead of val_fraction
-    """
+    together."""
     scan_ids = sorted({scan.meta["fingerprint"] for scan in scans})
     order = np.random.default_rng(seed).permutation(scan_ids).tolist()
-    if fold:
-        i, k = check_fold(fold)
-        held_out = set(order[i::k])
-    else:
-        held_out = set(order[:round(val_fraction * len(scan_ids))])
+    held_out = set(order[:round(val_fraction * len(scan_ids))])
     train = [scan for scan in scans if scan.meta["fingerprint"] not in held_out]
     validation = [scan for scan in scans if scan.meta["fingerprint"] in held_out]
     return train, validation

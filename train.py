@@ -120,8 +120,7 @@ class Config:
     unmasked: bool = setting(False, "ablation: take what a dataset does not label for background")
     val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
                                   "rounds to 0)")
-    fold: str = setting("", "i/k: hold out part i (0 first) of k equal random parts instead of a "
-                        "share; with --split, a plain number: the fold of splits_final.json")
+    fold: str = setting("", "which fold of the splits_final.json that --split names, from 0 on")
     split: tuple[str, ...] = setting((), "which scans to train on, validate and leave for tests: "
                                      'JSON {"train": [...], "val": [...], "test": [...]} of case '
                                      "names, nnU-Net's splits_final.json, or lists named as "
@@ -383,7 +382,8 @@ def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], d
     """
     if not cfg.split:
         if cfg.fold:
-            data.check_fold(cfg.fold)
+            raise ValueError(f"--fold {cfg.fold}: is the number of a fold of the splits_final.json "
+                             "that --split names")
         return cases, {}
     parts = data.match_split(data.read_split(cfg.split, cfg.fold), cases)
     if "train" not in parts.values():
@@ -400,7 +400,7 @@ def split(cfg: Config, scans: list[data.Scan],
     if parts:
         training, validation = data.divide_scans(scans, parts)
     else:
-        training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed, cfg.fold)
+        training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed)
     if not training:
         raise ValueError("no scan left to train on; "
                          + ("see the notes on --split" if parts else "lower --val-fraction"))

@@ -389,17 +389,6 @@ def test_clip_embeddings_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
                                     resume=True)) == 2
 
 
-def test_folds_hold_out_every_scan_once(tiny, tmp_path):
-    cases = [c for d in data.find_datasets([tiny / "raw"])
-             for c in data.read_dataset(d, labels.CLASSES)]
-    scans = data.build_all(cases, tiny / "cache", 4.0)
-    held = [data.split_scans(scans, 0.5, 3, f"{i}/3")[1] for i in range(3)]
-    assert sorted(s.case.name for part in held for s in part) == sorted(s.case.name for s in scans)
-    for wrong in ("3/3", "x", "1"):
-        with pytest.raises(ValueError, match="--fold is i/k"):
-            data.split_scans(scans, 0.5, 3, wrong)
-
-
 def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, capsys):
     """Kidneys are learned first, then the liver is added from a table that names only it."""
     kidney = str(tiny / "raw" / "Dataset902_Kidney")
@@ -632,7 +621,6 @@ def test_other_data_and_another_split_do_not_resume_but_moved_data_do(tiny, tmp_
         assert labels.run(train.main, cfg) == 2
         return capsys.readouterr().err
     assert "--val-fraction 0.25, now 0.5" in refused(val_fraction=0.5)
-    assert "--fold , now 0/2" in refused(fold="0/2")
     assert "--spacing-mm 4.0, now 5.0" in refused(spacing_mm=5.0)
     error = refused(data=(str(raw / "Dataset901_Liver"),))
     assert "other data (2 training and 2 validation scans, now" in error
