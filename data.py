@@ -1363,10 +1363,14 @@ class Crops(torch.utils.data.Dataset):
         k = draw_class(sorted(with_class), scans[0].case, rng)
         scans = with_class.get(k, scans)                 # of the background: all of them
         scan = scans[rng.integers(len(scans))]
+        side = self.patch
         if self.augment and scan.case.msd and rng.random() < ZOOM_P:
-            image, label_rows = magnified_crop(scan, self.patch, rng, k)
-        else:
-            image, label_rows = crop(scan, self.patch, rng, k)
+            side = round(self.patch / rng.uniform(*ZOOM))
+        corner = [c - side // 2 for c in draw_centre(scan, k, rng)]
+        image, label_rows = crop(scan.image(), scan.label_rows(), corner, side)
+        if side != self.patch:
+            shape = (self.patch,) * 3
+            image, label_rows = resample(image, shape), resample_nearest(label_rows, shape)
         if self.augment:
             image, label_rows = rotate_and_shift(image, label_rows, rng)
         label_rows = np.ascontiguousarray(label_rows).astype(np.int32)
@@ -1408,21 +1412,12 @@ def draw_class(present: list[int], case: Case, rng: np.random.Generator) -> int:
     return int(candidates[rng.integers(len(candidates))])
 
 
-def crop(scan: Scan, patch: int, rng: np.random.Generator,
-         k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop of a scan: image (p, p, p) float32 and label_rows (p, p, p).
-
-    k  the class that it is centred on, or BACKGROUND; None: one that is drawn from the scan's
-    """
-    if k is None:
-        k = draw_class(scan.present_classes(), scan.case, rng)
-    image, label_rows = scan.image(), scan.label_rows()
+def draw_centre(scan: Scan, k: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """The voxel on which a crop is centred: one of class k, which has one, or BACKGROUND."""
     if k == BACKGROUND:
-        centre = draw_background(image, label_rows, rng)
-    else:
-        voxels = scan.class_voxels(k)
-        centre = tuple(int(c) for c in voxels[rng.integers(len(voxels))])
-    return cut_out(image, centre, patch).astype(np.float32), cut_out(label_rows, centre, patch)
+        return draw_background(scan.image(), scan.label_rows(), rng)
+    voxels = scan.class_voxels(k)
+    return tuple(int(c) for c in voxels[rng.integers(len(voxels))])
 
 
 def draw_background(image: np.ndarray, label_rows: np.ndarray,
@@ -1443,18 +1438,29 @@ def draw_background(image: np.ndarray, label_rows: np.ndarray,
     return voxel if in_body is None else in_body
 
 
-def cut_out(array: np.ndarray, centre, patch: int) -> np.ndarray:
-    """The cube (p, p, p) of an array around `centre`, moved so that it lies inside the array.
+def crop(image: np.ndarray, label: np.ndarray, corner,
+         patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cube of a scan and of its label: (p, p, p) float32 and (p, p, p) of the label's type.
+
+    image   (D, H, W)  intensities
+    label   (D, H, W)  label rows, or any other integers
+    corner  the cube's first voxel; see cut_out
+    """
+    return cut_out(image, corner, patch).astype(np.float32), cut_out(label, corner, patch)
+
+
+def cut_out(array: np.ndarray, corner, patch: int) -> np.ndarray:
+    """The cube (p, p, p) of an array from `corner` on, moved so that it lies inside the array.
 
     Along an axis shorter than the cube, the array is centred and zeros (air, background) surround
     it.
 
-    an axis of 10, patch 4: centre 5 -> 3..6, centre 9 -> 6..9
+    an axis of 10, patch 4: corner 3 -> 3..6, corner 7 -> 6..9, corner -1 -> 0..3
     an axis of 2, patch 4:  zero, both voxels, zero
     """
     source, target = [], []
-    for c, n in zip(centre, array.shape, strict=True):
-        start = min(max(c - patch // 2, 0), max(n - patch, 0))
+    for c, n in zip(corner, array.shape, strict=True):
+        start = min(max(c, 0), max(n - patch, 0))
         length = min(patch, n)
         before = (patch - length) // 2
         source.append(slice(start, start + length))
@@ -1462,14 +1468,6 @@ def cut_out(array: np.ndarray, centre, patch: int) -> np.ndarray:
     out = np.zeros((patch,) * 3, array.dtype)
     out[tuple(target)] = array[tuple(source)]
     return out
-
-
-def magnified_crop(scan: Scan, patch: int, rng: np.random.Generator, k: int | None = None):
-    """A crop of a smaller part of the scan, enlarged by a random factor to the patch's size."""
-    side = round(patch / rng.uniform(*ZOOM))
-    image, label_rows = crop(scan, side, rng, k)
-    shape = (patch,) * 3
-    return resample(image, shape), resample_nearest(label_rows, shape)
 
 
 def rotate_and_shift(image: np.ndarray, label_rows: np.ndarray, rng: np.random.Generator):

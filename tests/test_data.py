@@ -564,11 +564,19 @@ def test_crop_number_i_is_a_pure_function_of_seed_and_i(tiny_scans):
     assert not all(torch.equal(a[i]["image"], other_seed[i]["image"]) for i in range(4))
 
 
+def drawn_crop(scan, patch, seed):
+    """A crop of one scan, which is not augmented -> image, label rows."""
+    rng = np.random.default_rng(seed)
+    k = data.draw_class(scan.present_classes(), scan.case, rng)
+    corner = [c - patch // 2 for c in data.draw_centre(scan, k, rng)]
+    return data.crop(scan.image(), scan.label_rows(), corner, patch)
+
+
 def test_two_of_three_crops_are_centred_on_a_class_and_each_gets_its_turn(tiny_scans):
     """With a patch of 16, the centre voxel is the drawn one wherever the border allows it."""
     counts, n = np.zeros(3), 600
     for i in range(n):
-        _, label_rows = data.crop(tiny_scans[0], 16, np.random.default_rng(i))
+        _, label_rows = drawn_crop(tiny_scans[0], 16, i)
         counts[label_rows[8, 8, 8]] += 1         # 0 background, 1 liver, 2 tumour (and liver)
     share = counts / n
     assert abs(share[0] - 1 / 3) < 0.1
@@ -617,8 +625,8 @@ def test_background_crops_are_centred_in_the_body(tmp_path):
     scan = scan_of(tmp_path / "entry", image, label_rows)
     values = []
     for i in range(200):
-        voxel, row = data.crop(scan, 1, np.random.default_rng(i))
-        again, _ = data.crop(scan, 1, np.random.default_rng(i))
+        voxel, row = drawn_crop(scan, 1, i)
+        again, _ = drawn_crop(scan, 1, i)
         assert voxel.shape == (1, 1, 1) and voxel > 0 and row == 0 and voxel == again
         values.append(float(voxel.item()))
     assert len(set(values)) > 90                 # anywhere in it, not at one place
@@ -631,21 +639,24 @@ def test_a_scan_without_background_gives_crops_all_the_same(tmp_path):
     labelled = np.full((20, 20, 20), 3, np.uint8)
     scan = scan_of(tmp_path / "labelled", image, labelled)
     for i in range(20):
-        voxel, row = data.crop(scan, 1, np.random.default_rng(i))
+        voxel, row = drawn_crop(scan, 1, i)
         assert voxel > 0 and row == 3
     scan = scan_of(tmp_path / "air", 0 * image, labelled)
-    voxel, row = data.crop(scan, 1, np.random.default_rng(0))
+    voxel, row = drawn_crop(scan, 1, 0)
     assert voxel == 0 and row == 3
 
 
 def test_a_crop_is_moved_inside_the_scan_and_padded_where_the_scan_is_smaller():
-    """Axes of 10, 10 and 2 voxels, a cube of 4 around (5, 9, 0): planes 3 to 6, planes 6 to 9, and
-    one plane of zeros on either side of both planes."""
+    """Axes of 10, 10 and 2 voxels, a cube of 4 from (3, 7, -2) on: planes 3 to 6, planes 6 to 9,
+    and one plane of zeros on either side of both planes."""
     array = 1 + np.arange(200).reshape(10, 10, 2)
-    out = data.cut_out(array, (5, 9, 0), 4)
+    out = data.cut_out(array, (3, 7, -2), 4)
     assert out.shape == (4, 4, 4)
     assert np.array_equal(out[:, :, 1:3], array[3:7, 6:10])
     assert not out[:, :, 0].any() and not out[:, :, 3].any()
+    image, label = data.crop(array.astype(np.float16), array.astype(np.uint8), (3, 7, -2), 4)
+    assert image.dtype == np.float32 and np.array_equal(image, out)
+    assert label.dtype == np.uint8 and np.array_equal(label, out)
 
 
 def as_msd_task(scans):
@@ -659,7 +670,7 @@ def test_msd_tasks_show_their_tumours_more_often(tiny_scans):
     scan, = as_msd_task(tiny_scans[:1])
     tumours, n = 0, 600
     for i in range(n):
-        _, label_rows = data.crop(scan, 16, np.random.default_rng(i))
+        _, label_rows = drawn_crop(scan, 16, i)
         tumours += label_rows[8, 8, 8] == 2
     label_rows = scan.label_rows()
     part = np.mean(label_rows[label_rows > 0] == 2)
