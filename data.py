@@ -14,6 +14,7 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gzip
@@ -22,12 +23,13 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
-import time
-from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,36 +66,23 @@ SAME_GRID_MM = 0.01             # two volumes that are this near each other lie 
 NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated so, with a note
 QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
                                 # is taken for one that was rounded
+GZIP_RATIO = 1032               # the highest compression that gzip can reach
 BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
 CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
                                 # halves: 0.6 to 0.95
-CT_WORDS = frozenset("ct cta cect ncct cbct ldct ctpa hu computed".split())
-MRI_WORDS = re.compile(         # words in the name of an MRI channel, with single spaces between
-    r"\b(mr|mri|mra|mrt|mrcp|[a-z]{1,2}mri|magnetic|mprage|t[12][a-z]*|flair|pdw?|proton|dwi|adc|"
-    r"b\d+|swi|dce|gre|dess|vibe|haste|trufi|b?ssfp|cine|lge|tof|stir|dixon|water|fat|"
-    r"inphase|in phase|outphase|out of phase|opposed phase)\b")
+CT_NAMES = frozenset({"ct", "cta"})                  # names of a channel, in lower case
+MRI_NAMES = frozenset({"mr", "mri", "t1", "t1w", "t2", "t2w", "flair"})
 AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
-HISTOGRAM_DIGITS = 20           # of a scan's fingerprint; see fingerprint
-FEW_LEVELS = 16                 # values that span less are not rounded to whole numbers ...
-PROJECTION_BITS = 12            # ... but so that their span has at least 2 ** PROJECTION_BITS steps
-MOST_BITS = 60                  # largest power of 2 by which values are multiplied for that
-LARGEST = 1 << 31               # the largest whole number that a voxel is rounded to
-MOST_LEVELS = 1 << 22           # values that span more are sorted to be counted
-IMAGE_FOLDERS = ("img", "images", "imagestr", "imagests")      # which tell no dataset
+FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
+FINE_LEVELS = 1 << 12                        # see fingerprint
 CACHE_VERSION = 3
-SIDES_VERSION = 2               # of how right is told from left in labels that do not say it
-PREPROCESS_MEMORY = 12          # bytes per voxel of the original scan that preprocessing takes at
-                                # its peak (measured: 11.6 for a CT of 512 x 512 x 200 voxels)
-CONTAINER_MEMORY = (            # folder, files of limit and use: control groups, version 2 and 1
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"))
-CAN_FORK = sys.platform == "linux"
-UNKNOWN_MEMORY = 8 << 30        # bytes, assumed where the system does not tell
-POLL_SECONDS = 0.5              # between looks at what other processes have preprocessed
+DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
+CAN_FORK = sys.platform == "linux"                   # macOS can, but not safely
+PR_SET_PDEATHSIG = 1            # Linux's prctl: which signal a process gets when its parent ends
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -112,18 +101,42 @@ class Volume:
 def load_volume(path: str | Path) -> Volume:
     """Read a NIfTI file, with its axes flipped and permuted to closest RAS+.
 
-    Trailing axes of length 1 are dropped.
-
-    raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
-                                          off, not NIfTI, not 3D, or its affine is not usable
+    Nothing is checked; `read_checked` reads the file of a user.
     """
-    img = _open(path)
-    _note_orientation(path, img)
-    raw = _read_voxels(path, img)
-    volume = to_ras(raw.reshape(raw.shape[:3]), img.affine)
-    native = volume.array.dtype.newbyteorder("=")
-    volume.array = volume.array.astype(native, copy=False)
-    return volume
+    img = open_nifti(path)
+    return volume_of(img.dataobj, img.affine)
+
+
+def open_nifti(path: str | Path) -> nib.Nifti1Image:
+    """The image object of a NIfTI file; no voxel is read.
+
+    A quaternion that rounding has made longer than 1 is brought to length 1. nibabel refuses it.
+    """
+    try:
+        return nib.load(path)
+    except ValueError as error:
+        if "w2 should be positive" not in str(error):
+            raise
+    thresholds = [(header, header.quaternion_threshold)
+                  for header in (nib.Nifti1Header, nib.Nifti2Header)]
+    try:
+        for header, _ in thresholds:
+            header.quaternion_threshold = 2 * QUATERNION_EXCESS
+        img = nib.load(path)
+        img.set_qform(img.affine, int(img.header["qform_code"]))
+        return img
+    finally:
+        for header, threshold in thresholds:
+            header.quaternion_threshold = threshold
+
+
+def volume_of(voxels: nib.arrayproxy.ArrayProxy, affine: np.ndarray) -> Volume:
+    """The voxels of a NIfTI file, in the file's own type, or as float32 if its header asks for
+    scaling. Trailing axes of length 1 are dropped."""
+    scaled = (voxels.slope, voxels.inter) != (1, 0)
+    array = np.asarray(voxels, dtype=np.float32 if scaled else None)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return to_ras(array.reshape(array.shape[:3]), affine)
 
 
 def to_ras(array: np.ndarray, affine: np.ndarray) -> Volume:
@@ -142,92 +155,85 @@ def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return nib.apply_orientation(array, back)
 
 
-def _open(path: str | Path) -> nib.Nifti1Image:
+def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
+              description: str | None = None) -> None:
+    """Write an array in the axes, affine and header codes of the file `like`.
+
+    array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
+    slope        readers of the file multiply the stored values by this number, in float32
+    description  text for the header, at most 79 characters; None: that of `like`
+
+    The file appears complete or not at all.
+    """
+    img = open_nifti(like)
+    header = img.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = 0
+    header["cal_max"] = 0
+    if description is not None:
+        header["descrip"] = description
+    voxels = from_ras(array, img.affine).reshape(img.shape)
+    out = type(img)(voxels, None, header)
+    out.header.set_slope_inter(slope, 0)
+    with atomic_write(path) as part:
+        out.to_filename(part)
+
+
+# ---- checks of a user's file -------------------------------------------------------------------
+def read_checked(path: str | Path) -> Volume:
+    """`load_volume` of a file that may be damaged or no scan at all.
+
+    raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
+                                          off, not NIfTI, not 3D, if its affine is not usable, or
+                                          if voxels are NaN or infinite
+    """
+    img = open_checked(path)
+    _note_orientation(path, img)
+    try:
+        volume = volume_of(_verified_voxels(path, img), img.affine)
+    except Exception as error:
+        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off; copy or "
+                         f"download it again ({error})") from None
+    if volume.array.dtype.kind == "f" and not np.isfinite(volume.array.sum(dtype=np.float64)):
+        raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
+                         "them first")
+    return volume
+
+
+def open_checked(path: str | Path) -> nib.Nifti1Image:
     """The image object of a NIfTI file whose header has been checked; no voxel is read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        img = nib.load(path)
+        img = open_nifti(path)
     except Exception as error:
-        img = _load_rounded(path) if "w2 should be positive" in str(error) else None
-        if img is None:
-            raise ValueError(f"{path}: not a readable NIfTI file ({error})") from None
+        raise ValueError(f"{path}: not a readable NIfTI file ({error}); copy or download it again"
+                         ) from None
     if not isinstance(img, nib.Nifti1Image):
         raise ValueError(f"{path}: expected a NIfTI file, got {type(img).__name__}")
-    _check_voxel_grid(path, img)
+    _check_voxels(path, img)
     _check_affine(path, img.affine)
-    _check_file_size(path, img)
     return img
 
 
-def _load_rounded(path: Path) -> nib.Nifti1Image | None:
-    """A NIfTI file whose quaternion is longer than 1, which nibabel refuses to read.
+def _check_voxels(path: Path, img: nib.Nifti1Image) -> None:
+    """Raise ValueError unless the header describes a 3D grid with one real number per voxel, and
+    the file is long enough to hold them.
 
-    returns  the image object with the quaternion brought to length 1; None if it is longer than
-             rounding can make it
+    A damaged header would otherwise make numpy allocate an arbitrary amount of memory.
     """
-    with nib.openers.ImageOpener(path) as file:
-        start = file.read(nib.Nifti2Header.sizeof_hdr)
-        is_nifti2 = nib.Nifti2Header.may_contain_header(start)
-        kind = nib.Nifti2Image if is_nifti2 else nib.Nifti1Image
-        file.seek(0)
-        header = kind.header_class.from_fileobj(file)
-    names = ("quatern_b", "quatern_c", "quatern_d")
-    length = math.sqrt(sum(float(header[name]) ** 2 for name in names))
-    if not length <= 1 + QUATERNION_EXCESS:              # NaN included
-        return None
-    voxels = kind.ImageArrayProxy(str(path), header.copy())
-    for name in names:
-        header[name] = float(header[name]) / length
-    return kind(voxels, header.get_qform(), header)
-
-
-def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:
-    """Report a header whose statements about the orientation are missing or contradict each other.
-
-    nibabel, and so this code, takes the sform where there is one, then the qform, and without both
-    assumes that the first axis runs to the patient's left, the second to the front, the third to
-    the head.
-    """
-    has_sform, has_qform = img.header["sform_code"] > 0, img.header["qform_code"] > 0
-    if not has_sform and not has_qform:
-        axes = ", ".join(_AXIS_TOWARDS[code] for code in nib.aff2axcodes(img.affine))
-        _note(f"{path}: its header has neither sform nor qform; the orientation is assumed (axes "
-              f"towards {axes})")
-    if not has_sform or not has_qform:
-        return
-    try:
-        qform = img.header.get_qform()
-    except Exception:                                    # not usable, and not used
-        return
-    flipped = np.linalg.det(qform[:3, :3]) * np.linalg.det(img.affine[:3, :3]) < 0
-    off_mm = largest_distance(img.affine, qform, img.shape[:3])
-    if flipped or off_mm > NEAR_GRID_MM:
-        mirrored = ", mirrored" if flipped else ""
-        _note(f"{path}: its sform and qform disagree by up to {off_mm:.3g} mm{mirrored}; the "
-              "sform is used")
-
-
-_AXIS_TOWARDS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet"}
-
-
-@functools.cache
-def _note(text: str) -> None:
-    """Print a note; the same note only once in a process."""
-    tqdm.write(f"note: {text}")
-
-
-def _check_voxel_grid(path: Path, img: nib.Nifti1Image) -> None:
-    """Raise ValueError unless the header describes a 3D grid with one real number per voxel."""
     is_3d = len(img.shape) >= 3 and all(n == 1 for n in img.shape[3:])
     if not is_3d or 0 in img.shape:
         raise ValueError(f"{path}: expected a 3D scan, its shape is {img.shape}")
     dtype = img.get_data_dtype()
-    is_colour = dtype.names is not None
-    is_complex = dtype.kind == "c"
-    if is_colour or is_complex:
+    if dtype.names is not None or dtype.kind == "c":
         raise ValueError(f"{path}: expected one number per voxel, its type is colour or complex")
+    largest = path.stat().st_size * (GZIP_RATIO if path.name.endswith(".gz") else 1)
+    if math.prod(img.shape) * dtype.itemsize > largest:
+        raise ValueError(f"{path}: its header announces more voxels ({img.shape}) than the file "
+                         "holds; it is cut off or damaged")
 
 
 def _check_affine(path: Path, affine: np.ndarray) -> None:
@@ -248,66 +254,48 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
         raise ValueError(f"{path}: its axes are sheared by more than 5 degrees; resample it first")
 
 
-def _check_file_size(path: Path, img: nib.Nifti1Image) -> None:
-    """Raise ValueError if the file is too short for the voxels that its header announces.
+def _verified_voxels(path: str | Path, img: nib.Nifti1Image) -> nib.arrayproxy.ArrayProxy:
+    """The voxels of a file; those of a .gz file are unpacked and its checksum is verified.
 
-    Without this check, a damaged header would make numpy allocate an arbitrary amount of memory.
+    nibabel stops at the last voxel, before the checksum, which follows at the end of the file.
     """
-    gzip_ratio = 1032                                    # the highest compression gzip can reach
-    needed = math.prod(img.shape) * img.get_data_dtype().itemsize
-    largest = path.stat().st_size * (gzip_ratio if path.name.endswith(".gz") else 1)
-    if needed > largest:
-        raise ValueError(f"{path}: its header announces more voxels ({img.shape}) than the file "
-                         "holds; it is cut off or damaged")
-
-
-def _read_voxels(path: str | Path, img: nib.Nifti1Image) -> np.ndarray:
-    """Voxels in the file's own type, or as float32 if the header asks for scaling."""
     voxels = img.dataobj
-    try:
-        if str(path).endswith(".gz"):
-            # nibabel stops at the last voxel; reading on to the end verifies gzip's checksum
-            length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
-            with gzip.open(path) as file:
-                content = io.BytesIO(file.read(length + (1 << 20)))
-            layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
-            voxels = nib.arrayproxy.ArrayProxy(content, layout)
-        scaled = (voxels.slope, voxels.inter) != (1, 0)
-        raw = np.asarray(voxels, dtype=np.float32 if scaled else None)
-    except Exception as error:
-        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off ({error})"
-                         ) from None
-    if raw.dtype.kind == "f" and not np.isfinite(raw.sum(dtype=np.float64)):
-        raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
-                         "them first")
-    return raw
+    if not str(path).endswith(".gz"):
+        return voxels
+    length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
+    with gzip.open(path) as file:
+        content = io.BytesIO(file.read(length + (1 << 20)))
+    layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
+    return nib.arrayproxy.ArrayProxy(content, layout)
 
 
-def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
-              description: str | None = None) -> None:
-    """Write an array in the axes, affine and header codes of the file `like`.
+def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:
+    """Report a header whose statements about the orientation are missing or contradict each other.
 
-    array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
-    slope        readers of the file multiply the stored values by this number, in float32
-    description  text for the header, at most 79 characters; None: that of `like`
-
-    The file appears complete or not at all.
+    nibabel, and so this code, takes the sform where there is one, then the qform, and without both
+    assumes that the first axis runs to the patient's left, the second to the front, the third to
+    the head.
     """
-    img = _open(like)
-    header = img.header.copy()
-    header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"] = 0
-    header["cal_max"] = 0
-    if description is not None:
-        header["descrip"] = description
-    voxels = from_ras(array, img.affine).reshape(img.shape)
-    out = type(img)(voxels, None, header)
-    out.header.set_slope_inter(slope, 0)
-    with atomic_write(path) as part:
-        out.to_filename(part)
+    has_sform, has_qform = img.header["sform_code"] > 0, img.header["qform_code"] > 0
+    if not has_sform and not has_qform:
+        _note(f"{path}: its header has neither sform nor qform; the orientation is assumed (axes "
+              "towards left, front, head)")
+    if has_sform and has_qform:
+        with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):
+            qform = img.header.get_qform()           # a qform that is not usable is not used
+            off_mm = largest_distance(img.affine, qform, img.shape[:3])
+            if off_mm > NEAR_GRID_MM:
+                _note(f"{path}: its sform and qform disagree by up to {off_mm:.3g} mm; the sform "
+                      "is used")
 
 
+@functools.cache
+def _note(text: str) -> None:
+    """Print a note; the same note only once in a process."""
+    tqdm.write(f"note: {text}")
+
+
+# ---- files that are written ---------------------------------------------------------------------
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
     """Write a file completely or not at all: `with atomic_write(path) as part:` writes to `part`,
@@ -336,55 +324,85 @@ def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
     inputs   paths, or words that may be paths, such as the value of --text
     flag     where the user can name another place for the outputs
     """
-    known = {}
-    for path in map(Path, inputs):
-        if path.exists():
-            known[path.stat().st_dev, path.stat().st_ino] = path
-    for path in map(Path, outputs):
-        if path.exists() and (read := known.get((path.stat().st_dev, path.stat().st_ino))):
-            raise ValueError(f"{path}: the result would overwrite the input file {read}; choose "
-                             f"another place with {flag}")
+    def existing(paths) -> list[tuple]:
+        """What tells each file that is there from all others, and its path."""
+        found = [path for path in map(Path, paths) if path.exists()]
+        return [((path.stat().st_dev, path.stat().st_ino), path) for path in found]
+
+    read = dict(existing(inputs))
+    for file, path in existing(outputs):
+        if file in read:
+            raise ValueError(f"{path}: the result would overwrite the input file {read[file]}; "
+                             f"choose another place with {flag}")
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, *, wait: bool = True):
+def exclusive_lock(path: Path):
     """Hold a lock while the block runs, so that only one process at a time is in it.
 
-    path    a file that exists only while the lock is held
-    wait    False: go on without the lock if another process has it
-    yields  whether the lock is held
+    path  a file that is made for the lock, and stays
 
-    The operating system releases the lock of a process that ends in any way, so what a killed
-    process leaves behind blocks nobody. Where the file system has no locks, every process gets it.
+    The operating system releases the lock when its process ends, in whatever way; a forked worker
+    does not inherit it. Where there are no such locks (Windows, some network file systems),
+    several processes may be in the block.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "wb")
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def pool_map(function, items, workers: int = -1, *, desc: str, unit: str, quiet: bool = False):
+    """[function(item) for item in items], computed by several processes, with a progress bar.
+
+    function  a function of a module, or functools.partial of one: it is sent to the processes
+    workers   how many processes; 0 or 1: this one; -1: as many as cores, at most DEFAULT_WORKERS
+    quiet     no progress bar
+
+    A worker is a copy of this process, so that the user's script is not run again. Where a process
+    cannot be copied (macOS, Windows), this one does the work. What `function` raises for an item is
+    raised here; the remaining items are then left.
+    """
+    items = list(items)
+    if workers < 0:
+        workers = min(DEFAULT_WORKERS, core_count())
+    workers = min(workers, len(items))
+
+    def collect(results) -> list:
+        with tqdm(results, total=len(items), desc=desc, unit=unit, disable=quiet) as bar:
+            return list(bar)
+
+    if workers < 2 or not CAN_FORK:
+        return collect(map(function, items))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_worker,
+                             (os.getpid(),)) as pool:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            yield False
-            return
-        except OSError:                                  # no locks here
-            break
-        if _is_same_file(file, path):
-            break
-        file.close()                 # its last holder has deleted it since; lock a new file
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
+            return collect(pool.map(function, items))
+        except BrokenExecutor:
+            raise OSError(f"{desc}: a worker process was killed; is the memory full? Use fewer "
+                          "--workers") from None
+        except BaseException:                            # Ctrl-C included: do not begin the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _is_same_file(file, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _begin_worker(parent: int) -> None:
+    """What a worker process does first: it arranges to be killed when its parent ends, even by
+    SIGKILL, and to end without a word at Ctrl-C, which the parent reports."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:                           # it has ended before
+        os._exit(1)
+    torch.set_num_threads(1)                             # OpenMP's threads are not copied
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
@@ -395,9 +413,7 @@ def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
     raises ValueError  if the file cannot be read or holds anything else
     """
     try:
-        content = json.loads(path.read_bytes())          # UTF-8 or UTF-16, with or without a mark
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        content = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, kinds):
@@ -604,25 +620,13 @@ def check_grey_values(volume: Volume, path: str | Path) -> None:
     low, high = float(volume.array.min()), float(volume.array.max())
     if low == high:
         raise ValueError(f"{path}: all of its voxels have the value {low:g}; this is not a scan")
-    values = f"note: {path}: its values lie in {low:g}..{high:g}"
-    if volume.modality != "ct":
-        if low < NO_MRI_BELOW:
-            tqdm.write(f"{values}; is this a CT? It is treated as an MRI")
-    elif low >= AIR_HU or high < AIR_HU:
-        tqdm.write(f"{values}; are these Hounsfield units? {_why_no_hounsfield_units(low, high)}")
-
-
-def _why_no_hounsfield_units(low: float, high: float) -> str:
-    """What may have happened to the values of a CT that has no air, or nothing else."""
-    if high < AIR_HU:
-        return "All of it is air"
-    if low < 0 and high > 1:
-        return "A CT without any air is a small crop, or not a CT"
-    if low >= -1 and high <= 1:
-        return "They seem to have been scaled"
-    if high <= 255:
-        return "They seem to be 8-bit grey values"
-    return "If 1024 was added to them, subtract it; an MRI needs --modality mri"
+    if volume.modality == "ct":
+        usual, expected = low < AIR_HU <= high, "the Hounsfield units of a CT"
+    else:
+        usual, expected = low >= NO_MRI_BELOW, "the intensities of an MRI"
+    if not usual:
+        tqdm.write(f"note: {path}: its values lie in {low:g}..{high:g}; are these {expected}? They "
+                   "are treated as such; --modality tells CT from MRI")
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
@@ -641,7 +645,7 @@ class Case:
 
 
 def find_datasets(roots) -> list[Path]:
-    """The dataset folders among and inside `roots`.
+    """The dataset folders among `roots` and directly inside them.
 
     A root is a dataset itself (it has a dataset.json) or a folder that holds several. Hidden
     folders are passed over. A folder that is found twice, as through a symbolic link, is used once.
@@ -651,17 +655,32 @@ def find_datasets(roots) -> list[Path]:
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; `python -m experiments.phantom "
                                     "--out DIR` makes a toy dataset")
-        if (root / "dataset.json").is_file():
-            inside = [root]
-        else:
-            inside = sorted(path.parent for path in root.glob("*/dataset.json")
-                            if not is_hidden(path.parent) and _has_training_images(path))
+        inside = [root] if (root / "dataset.json").is_file() else _datasets_inside(root)
         if not inside:
             raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
                              "labelsTr (nnU-Net raw), or a folder of such folders")
         for folder in inside:
             found.setdefault(folder.resolve(), folder)
+    by_name: dict[str, Path] = {}
+    for folder in found.values():
+        other = by_name.setdefault(dataset_name(folder), folder)
+        if other is not folder:
+            raise ValueError(f"two datasets are called {dataset_name(folder)}: {other} and "
+                             f"{folder}; rename one of the folders")
     return list(found.values())
+
+
+def _datasets_inside(root: Path) -> list[Path]:
+    """The dataset folders directly inside a folder. Those one folder deeper are named as not used.
+    """
+    inside = sorted(path.parent for path in root.glob("*/dataset.json")
+                    if not is_hidden(path.parent) and _has_training_images(path))
+    deeper = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/dataset.json")
+                    if not any(is_hidden(folder) for folder in path.parents[:2])
+                    and path.parents[1] not in inside)
+    _report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
+                 "them", deeper)
+    return inside
 
 
 def _has_training_images(dataset_json: Path) -> bool:
@@ -673,67 +692,60 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def dataset_names(folders: list[Path]) -> list[str]:
-    """The name of each dataset: that of its folder, with as many of the folders above it as tell
-    it from the other datasets."""
-    return _distinct_names([Path(os.path.abspath(folder)) for folder in folders])
+def dataset_name(folder: Path) -> str:
+    """The name of a dataset is that of its folder."""
+    return Path(os.path.abspath(folder)).name
 
 
-def _distinct_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, and before it as many parts as tell it from the other paths.
+def case_of(image: Path) -> str:
+    """The case that an image shows: the name of the file, or that of its folder where the file has
+    a name such as "ct".
 
-    a/Dataset001_X, b/Dataset001_X, b/Dataset002_Y -> a/Dataset001_X, b/Dataset001_X, Dataset002_Y
+    imagesTr/liver_1_0000.nii.gz -> liver_1   s0011/ct.nii.gz -> s0011
     """
-    names: dict[Path, str] = {}
-    for n in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
-        ends = {path: "/".join(path.parts[-n:]) for path in paths if path not in names}
-        counts = Counter(ends.values())
-        for path, end in ends.items():
-            if counts[end] == 1 or n == len(path.parts):
-                names[path] = end
-    return [names[path] for path in paths]
+    name = case_name(image)
+    return image.absolute().parent.name if name in COMMON_NAMES else name
 
 
-def image_label_pairs(folder: Path, info: dict, *,
-                      skip_bad: bool = False) -> list[tuple[Path, Path]]:
-    """The (image, label) files of a dataset.
+def image_label_pairs(folder: Path, info: dict) -> dict[str, tuple[Path, Path]]:
+    """{case: (image, label)} of a dataset.
 
-    info      the content of dataset.json: MSD lists the files under "training"; without such a
-              list the files are those of nnU-Net's folders imagesTr and labelsTr
-    skip_bad  report a pair whose image or label is missing and go on, instead of raising
+    info  the content of dataset.json: MSD lists the files under "training"; without such a list
+          the files are those of nnU-Net's folders imagesTr and labelsTr
+
+    raises ValueError, FileNotFoundError  if two cases have one name, or a file is missing
     """
-    pairs = []
+    pairs: dict[str, tuple[Path, Path]] = {}
     for image, label in _listed_pairs(folder, info):
-        problem = ""
+        case = case_of(image)
+        if case in pairs:
+            raise ValueError(f"{folder}: two cases are called {case}: {pairs[case][0]} and "
+                             f"{image}; rename or remove one")
         if not image.is_file():
-            problem = f"{image}: no such image, but dataset.json lists it"
-        elif not label.is_file():
-            problem = f"{label}: no label for {image.name}"
-        if not problem:
-            pairs.append((image, label))
-        elif skip_bad:
-            _report(f"skipped: {problem}")
-        else:
-            raise FileNotFoundError(f"{problem}; --skip-bad leaves such scans out")
+            raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it; remove "
+                                    "it there")
+        if not label.is_file():
+            raise FileNotFoundError(f"{label}: no label for {image.name}; remove this image")
+        pairs[case] = image, label
     return pairs
 
 
 def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
     """The (image, label) files of a dataset, whether they exist or not; without hidden files."""
-    listed = info.get("training")
-    if isinstance(listed, list) and listed and all(isinstance(item, dict) for item in listed):
+    if isinstance(info.get("training"), list) and info["training"]:
         try:
-            found = [(_listed_image(folder / item["image"]), folder / item["label"])
-                     for item in listed]
+            pairs = [(_listed_image(folder / item["image"]), folder / item["label"])
+                     for item in info["training"]]
         except (KeyError, TypeError):
             raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
                              '{"image": FILE, "label": FILE}') from None
-    else:
-        found = []
-        for ending in ENDINGS:
-            for image in sorted((folder / "imagesTr").glob(f"*_0000{ending}")):
-                found.append((image, folder / "labelsTr" / f"{case_name(image)}{ending}"))
-    return [pair for pair in found if not is_hidden(pair[0])]
+        return [pair for pair in pairs if not is_hidden(pair[0])]
+    images = [path for path in (folder / "imagesTr").glob("*.nii*") if not is_hidden(path)]
+    _report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
+                 "not used", sorted(path.name for path in images
+                                    if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)))
+    return [(image, folder / "labelsTr" / f"{case_name(image)}{ending}") for ending in ENDINGS
+            for image in sorted(images) if image.name.endswith(f"_0000{ending}")]
 
 
 def _listed_image(image: Path) -> Path:
@@ -746,97 +758,60 @@ def _listed_image(image: Path) -> Path:
     return image
 
 
-def _passed_over(folder: Path, info: dict) -> list[str]:
-    """Names of the images in imagesTr that are not used, because they have no nnU-Net name."""
-    if isinstance(info.get("training"), list) and info["training"]:
-        return []                                        # the list says what is used
-    return sorted(path.name for path in (folder / "imagesTr").glob("*.nii*")
-                  if not is_hidden(path) and not re.search(r"_\d{4}\.nii(\.gz)?$", path.name))
-
-
-def _case_names(images: list[Path], where: str) -> list[str]:
-    """The name of each case, different from the names of all others.
-
-    An image with a name such as "ct" is called after its folder. Images of the same name in
-    several folders are told apart by these: siteA/x.nii.gz, siteB/x.nii.gz -> siteA/x, siteB/x.
-
-    raises ValueError  if two cases have the same name, such as those of x.nii and x.nii.gz
-    """
-    paths = []
-    for image in images:
-        name = case_name(image)
-        paths.append(image.parent if name in COMMON_NAMES else image.parent / (name or image.name))
-    first: dict[Path, Path] = {}
-    for image, path in zip(images, paths, strict=True):
-        other = first.setdefault(path, image)
-        if other is not image:
-            raise ValueError(f"{where}: two cases are called {path.name}: {other} and {image}; "
-                             "rename or remove one")
-    return _distinct_names(paths)
-
-
 def _report(text: str) -> None:
     """Print one line; of several processes under torchrun, only the first does."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
-def read_datasets(roots, classes, *, modality: str = "", skip_bad: bool = False) -> list[Case]:
+def _report_some(what: str, names: list[str]) -> None:
+    """Print how many there are, and the first five names; nothing if there are none."""
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        _report(f"note: {len(names)} {what}: {', '.join(names[:5])}{more}")
+
+
+def read_datasets(roots, classes, *, modality: str = "") -> list[Case]:
     """All training cases of all datasets among and inside `roots`; see read_dataset."""
-    folders = find_datasets(roots)
-    cases = []
-    for folder, name in zip(folders, dataset_names(folders), strict=True):
-        cases += read_dataset(folder, classes, name=name, modality=modality, skip_bad=skip_bad)
-    return cases
+    return [case for folder in find_datasets(roots)
+            for case in read_dataset(folder, classes, modality=modality)]
 
 
-def read_dataset(folder: Path, classes, *, name: str = "", modality: str = "",
-                 skip_bad: bool = False) -> list[Case]:
+def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
     """All training cases of an nnU-Net raw folder or an MSD task.
 
     classes   the class table to which the names in dataset.json are matched
-    name      of the dataset, in messages and reports; "": that of its folder
     modality  "ct" or "mri", whatever dataset.json says
-    skip_bad  report a case whose image or label is missing and go on, instead of raising
 
-    raises ValueError  if dataset.json is malformed, no name in it matches a class, or a file is
-                       missing
+    raises ValueError, FileNotFoundError  if dataset.json is malformed, no name in it matches a
+                                          class, or a file is missing
     """
     where = folder / "dataset.json"
     info = read_json(where)
-    name = name or dataset_names([folder])[0]
-    context = info.get("name") or dataset_names([folder])[0]
-    label_map = labels.label_map(info.get("labels"), classes, str(where), context=str(context))
-    listed = _listed_pairs(folder, info)
-    names = _case_names([image for image, _ in listed], str(where))
-    name_of_pair = dict(zip(listed, names, strict=True))
+    name = dataset_name(folder)
+    label_map = labels.label_map(info.get("labels"), classes, str(where),
+                                 context=str(info.get("name") or name))
+    pairs = image_label_pairs(folder, info)
+    if not pairs:
+        raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     own_annotated = annotated_per_case(info, classes, where)
-    unknown = sorted(set(own_annotated) - set(names))
-    if unknown:
-        _report(f'note: {where}: "annotated" names {len(unknown)} cases that are not here: '
-                f"{', '.join(unknown[:5])}")
-    unused = _passed_over(folder, info)
-    if unused:
-        _report(f"note: {folder / 'imagesTr'}: passed over {len(unused)} files without an nnU-Net "
-                f"name (CASE_0000.nii.gz): {', '.join(unused[:5])}")
-    lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
-    amos_mri = set() if modality else set(filter(is_amos_mri, names))
+    _report_some(f'cases that "annotated" in {where} names are not here',
+                 sorted(own_annotated.keys() - pairs.keys()))
+    amos_mri = set() if modality else set(filter(is_amos_mri, pairs))
     if amos_mri:
         _report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
     modality = modality or modality_of(info, where)
     if modality not in ("ct", "mri"):
         raise ValueError(f"the modality must be ct or mri, got {modality!r}")
+    lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
     cases = []
-    for pair in image_label_pairs(folder, info, skip_bad=skip_bad):
-        case = name_of_pair[pair]
-        cases.append(Case(name=f"{name}/{case}", dataset=name, image=pair[0], label=pair[1],
+    for case, (image, label) in pairs.items():
+        cases.append(Case(name=f"{name}/{case}", dataset=name, image=image, label=label,
                           label_map=label_map,
                           annotated=own_annotated.get(case, label_map.annotated),
                           modality="mri" if case in amos_mri else modality,
                           msd="tensorImageSize" in info,
                           lesions=lesions))
-    if not cases:
-        raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     return cases
 
 
@@ -862,8 +837,8 @@ def annotated_per_case(info: dict, classes, where: Path,
     only   the one case to look up, where a caller needs no other; None: all
 
     A name that only the dataset's own "labels" or the built-in class table knows is passed over, so
-    that a dataset.json can be used with a smaller table. A case that is not listed has all classes
-    of the dataset.
+    that a dataset.json can be used with a smaller table; select() refuses a name that nothing
+    knows. A case that is not listed has all classes of the dataset.
     """
     table = info.get("annotated", {})                    # {case name: class names}
     if not isinstance(table, dict):
@@ -871,19 +846,17 @@ def annotated_per_case(info: dict, classes, where: Path,
     own = info.get("labels")
     own_names = [*own, *own.values()] if isinstance(own, dict) else []      # MSD: {value: name}
 
-    def lacking(name: str) -> bool:
-        """Whether a name is known, but to no class of this table. select() refuses unknown ones."""
-        known = labels.match(name) or name in own_names
+    def is_lacking(name) -> bool:
+        known = isinstance(name, str) and (name in own_names or labels.match(name))
         return bool(known) and not labels.match(name, classes)
 
     masks = {}
     for case, names in table.items():
-        if only is not None and case != only:
-            continue
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            names = [name for name in names if not lacking(name)]
-        masks[case] = np.zeros(len(classes), bool)
-        masks[case][labels.select(names, classes)] = True
+        if only in (None, case):
+            if isinstance(names, list):
+                names = [name for name in names if not is_lacking(name)]
+            masks[case] = np.zeros(len(classes), bool)
+            masks[case][labels.select(names, classes)] = True
     return masks
 
 
@@ -894,44 +867,29 @@ def modality_of(info: dict, where: str | Path) -> str:
             channels; without either the scans are CTs
     where   the file, for messages
 
-    raises ValueError  if the name is not known to mean one of the two
-
-    "CT", "CTA", "T1w", "FLAIR", "ADC", "b1000" and "MRI in-phase" are clear; "zscore" is not, since
-    it is nnU-Net's name for a normalisation, and neither are "PET" or "0".
+    raises ValueError  if the name is not one of CT_NAMES or MRI_NAMES. Others, as "zscore", which
+                       is nnU-Net's name for a normalisation, or "PET/CT", do not tell
     """
     channels = info.get("channel_names") or info.get("modality") or "CT"
     if isinstance(channels, list):
-        channels = dict(enumerate(channels))
+        channels = {str(number): name for number, name in enumerate(channels)}
     if not isinstance(channels, dict):
         channels = {"0": channels}
-    channels = {str(number): str(name) for number, name in channels.items()}
-    first = channels.get("0", next(iter(channels.values())))
-    words = re.findall("[a-z0-9]+", first.lower())
-    is_ct = not CT_WORDS.isdisjoint(words)
-    is_mri = MRI_WORDS.search(" ".join(words)) is not None
-    if is_ct == is_mri or "pet" in words:
-        raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or '
-                         'MRI; write "CT" or "MRI" as its name there, or pass --modality')
-    if len(channels) > 1 and os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
-    return "ct" if is_ct else "mri"
+    first = str(channels.get("0", next(iter(channels.values()))))
+    if len(channels) > 1:
+        _report(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+    if first.lower() in CT_NAMES:
+        return "ct"
+    if first.lower() in MRI_NAMES:
+        return "mri"
+    raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or MRI; '
+                     'write "CT" or "MRI" as its name there, or pass --modality')
 
 
-def median_spacing(cases: list[Case], *, skip_bad: bool = False) -> float:
-    """The median voxel spacing over all scans and axes, in mm: a target for a new collection.
-
-    skip_bad  pass over scans that cannot be read, instead of raising
-    """
-    spacings = []
-    for case in cases:
-        try:
-            spacings.append(np.linalg.norm(_open(case.image).affine[:3, :3], axis=0))
-        except (ValueError, OSError):
-            if not skip_bad:
-                raise
-    if not spacings:
-        raise ValueError("none of the scans can be read; their spacing is not known")
-    return float(np.median(spacings))
+def median_spacing(cases: list[Case]) -> float:
+    """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
+    affines = [open_checked(case.image).affine for case in cases]
+    return float(np.median([np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]))
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -951,20 +909,28 @@ class Scan:
 
     def image(self) -> np.ndarray:
         """(d, h, w) float16, 0..1 for a CT"""
-        return np.load(self.entry / "image.npy", mmap_mode="r")
+        return load_array(self.entry / "image.npy")
 
     def label_rows(self) -> np.ndarray:
         """(d, h, w) unsigned integers: each voxel's index into label_map.regions"""
-        return np.load(self.entry / "rows.npy", mmap_mode="r")
+        return load_array(self.entry / "rows.npy")
 
     def class_voxels(self, k: int) -> np.ndarray:
         """(n, 3) places of voxels of class k, at most VOXELS_PER_CLASS, in random order"""
         start, stop = self.meta["points"].get(str(k), (0, 0))
-        return np.load(self.entry / "points.npy", mmap_mode="r")[start:stop]
+        return load_array(self.entry / "points.npy")[start:stop]
 
     def present_classes(self) -> list[int]:
         """Indices of the annotated classes that have a voxel in this scan."""
         return [k for k in np.flatnonzero(self.case.annotated) if str(k) in self.meta["points"]]
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An array of the cache: memory-mapped, or read where the file system cannot do that."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError:
+        return np.load(path)
 
 
 def find(case: Case, cache: Path, spacing_mm: float) -> Scan | None:
@@ -982,36 +948,28 @@ def _read_entry(case: Case, entry: Path) -> Scan | None:
     return Scan(dataclasses.replace(case, annotated=annotated), entry, meta)
 
 
-def build(case: Case, cache: Path, spacing_mm: float, *, wait: bool = True) -> Scan | None:
-    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again.
-
-    wait     False: do not wait for another process that is preprocessing this case
-    returns  None if another process is
-    """
+def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
+    """Preprocess one case into cache/<key>/, or find it there; a damaged entry is made again."""
     entry = cache / _key(case, spacing_mm)
     scan = _read_entry(case, entry)
-    if scan is not None:
-        return scan
-    with exclusive_lock(entry.with_name(f".{entry.name}.lock"), wait=wait) as held:
-        if not held:
-            return None
-        scan = _read_entry(case, entry)                  # another process may have been faster
-        if scan is None:
-            _make_entry(case, entry, spacing_mm)
-            scan = _read_entry(case, entry)
+    if scan is None:
+        _make_entry(case, entry, spacing_mm)
+        scan = _read_entry(case, entry)
+    if scan is None:
+        raise OSError(f"{entry}: cannot be read back after it was written; is the disk damaged?")
     return scan
 
 
 def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     """Preprocess one case into the folder `entry`."""
-    volume, label = load_volume(case.image), load_volume(case.label)
+    volume, label = read_checked(case.image), read_checked(case.label)
     volume.modality = case.modality
     check_same_grid(case.label, label, case.image, volume)
     check_grey_values(volume, case.image)
     image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
-    seed = int(scan_id[:HISTOGRAM_DIGITS], 16)
+    seed = int(scan_id, 16)
     voxels, ranges = _sample_voxels(case, label_rows, seed)
     meta = {"points": ranges, "fingerprint": scan_id, "shape": label_rows.shape,
             "spacing_mm": volume.spacing_mm.tolist(), "undecided": undecided}
@@ -1024,28 +982,23 @@ def _key(case: Case, spacing_mm: float) -> str:
     for path in (case.image, case.label):
         stat = path.stat()
         stamps.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    regions = case.label_map.regions.astype(int).tolist()
-    content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, case.label_map.values,
-               regions, sorted(case.label_map.names)]
-    if not case.label_map.known.all():
-        content.append(case.label_map.known.astype(int).tolist())
-    if case.label_map.left_row:
-        content.append(SIDES_VERSION)
+    meaning = case.label_map
+    content = [stamps, spacing_mm, HU_WINDOW, case.modality, CACHE_VERSION, meaning.values,
+               meaning.regions.astype(int).tolist(), meaning.known.astype(int).tolist(),
+               np.flatnonzero(meaning.annotated).tolist(), sorted(meaning.names),
+               sorted(meaning.left_row)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
 def _read_meta(entry: Path) -> dict | None:
-    """meta.json of a cache entry; None if the entry is missing, its files contradict it, or an
-    earlier version wrote it, whose fingerprints were hashes of the histogram alone."""
+    """meta.json of a cache entry; None if the entry is missing or its files contradict it."""
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
-        image = np.load(entry / "image.npy", mmap_mode="r")
-        label_rows = np.load(entry / "rows.npy", mmap_mode="r")
-        voxels = np.load(entry / "points.npy", mmap_mode="r")
+        image, label_rows, voxels = (load_array(entry / name)
+                                     for name in ("image.npy", "rows.npy", "points.npy"))
         last_stop = max((stop for _, stop in meta["points"].values()), default=0)
         same_shape = list(image.shape) == list(label_rows.shape) == meta["shape"]
-        earlier = len(meta.get("fingerprint", "")) == HISTOGRAM_DIGITS
-        return meta if same_shape and len(voxels) == last_stop and not earlier else None
+        return meta if same_shape and len(voxels) == last_stop else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 
@@ -1096,74 +1049,31 @@ def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: floa
 
 
 def fingerprint(array: np.ndarray) -> str:
-    """Identify a scan by its voxels: 40 hexadecimal digits.
+    """Identify a scan by its voxels: 20 hexadecimal digits.
 
-    They are the same for the same scan in another axis order, mirrored along an axis, in another
-    compression or in another type, and so find copies of one scan in several datasets. A crop of a
-    scan and a resampled or shifted scan are other scans.
+    A hash of the sorted shape and of the histogram of the values, rounded to whole numbers. It is
+    the same for the same scan in another axis order, mirrored along an axis, in another compression
+    or in another type, and so finds copies of one scan in several datasets. A crop of a scan and a
+    resampled scan are other scans.
 
-    The first HISTOGRAM_DIGITS are a hash of the sorted shape and of the histogram of the values,
-    rounded to whole numbers. The others are a hash of the projections: for each axis, the sum of
-    every plane perpendicular to it. Values that span less than FEW_LEVELS, as those of a scan that
-    was scaled to 0..1, or more than LARGEST are rounded to a power of 2 instead for these.
+    Values that span less than FEW_LEVELS, as those of a scan that was scaled to 0..1, or more than
+    MOST_LEVELS are multiplied by a power of 2 first, so that they span FINE_LEVELS or up to twice
+    as many: as whole numbers they would be almost all the same, or too many to count.
     """
     # planes along the slowest axis in memory, which are read fastest
     planes = array.transpose(np.argsort([-abs(stride) for stride in array.strides]))
-    low, high = planes.min().item(), planes.max().item()
-    values, counts = _histogram(planes, low, high)
-    histogram = sorted(array.shape), values, counts
+    low, high = float(planes.min()), float(planes.max())
     scale = 1.0
-    if 0 < high - low < FEW_LEVELS or high - low > LARGEST:
-        scale = 2.0 ** min(PROJECTION_BITS - math.floor(math.log2(high - low)), MOST_BITS)
-    digests = [hashlib.sha256(json.dumps(content).encode()).hexdigest()[:HISTOGRAM_DIGITS]
-               for content in (histogram, _projections(planes, scale))]
-    return "".join(digests)
-
-
-def _whole_numbers(array: np.ndarray) -> np.ndarray:
-    """Values rounded to whole numbers, int64; float ones beyond LARGEST are clipped."""
-    if array.dtype.kind == "f":
-        array = np.rint(array)
-        np.clip(array, -LARGEST, LARGEST, out=array)
-    return array.astype(np.int64)
-
-
-def _histogram(planes: np.ndarray, low: float, high: float) -> tuple[list[int], list[int]]:
-    """The different values of an array, rounded to whole numbers, and how often each occurs.
-
-    low, high  the smallest and the largest value
-    """
-    first, last = _whole_numbers(np.array([low, high])).tolist()
-    if last - first >= MOST_LEVELS:
-        values, counts = np.unique(_whole_numbers(planes), return_counts=True)
-        return values.tolist(), counts.tolist()
+    if low < high and not FEW_LEVELS <= high - low <= MOST_LEVELS:
+        scale = FINE_LEVELS * 2.0 ** -math.floor(math.log2(high - low))
+    first, last = round(low * scale), round(high * scale)
     counts = np.zeros(last - first + 1, np.int64)
     for plane in planes:
-        whole = _whole_numbers(plane)
-        whole -= first                                   # in place, which is several times faster
-        counts += np.bincount(whole.ravel(), minlength=len(counts))
+        whole = np.rint(plane.astype(np.float64) * scale).astype(np.int64)
+        counts += np.bincount((whole - first).ravel(), minlength=len(counts))
     present = np.flatnonzero(counts)
-    return (present + first).tolist(), counts[present].tolist()
-
-
-def _projections(planes: np.ndarray, scale: float) -> list[list[int]]:
-    """For each axis, the sums of the planes perpendicular to it, of values times `scale`.
-
-    The order of the axes does not matter, nor do their directions: of a list and its reverse, the
-    smaller one is taken, and the three lists are sorted.
-
-    [[[1, 2], [3, 5]]] (1, 2, 2) -> [[4, 7], [3, 8], [11]] -> sorted [[3, 8], [4, 7], [11]]
-    """
-    sums = [np.zeros(n, np.int64) for n in planes.shape]
-    for i, plane in enumerate(planes):
-        if scale != 1:
-            plane = plane * scale
-        whole = _whole_numbers(plane)
-        sums[0][i] = whole.sum()
-        sums[1] += whole.sum(1)
-        sums[2] += whole.sum(0)
-    lists = [of_axis.tolist() for of_axis in sums]
-    return sorted(min(forward, forward[::-1]) for forward in lists)
+    histogram = sorted(array.shape), (present + first).tolist(), counts[present].tolist()
+    return hashlib.sha256(json.dumps(histogram).encode()).hexdigest()[:20]
 
 
 def record_seen(training: list[Scan], validation: list[Scan], base: dict | None = None) -> dict:
@@ -1225,178 +1135,70 @@ def _write_entry(entry: Path, image, label_rows, voxels, meta: dict) -> None:
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{entry.parent}: cannot be written, is the disk full? ({error})") from None
-    try:
-        os.rename(part, entry)
-    except OSError:                  # the entry exists: damaged, or another process was faster
-        if _read_meta(entry) is None:
-            shutil.rmtree(entry, ignore_errors=True)
-            os.rename(part, entry)
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@dataclass
-class _Attempts(torch.utils.data.Dataset):
-    """Item i: build case i unless another process is at it -> (i, the error or None)."""
-    cases: list[Case]
-    cache: Path
-    spacing_mm: float
-
-    def __getitem__(self, i: int) -> tuple[int, Exception | None]:
-        try:
-            build(self.cases[i], self.cache, self.spacing_mm, wait=False)
-        except (ValueError, OSError) as error:
-            return i, error
-        return i, None
-
-    def find(self, i: int) -> Scan | None:
-        """Case i if it is in the cache. An unreadable file is reported when it is built."""
-        with contextlib.suppress(OSError):
-            return find(self.cases[i], self.cache, self.spacing_mm)
-        return None
-
-
-def _as_it_is(item):
-    return item
+    shutil.rmtree(entry, ignore_errors=True)             # a damaged one
+    os.rename(part, entry)
 
 
 def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
-              workers: int = -1, skip_bad: bool = False, quiet: bool = False) -> list[Scan]:
-    """Preprocess every case once, with a progress bar.
+              workers: int = -1, quiet: bool = False) -> list[Scan]:
+    """Preprocess every case once; see pool_map for `workers` and `quiet`.
 
-    workers   how many processes do it; 0: this one; -1: as many as cores and memory allow
-    skip_bad  report a scan that cannot be used and go on, instead of raising
-    quiet     no progress bar
-
-    Several processes may call this at the same time, as under torchrun. Each takes cases that
-    nobody else has, and all of them return when every case is in the cache.
+    Several processes may call this at the same time, as under torchrun: the first one preprocesses
+    with its workers, while the others wait, and then find the entries.
     """
-    attempts = _Attempts(cases, cache, spacing_mm)
-    scans = {}
-    with tqdm(total=len(cases), desc="preprocess", unit="scan", disable=quiet) as bar:
-        for i in range(len(cases)):
-            scan = attempts.find(i)
-            if scan is not None:
-                scans[i] = scan
-                bar.update()
-        waiting = [i for i in range(len(cases)) if i not in scans]
-        if workers < 0:
-            workers = workers_that_fit([cases[i].image for i in waiting])
-        while waiting:
-            loader = torch.utils.data.DataLoader(
-                attempts, batch_size=None, sampler=waiting, collate_fn=_as_it_is, in_order=False,
-                num_workers=min(workers, len(waiting)),
-                multiprocessing_context="fork" if CAN_FORK and workers else None,
-                generator=torch.Generator())             # leaves the global random state alone
-            waiting = []
-            for i, error in loader:
-                if error is None:
-                    scan = attempts.find(i)
-                    if scan is None:
-                        waiting.append(i)                # another process is preprocessing it
-                        continue
-                    scans[i] = scan
-                elif skip_bad:
-                    bar.write(f"skipped: {error}")
-                else:
-                    raise error
-                bar.update()
-            workers = 0                                  # from here on others do the work
-            if waiting:
-                time.sleep(POLL_SECONDS)
-    return [scans[i] for i in sorted(scans)]
-
-
-def workers_that_fit(images: list[Path], bytes_per_voxel: float = PREPROCESS_MEMORY) -> int:
-    """How many processes can work on these scans at once, by cores and memory.
-
-    bytes_per_voxel  memory that the work on one scan takes; by default that of preprocessing
-
-    They are shared with the other processes that torchrun started on this machine. 0 if one
-    process is enough, which is then the calling one; also where a new process cannot be a copy of
-    this one (macOS, Windows), since it would begin by running the user's script again.
-    """
-    if not CAN_FORK:
-        return 0
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    largest = 1
-    for path in images:
-        try:
-            largest = max(largest, math.prod(_open(path).shape))
-        except (ValueError, OSError):                    # reported when it is preprocessed
-            continue
-    by_memory = available_memory() // (largest * bytes_per_voxel * neighbours)
-    workers = min(core_count() // neighbours, by_memory, len(images))
-    return int(workers) if workers > 1 else 0
-
-
-def core_count() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """How many bytes can still be used, in the machine or, if that is less, in its container."""
-    available = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        available.append(int(kilobytes) * 1024)
-    for folder, limit, used in CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):   # "max" stands for no limit
-            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            statistics = dict(line.split() for line in lines)
-            reclaimable = int(statistics.get("inactive_file", 0))
-            in_use = int((folder / used).read_bytes()) - reclaimable
-            available.append(int((folder / limit).read_bytes()) - in_use)
-    if not available and hasattr(os, "sysconf"):         # macOS: half of what the machine has
-        available.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(0, min(available, default=UNKNOWN_MEMORY))
+    if any(find(case, cache, spacing_mm) is None for case in cases):
+        with exclusive_lock(cache / ".lock"):
+            missing = [case for case in cases if find(case, cache, spacing_mm) is None]
+            make = functools.partial(build, cache=cache, spacing_mm=spacing_mm)
+            pool_map(make, missing, workers, desc="preprocess", unit="scan", quiet=quiet)
+    return [build(case, cache, spacing_mm) for case in cases]
 
 
 # ---- training, validation and test scans ---------------------------------------------------------
 PARTS = ("train", "val", "test")                         # of a split
-SPLIT_WORD = re.compile(r"(?:^|[\W_])(train|val|test)$")  # at the end of a list's name
 
 
 @dataclass(frozen=True)
 class SplitEntry:
     """A scan that a split names.
 
-    04_LiTS/img/liver_0.nii.gz -> name "liver_0", folders ("04_LiTS",)
+    04_LiTS/img/liver_0.nii.gz -> case "liver_0", folders ("04_LiTS", "img")
     """
     text: str                        # as it is written in the split
-    where: Path                      # the file of the split
     part: str                        # "train", "val" or "test"
-    name: str
-    folders: tuple[str, ...]
+    case: str
+    folders: tuple[str, ...]         # one of them is the dataset's; empty: any dataset
+
+    def names(self, case: Case) -> bool:
+        """Whether this entry stands for a case."""
+        in_dataset = not self.folders or case.dataset in self.folders
+        return in_dataset and case.name == f"{case.dataset}/{self.case}"
 
 
 def read_split(paths, fold: str = "") -> list[SplitEntry]:
     """The scans that the files of --split name, of one or several files:
 
-    NAME.json      {"train": [...], "val": [...], "test": [...]} with names of cases; the last two
-                   may be missing
+    NAME.json      {"train": [...], "val": [...], "test": [...]} with CASE or DATASET/CASE; the last
+                   two lists may be missing
     NAME.json      nnU-Net's splits_final.json, a list of such objects of which `fold` is taken, a
                    number from 0 on
     NAME_train.txt, NAME_val.txt, NAME_test.txt
-                   the lists of the release: in each line the paths of an image and of its label
+                   the lists of the release: in each line the path of an image, and after a tab that
+                   of its label. A folder of the path is the dataset's, and the file names the case
 
     raises ValueError, OSError  if a file cannot be read or is none of these, if it has no fold of
                                 that number, or if no file has folds and one is asked for
     """
-    entries, folds = [], 0
+    entries, has_folds = [], False
     for path in map(Path, paths):
         if path.suffix.lower() == ".json":
             content = read_json(path, (dict, list))
             if isinstance(content, list):
-                content, folds = _choose_fold(path, content, fold), folds + 1
-            named = _named_in_json(path, content)
+                content, has_folds = _choose_fold(path, content, fold), True
+            entries += _entries_of_json(path, content)
         else:
-            named = _named_in_list(path)
-        entries += [_split_entry(text, path, part) for part, text in named]
-    if fold and not folds:
+            entries += _entries_of_list(path)
+    if fold and not has_folds:
         raise ValueError(f"--fold {fold}: {', '.join(map(str, paths))} has no folds, as nnU-Net's "
                          "splits_final.json has; leave --fold out")
     return entries
@@ -1404,157 +1206,71 @@ def read_split(paths, fold: str = "") -> list[SplitEntry]:
 
 def _choose_fold(path: Path, folds: list, fold: str) -> dict:
     """The fold with the number `fold` of a splits_final.json."""
-    if not fold:
-        raise ValueError(f"{path}: has {len(folds)} folds; say which one with --fold, from 0 on")
     if not fold.isdecimal() or int(fold) >= len(folds):
-        raise ValueError(f"--fold {fold}: {path} has folds 0 to {len(folds) - 1}; with --split, "
-                         "--fold is the number of one of them")
-    chosen = folds[int(fold)]
-    if not isinstance(chosen, dict):
-        raise ValueError(f'{path}: expected a list of {{"train": [...], "val": [...]}}')
-    return chosen
+        raise ValueError(f"{path}: has folds 0 to {len(folds) - 1}; name one of them with --fold, "
+                         f"got {fold!r}")
+    return folds[int(fold)]
 
 
-def _named_in_json(path: Path, content: dict) -> list[tuple[str, str]]:
-    """(part, name of the case) of every scan in a JSON object."""
-    lists = content.values()
-    texts = [text for names in lists if isinstance(names, list) for text in names]
-    if not ({"train"} <= set(content) <= set(PARTS) and all(isinstance(v, list) for v in lists)
-            and all(isinstance(text, str) for text in texts)):
+def _entries_of_json(path: Path, content) -> list[SplitEntry]:
+    """The cases that a JSON object {"train": [...], "val": [...], "test": [...]} names."""
+    right_keys = isinstance(content, dict) and {"train"} <= content.keys() <= set(PARTS)
+    if not right_keys or not all(isinstance(names, list) for names in content.values()) \
+            or not all(isinstance(text, str) for names in content.values() for text in names):
         raise ValueError(f'{path}: expected {{"train": [...], "val": [...], "test": [...]}} with '
                          "lists of case names, of which the last two may be missing")
-    return [(part, text) for part in PARTS for text in content.get(part, [])]
+    entries = []
+    for part, names in content.items():
+        for text in names:
+            *folders, case = text.replace("\\", "/").split("/")
+            entries.append(SplitEntry(text, part, case, tuple(folders)))
+    return entries
 
 
-def _named_in_list(path: Path) -> list[tuple[str, str]]:
-    """(part, path of the image) of every line of a text file, whose name ends with the part."""
-    word = SPLIT_WORD.search(path.stem)
-    if word is None:
+def _entries_of_list(path: Path) -> list[SplitEntry]:
+    """The cases of a text file, one image in each line; the file's name ends with the part."""
+    part = path.stem.split("_")[-1]
+    if part not in PARTS:
         raise ValueError(f"{path}: a split is a JSON file, or a list of scans whose name ends with "
                          "_train, _val or _test, as PAOT_train.txt")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
-    named = []
-    for number, line in enumerate(lines, 1):
-        columns = line.strip().split("\t") if "\t" in line.strip() else line.split()
-        columns = [column.strip() for column in columns if column.strip()]
-        if len(columns) > 2:
-            raise ValueError(f"{path}: line {number}: expected the paths of an image and of its "
-                             f"label, got {line.strip()[:80]!r}")
-        if columns:
-            named.append((word[1], columns[0]))
-    return named
-
-
-def _split_entry(text: str, where: Path, part: str) -> SplitEntry:
-    """A scan as a split writes it: CASE, DATASET/CASE, or the path of its image.
-
-    The names in an nnU-Net file PREPROCESSED/Dataset001_X/splits_final.json are of that dataset.
-    """
-    steps = [step for step in text.strip().replace("\\", "/").split("/") if step not in ("", ".")]
-    if not steps:
-        raise ValueError(f"{where}: an empty name among the scans")
-    for ending in ENDINGS:
-        steps[-1] = steps[-1].removesuffix(ending)
-    if len(steps) > 1 and steps[-1].removesuffix("_0000") in COMMON_NAMES:
-        steps.pop()                                      # named after its folder; see _case_names
-    if re.match(r"(Dataset|Task)\d+_", where.absolute().parent.name):
-        steps.insert(0, where.absolute().parent.name)
-    folders = tuple(step for step in steps[:-1] if step.lower() not in IMAGE_FOLDERS)
-    return SplitEntry(text, where, part, steps[-1], folders)
+    entries = []
+    for line in filter(str.strip, lines):
+        text = line.split("\t")[0].strip()
+        image = Path(text.replace("\\", "/"))
+        entries.append(SplitEntry(text, part, case_of(image), image.parts[:-1]))
+    return entries
 
 
 def match_split(entries: list[SplitEntry], cases: list[Case]) -> dict[str, str]:
     """{name of the case: its part} of the cases that a split names.
 
-    A case is found by its name; where several cases or several entries have this name, by the
-    folders: the case whose dataset's folder is named in the entry. What a split names and is not
-    there, what is there and not named, and what was found by name alone is printed.
+    What a split names and is not there, and what is there and not named, is printed.
 
     raises ValueError  if an entry may stand for several cases, or a case is in several parts
     """
-    by_name: dict[str, list[Case]] = {}
+    with_name: dict[str, list[Case]] = {}
     for case in cases:
-        by_name.setdefault(case.name.split("/")[-1], []).append(case)
-    claims: dict[str, list[tuple[int, SplitEntry]]] = {}       # case -> (agreement, entry), ...
+        with_name.setdefault(case.name.removeprefix(f"{case.dataset}/"), []).append(case)
+    parts: dict[str, str] = {}
     absent = []
     for entry in entries:
-        found = _case_of_entry(entry, by_name)
-        if found is None:
+        found = [case.name for case in with_name.get(entry.case, []) if entry.names(case)]
+        if len(found) > 1:
+            raise ValueError(f"the split's {entry.text} may be {' or '.join(found)}; name the "
+                             "dataset, too: DATASET/CASE")
+        if not found:
             absent.append(entry.text)
-        else:
-            name, agreement = found
-            claims.setdefault(name, []).append((agreement, entry))
-    parts, by_name_alone = {}, []
-    for name, claimed in claims.items():
-        highest = max(agreement for agreement, _ in claimed)
-        own = []
-        for agreement, entry in claimed:
-            if agreement < highest and entry.folders:
-                absent.append(entry.text)                # of another dataset with a case so called
-            else:
-                own.append(entry)
-        parts[name] = _common_part(name, own)
-        if highest == 0 and own[0].folders:
-            by_name_alone.append(f"{own[0].text} -> {name}")
+        elif parts.setdefault(found[0], entry.part) != entry.part:
+            raise ValueError(f"{found[0]} is in two parts of the split: {parts[found[0]]!r} and "
+                             f"{entry.part!r}")
     unnamed = [case.name for case in cases if case.name not in parts]
     _report_some("scans of the split are not in --data", absent)
     _report_some("scans of --data are not in the split and not used", unnamed)
-    _report_some("scans of the split were found by their name alone", by_name_alone)
     return parts
-
-
-def _case_of_entry(entry: SplitEntry, by_name: dict[str, list[Case]]) -> tuple[str, int] | None:
-    """The name of the case that an entry stands for, and their agreement; None: it is not there."""
-    same_name = by_name.get(entry.name) or by_name.get(entry.name.removesuffix("_0000"), [])
-    agreements = {case.name: _agreement(entry, case) for case in same_name}
-    highest = max(agreements.values(), default=0)
-    best = [name for name, agreement in agreements.items() if agreement == highest]
-    if len(best) == 1:
-        return best[0], highest
-    if not best or (highest == 0 and entry.folders):
-        return None
-    raise ValueError(f"{entry.where}: {entry.text} may be {' or '.join(best)}; name the dataset, "
-                     "too: DATASET/CASE")
-
-
-def _common_part(name: str, entries: list[SplitEntry]) -> str:
-    """The part to which all entries that stand for one case assign it."""
-    first = entries[0]
-    for other in entries[1:]:
-        if other.part != first.part:
-            raise ValueError(f"{other.where}: {name} is in two parts of the split, as {first.text} "
-                             f"in {first.part!r} and as {other.text} in {other.part!r}")
-    return first.part
-
-
-def _report_some(what: str, names: list[str]) -> None:
-    """Print how many there are, and the first five names; nothing if there are none."""
-    if names:
-        more = ", ..." if len(names) > 5 else ""
-        _report(f"note: {len(names)} {what}: {', '.join(names[:5])}{more}")
-
-
-def _agreement(entry: SplitEntry, case: Case) -> int:
-    """How well the folders that an entry names agree with the names of a case's folders: 2 for
-    each one that is the same, 1 for one that is but for its number, as 04_LiTS and Dataset004_LiTS.
-    """
-    keys = {_folder_key(folder) for folder in entry.folders}
-    points = 0
-    for folder in case.name.split("/")[:-1]:
-        if folder in entry.folders:
-            points += 2
-        elif _folder_key(folder) in keys:
-            points += 1
-    return points
-
-
-def _folder_key(folder: str) -> str:
-    """04_LiTS, Dataset004_LiTS, lits -> "lits"; Dataset004 -> "dataset004" """
-    without_number = re.sub(r"^(dataset|task)?\d+[_-]+", "", folder.casefold())
-    return re.sub(r"[\W_]", "", without_number) or folder
 
 
 def divide_scans(scans: list[Scan], parts: dict[str, str]) -> tuple[list[Scan], list[Scan]]:
@@ -1580,30 +1296,13 @@ def divide_scans(scans: list[Scan], parts: dict[str, str]) -> tuple[list[Scan], 
     return chosen["train"], chosen["val"]
 
 
-def check_fold(fold: str) -> tuple[int, int]:
-    """--fold without a split: "i/k" -> (i, k).   raises ValueError  otherwise"""
-    try:
-        i, k = map(int, fold.split("/"))
-        return range(k)[i], k
-    except (ValueError, IndexError):
-        raise ValueError(f"--fold is i/k with i from 0 to k - 1, got {fold!r}; a plain number is "
-                         "a fold of the file that --split names") from None
-
-
-def split_scans(scans: list[Scan], val_fraction: float, seed: int,
-                fold: str = "") -> tuple[list[Scan], list[Scan]]:
+def split_scans(scans: list[Scan], val_fraction: float,
+                seed: int) -> tuple[list[Scan], list[Scan]]:
     """(training scans, validation scans), at random; copies of one scan in several datasets stay
-    together.
-
-    fold  "i/k" holds out part i of k equal parts, counted from 0, instead of val_fraction
-    """
+    together."""
     scan_ids = sorted({scan.meta["fingerprint"] for scan in scans})
     order = np.random.default_rng(seed).permutation(scan_ids).tolist()
-    if fold:
-        i, k = check_fold(fold)
-        held_out = set(order[i::k])
-    else:
-        held_out = set(order[:round(val_fraction * len(scan_ids))])
+    held_out = set(order[:round(val_fraction * len(scan_ids))])
     train = [scan for scan in scans if scan.meta["fingerprint"] not in held_out]
     validation = [scan for scan in scans if scan.meta["fingerprint"] in held_out]
     return train, validation
@@ -1645,10 +1344,14 @@ class Crops(torch.utils.data.Dataset):
         k = draw_class(sorted(with_class), scans[0].case, rng)
         scans = with_class.get(k, scans)                 # of the background: all of them
         scan = scans[rng.integers(len(scans))]
+        side = self.patch
         if self.augment and scan.case.msd and rng.random() < ZOOM_P:
-            image, label_rows = magnified_crop(scan, self.patch, rng, k)
-        else:
-            image, label_rows = crop(scan, self.patch, rng, k)
+            side = round(self.patch / rng.uniform(*ZOOM))
+        corner = [c - side // 2 for c in draw_centre(scan, k, rng)]
+        image, label_rows = crop(scan.image(), scan.label_rows(), corner, side)
+        if side != self.patch:
+            shape = (self.patch,) * 3
+            image, label_rows = resample(image, shape), resample_nearest(label_rows, shape)
         if self.augment:
             image, label_rows = rotate_and_shift(image, label_rows, rng)
         label_rows = np.ascontiguousarray(label_rows).astype(np.int32)
@@ -1690,21 +1393,12 @@ def draw_class(present: list[int], case: Case, rng: np.random.Generator) -> int:
     return int(candidates[rng.integers(len(candidates))])
 
 
-def crop(scan: Scan, patch: int, rng: np.random.Generator,
-         k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop of a scan: image (p, p, p) float32 and label_rows (p, p, p).
-
-    k  the class that it is centred on, or BACKGROUND; None: one that is drawn from the scan's
-    """
-    if k is None:
-        k = draw_class(scan.present_classes(), scan.case, rng)
-    image, label_rows = scan.image(), scan.label_rows()
+def draw_centre(scan: Scan, k: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """The voxel on which a crop is centred: one of class k, which has one, or BACKGROUND."""
     if k == BACKGROUND:
-        centre = draw_background(image, label_rows, rng)
-    else:
-        voxels = scan.class_voxels(k)
-        centre = tuple(int(c) for c in voxels[rng.integers(len(voxels))])
-    return cut_out(image, centre, patch).astype(np.float32), cut_out(label_rows, centre, patch)
+        return draw_background(scan.image(), scan.label_rows(), rng)
+    voxels = scan.class_voxels(k)
+    return tuple(int(c) for c in voxels[rng.integers(len(voxels))])
 
 
 def draw_background(image: np.ndarray, label_rows: np.ndarray,
@@ -1725,18 +1419,29 @@ def draw_background(image: np.ndarray, label_rows: np.ndarray,
     return voxel if in_body is None else in_body
 
 
-def cut_out(array: np.ndarray, centre, patch: int) -> np.ndarray:
-    """The cube (p, p, p) of an array around `centre`, moved so that it lies inside the array.
+def crop(image: np.ndarray, label: np.ndarray, corner,
+         patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cube of a scan and of its label: (p, p, p) float32 and (p, p, p) of the label's type.
+
+    image   (D, H, W)  intensities
+    label   (D, H, W)  label rows, or any other integers
+    corner  the cube's first voxel; see cut_out
+    """
+    return cut_out(image, corner, patch).astype(np.float32), cut_out(label, corner, patch)
+
+
+def cut_out(array: np.ndarray, corner, patch: int) -> np.ndarray:
+    """The cube (p, p, p) of an array from `corner` on, moved so that it lies inside the array.
 
     Along an axis shorter than the cube, the array is centred and zeros (air, background) surround
     it.
 
-    an axis of 10, patch 4: centre 5 -> 3..6, centre 9 -> 6..9
+    an axis of 10, patch 4: corner 3 -> 3..6, corner 7 -> 6..9, corner -1 -> 0..3
     an axis of 2, patch 4:  zero, both voxels, zero
     """
     source, target = [], []
-    for c, n in zip(centre, array.shape, strict=True):
-        start = min(max(c - patch // 2, 0), max(n - patch, 0))
+    for c, n in zip(corner, array.shape, strict=True):
+        start = min(max(c, 0), max(n - patch, 0))
         length = min(patch, n)
         before = (patch - length) // 2
         source.append(slice(start, start + length))
@@ -1744,14 +1449,6 @@ def cut_out(array: np.ndarray, centre, patch: int) -> np.ndarray:
     out = np.zeros((patch,) * 3, array.dtype)
     out[tuple(target)] = array[tuple(source)]
     return out
-
-
-def magnified_crop(scan: Scan, patch: int, rng: np.random.Generator, k: int | None = None):
-    """A crop of a smaller part of the scan, enlarged by a random factor to the patch's size."""
-    side = round(patch / rng.uniform(*ZOOM))
-    image, label_rows = crop(scan, side, rng, k)
-    shape = (patch,) * 3
-    return resample(image, shape), resample_nearest(label_rows, shape)
 
 
 def rotate_and_shift(image: np.ndarray, label_rows: np.ndarray, rng: np.random.Generator):

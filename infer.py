@@ -1165,7 +1165,7 @@ def load_job(args: argparse.Namespace) -> Job:
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
                  made_with: dict) -> list[dict]:
     """Segment one scan and write its results as NAME."""
-    volume = data.load_volume(scan)
+    volume = data.read_checked(scan)
     volume.modality = job.modality
     data.check_grey_values(volume, scan)
     seen, seen_as = data.look_up(job.seen, volume.array)

@@ -422,10 +422,6 @@ def _harmonic_mean(a: float, b: float) -> float:
 # ---- the command: score a folder ---------------------------------------------------------------
 # Everything below belongs to the command alone and imports what it needs inside its functions.
 
-# Bytes per voxel that scoring one case takes at its peak (measured: 34 for a body that is labelled
-# everywhere, stored as float64)
-SCORE_MEMORY = 35
-
 SEEN = ("training", "validation", "no", "unknown")       # what infer.py notes in a result's JSON
 
 # NSD tolerance in mm per class; "" stands for every class that a protocol does not name
@@ -486,7 +482,7 @@ def _read_pair(pred_path: Path, ref_path: Path) -> tuple[np.ndarray, np.ndarray,
     raises ValueError  if they do not lie in one grid
     """
     import data
-    pred, ref = data.load_volume(pred_path), data.load_volume(ref_path)
+    pred, ref = data.read_checked(pred_path), data.read_checked(ref_path)
     data.check_same_grid(pred_path, pred, ref_path, ref, roles=("prediction", "reference"))
     return pred.array, ref.array, ref.spacing_mm
 
@@ -682,46 +678,14 @@ def _case_name(path: Path) -> str:
 
 
 def _score_all(pairs: list[tuple[Path, Path]], classes, indices, tolerance) -> list[dict]:
-    """`score_case` of every pair of files, in as many processes as cores and memory allow.
-
-    A worker process is a copy of this one, so that a caller's script is not run again.
-    """
-    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    from tqdm import tqdm
-
+    """`score_case` of every pair of files, in several processes."""
     import data
     jobs = [(pred, ref, classes, indices, tolerance) for pred, ref in pairs]
-    workers = data.workers_that_fit([ref for _, ref in pairs], SCORE_MEMORY)
-    results = []
-    if workers == 0:                                 # this process is enough
-        for job in tqdm(jobs, desc="score", unit="case"):
-            results += score_case(*job)
-        return results
-    with ProcessPoolExecutor(workers, get_context("fork"), _leave_with_parent) as pool:
-        futures = [pool.submit(score_case, *job) for job in jobs]
-        try:
-            for future in tqdm(futures, desc="score", unit="case"):
-                results += future.result()
-        except BrokenExecutor:
-            raise OSError("a process that scored a case was killed; is the memory full?") from None
-        except BaseException:                        # Ctrl-C included: do not begin the rest
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
+    return sum(data.pool_map(_score_job, jobs, desc="score", unit="case"), [])
 
 
-def _leave_with_parent() -> None:
-    """End this worker process when its parent is killed; otherwise it would wait for ever."""
-    import os
-    import threading
-    from multiprocessing import parent_process
-
-    def wait_for_parent():
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait_for_parent, daemon=True).start()
+def _score_job(job: tuple) -> list[dict]:
+    return score_case(*job)
 
 
 def _summarise(results: list[dict]) -> dict:

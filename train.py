@@ -120,8 +120,7 @@ class Config:
     unmasked: bool = setting(False, "ablation: take what a dataset does not label for background")
     val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
                                   "rounds to 0)")
-    fold: str = setting("", "i/k: hold out part i (0 first) of k equal random parts instead of a "
-                        "share; with --split, a plain number: the fold of splits_final.json")
+    fold: str = setting("", "which fold of the splits_final.json that --split names, from 0 on")
     split: tuple[str, ...] = setting((), "which scans to train on, validate and leave for tests: "
                                      'JSON {"train": [...], "val": [...], "test": [...]} of case '
                                      "names, nnU-Net's splits_final.json, or lists named as "
@@ -354,10 +353,9 @@ def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
 
 # ---- data ----------------------------------------------------------------------------------------
 def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
-    """Preprocess every scan once; the processes of torchrun share the work."""
+    """Preprocess every scan once; of the processes of torchrun, the first that comes does it."""
     cache = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
-    return data.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers, skip_bad=cfg.skip_bad,
-                          quiet=process_rank() > 0)
+    return data.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers)
 
 
 def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
@@ -367,7 +365,8 @@ def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], d
     """
     if not cfg.split:
         if cfg.fold:
-            data.check_fold(cfg.fold)
+            raise ValueError(f"--fold {cfg.fold}: is the number of a fold of the splits_final.json "
+                             "that --split names")
         return cases, {}
     parts = data.match_split(data.read_split(cfg.split, cfg.fold), cases)
     if "train" not in parts.values():
@@ -381,14 +380,10 @@ def split(cfg: Config, scans: list[data.Scan],
 
     parts  {name of the case: its part} of --split; none: at random
     """
-    entries = [{scan.entry.name for scan in scans}]
-    if dist.is_initialized():                      # --skip-bad may have skipped one here or there
-        entries = infer.exchange(entries[0])
-    scans = [scan for scan in scans if all(scan.entry.name in own for own in entries)]
     if parts:
         training, validation = data.divide_scans(scans, parts)
     else:
-        training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed, cfg.fold)
+        training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed)
     if not training:
         raise ValueError("no scan left to train on; "
                          + ("see the notes on --split" if parts else "lower --val-fraction"))
@@ -887,11 +882,10 @@ def prepare(cfg: Config) -> Prepared | None:
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     task.w = task.w.to(device)
-    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,
-                               skip_bad=cfg.skip_bad)
+    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
-        spacing_mm = round(data.median_spacing(cases, skip_bad=cfg.skip_bad), 2)
+        spacing_mm = round(data.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     if task.base is not None:
         check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,

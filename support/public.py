@@ -283,10 +283,10 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
     """
     if not masks:
         raise ValueError(f"{ct}: no segmentations/NAME.nii.gz with a name that is a class here")
-    volume = data.load_volume(ct)
+    volume = data.read_checked(ct)
     merged = np.zeros(volume.array.shape, np.uint8)
     for file, value in masks:
-        mask = data.load_volume(file)
+        mask = data.read_checked(file)
         data.check_same_grid(file, mask, ct, volume)
         merged[mask.array > 0.5] = value
     return merged

@@ -58,58 +58,36 @@ def test_a_stray_file_is_passed_over_and_named(tmp_path, capsys):
     write_nifti(folder / "imagesTr/amos_0001 (1).nii.gz", BOX, EYE)
     assert case_names_of(folder) == ["Dataset001_X/x"]
     out = capsys.readouterr().out
-    assert "passed over 1 files" in out and "amos_0001 (1).nii.gz" in out
+    assert "note: 1 files in" in out and "not used: amos_0001 (1).nii.gz" in out
 
 
-def test_an_image_without_label_stops_or_is_left_out_with_a_line(tmp_path, capsys):
+def test_a_missing_image_or_label_is_one_line_that_names_it(tmp_path):
     folder = nnunet(tmp_path / "Dataset001_X", ["x", "y"])
     (folder / "labelsTr/x.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="x.nii.gz: no label for x_0000.nii.gz"):
+    with pytest.raises(FileNotFoundError, match="x.nii.gz: no label for x_0000.nii.gz; remove"):
         case_names_of(folder)
-    assert case_names_of(folder, skip_bad=True) == ["Dataset001_X/y"]
-    assert "skipped:" in capsys.readouterr().out
     nnunet(folder, ["y"], training=listed("gone", "y"))
-    assert case_names_of(folder, skip_bad=True) == ["Dataset001_X/y"]
-    assert "gone.nii.gz: no such image" in capsys.readouterr().out
-    (folder / "labelsTr/y.nii.gz").unlink()
-    with pytest.raises(ValueError, match="no scan"):
-        case_names_of(folder, skip_bad=True)
+    with pytest.raises(FileNotFoundError, match="gone.nii.gz: no such image, but dataset.json"):
+        case_names_of(folder)
 
 
-def test_the_median_spacing_passes_over_scans_that_cannot_be_read(tmp_path):
-    folder = nnunet(tmp_path / "Dataset001_X", ["x", "y"])
-    (folder / "imagesTr/x_0000.nii.gz").write_bytes(b"")
-    cases = data.read_dataset(folder, labels.CLASSES)
-    with pytest.raises(ValueError, match="x_0000"):
-        data.median_spacing(cases)
-    assert data.median_spacing(cases, skip_bad=True) == 1.0
-    with pytest.raises(ValueError, match="none of the scans"):
-        data.median_spacing(cases[:1], skip_bad=True)
-
-
-def test_training_with_skip_bad_leaves_out_what_cannot_be_used(tmp_path, capsys):
-    import train
-    folder = nnunet(tmp_path / "Dataset001_X", ["x", "y", "z"])
-    (folder / "labelsTr/x.nii.gz").unlink()
-    (folder / "imagesTr/y_0000.nii.gz").write_bytes(b"")
-    argv = ["--data", str(folder), "--out", str(tmp_path / "run"), "--text", "onehot", "--dry-run",
-            "--spacing-mm", "0", "--val-fraction", "0", "--workers", "0"]
-    assert labels.run(train.main, argv) == 2
-    assert "no label for x_0000.nii.gz" in capsys.readouterr().err
-    assert labels.run(train.main, [*argv, "--skip-bad"]) == 0
-    captured = capsys.readouterr()
-    assert "Dataset001_X: 1 scan," in captured.out and "y_0000" in captured.out + captured.err
-
-
-def test_datasets_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
-    """a/X and b/X are two datasets; Y needs no folder to be told apart."""
+def test_datasets_of_one_name_are_refused_in_one_line_that_names_both(tmp_path):
     for path in ("a/X", "b/X", "b/Y"):
         nnunet(tmp_path / path)
-    cases = data.read_datasets([tmp_path / "a", tmp_path / "b"], labels.CLASSES)
-    assert [case.dataset for case in cases] == ["a/X", "b/X", "Y"]
-    assert [case.name for case in cases] == ["a/X/x", "b/X/x", "Y/x"]
-    deep = [tmp_path / "s1/raw/X", tmp_path / "s2/raw/X"]
-    assert data.dataset_names(deep) == ["s1/raw/X", "s2/raw/X"]
+    with pytest.raises(ValueError, match="two datasets are called X: .*a/X and .*b/X; rename"):
+        case_names_of(tmp_path / "a", tmp_path / "b")
+    assert case_names_of(tmp_path / "b") == ["X/x", "Y/x"]
+
+
+def test_a_dataset_two_folders_deep_is_named_as_not_used(tmp_path, capsys):
+    """A dataset.json inside a dataset is none of them, nor is one in a hidden folder."""
+    for path in ("X", "group/Y", "X/imagesTr", "group/.old", ".old/Z"):
+        nnunet(tmp_path / path)
+    assert case_names_of(tmp_path) == ["X/x"]
+    line, = capsys.readouterr().out.splitlines()
+    assert line == (f"note: 1 datasets lie too deep in {tmp_path} and are not used; pass the "
+                    "folder that holds them: group/Y")
+    assert case_names_of(tmp_path / "group") == ["Y/x"]
 
 
 def test_a_dataset_that_is_given_twice_is_used_once(tmp_path, monkeypatch):
@@ -122,21 +100,28 @@ def test_a_dataset_that_is_given_twice_is_used_once(tmp_path, monkeypatch):
     assert case_names_of(".") == ["X/x"] == case_names_of("../X")
 
 
-def test_cases_of_one_name_are_told_apart_by_folder_or_refused(tmp_path):
+def test_cases_of_one_name_are_refused_in_one_line_that_names_both(tmp_path):
     folder = nnunet(tmp_path / "X", ["x"], ".nii.gz")
     nnunet(folder, ["x"], ".nii")
     with pytest.raises(ValueError, match=r"called x: .*x_0000.nii.gz and .*x_0000.nii;"):
         case_names_of(folder)
-    for site in ("a", "b"):
-        for name in ("p/ct", "scan"):
-            write_nifti(folder / f"{site}/{name}.nii.gz", BOX, EYE)
-            write_nifti(folder / f"{site}/{name}_seg.nii.gz", BOX % 2, EYE)
-    names = ("a/p/ct", "b/p/ct", "a/scan", "b/scan")
-    nnunet(folder, (), training=listed(*names, image="{}.nii.gz", label="{}_seg.nii.gz"),
-           annotated={"b/scan": []})
+    for name in ("a/scan", "b/scan"):
+        write_nifti(folder / f"{name}.nii.gz", BOX, EYE)
+    nnunet(folder, (), training=listed("a/scan", "b/scan", image="{}.nii.gz", label="{}.nii.gz"))
+    with pytest.raises(ValueError, match=r"called scan: .*a/scan.nii.gz and .*b/scan.nii.gz;"):
+        case_names_of(folder)
+
+
+def test_a_study_with_one_folder_per_patient_names_cases_after_folders(tmp_path):
+    names = ("p1/ct", "p2/imaging", "p3/image_0000", "p4/img")
+    for name in names:
+        write_nifti(tmp_path / f"X/{name}.nii.gz", BOX, EYE)
+        write_nifti(tmp_path / f"X/{name}_seg.nii.gz", BOX % 2, EYE)
+    folder = nnunet(tmp_path / "X", (), annotated={"p2": []},
+                    training=listed(*names, image="{}.nii.gz", label="{}_seg.nii.gz"))
     cases = data.read_dataset(folder, labels.CLASSES)
-    assert [case.name for case in cases] == ["X/a/p", "X/b/p", "X/a/scan", "X/b/scan"]
-    assert [case.annotated.any() for case in cases] == [True, True, True, False]
+    assert [case.name for case in cases] == ["X/p1", "X/p2", "X/p3", "X/p4"]
+    assert [bool(case.annotated.any()) for case in cases] == [True, False, True, True]
 
 
 def test_annotated_is_reported_where_it_names_no_case(tmp_path, capsys):

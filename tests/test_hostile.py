@@ -2,12 +2,10 @@
 import gzip
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -162,18 +160,18 @@ def test_every_unusual_volume_has_its_outcome(name, tmp_path):
     path, outcome = make(name, tmp_path)
     before = path.read_bytes()
     if outcome == OK:
-        v = data.load_volume(path)
+        v = data.read_checked(path)
         assert v.array.ndim == 3 and v.array.dtype.isnative and np.isfinite(v.array).all()
         assert nib.aff2axcodes(v.affine) == ("R", "A", "S")
         image, shape, box = data.preprocess(v, 3.0)
         assert np.isfinite(image).all() and image.ndim == 3
         result = np.arange(v.array.size, dtype=np.uint16).reshape(v.array.shape)
         data.save_like(tmp_path / "out.nii.gz", result, path)
-        back = data.load_volume(tmp_path / "out.nii.gz")
+        back = data.read_checked(tmp_path / "out.nii.gz")
         assert np.array_equal(back.array, result) and np.allclose(back.affine, v.affine)
     else:
         with pytest.raises((ValueError, OSError)) as e:
-            data.load_volume(path)
+            data.read_checked(path)
         assert str(path) in str(e.value) and outcome in str(e.value)
     assert path.read_bytes() == before
 
@@ -187,7 +185,7 @@ def test_paths_that_are_not_files(tmp_path):
     (tmp_path / "dir.nii.gz").mkdir()
     for name in ("loop.nii", "dir.nii.gz", "nothing.nii"):
         with pytest.raises((ValueError, OSError), match=name):
-            data.load_volume(tmp_path / name)
+            data.read_checked(tmp_path / name)
 
 
 BAD = ["gz cut late", "rgb", "nan voxels", "4D", "gigantic gz"]
@@ -282,7 +280,7 @@ def test_mutated_nifti_headers_never_give_a_traceback(tmp_path):
         for _ in range(1500):
             path.write_bytes(mutated(rng, GOOD))
             try:
-                v = data.load_volume(path)
+                v = data.read_checked(path)
                 assert v.array.nbytes <= 64 * len(GOOD)
                 fine += 1
             except (ValueError, OSError) as e:
@@ -371,7 +369,7 @@ def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint,
         write_nifti(tmp_path / f"{i}.nii.gz", np.ascontiguousarray(array), affine)
         infer.main(["--checkpoint", checkpoint, "--input", str(tmp_path / f"{i}.nii.gz"),
                     "--output", str(tmp_path / "out"), "--no-postprocess"])
-        v = data.load_volume(tmp_path / f"out/{i}.nii.gz")
+        v = data.read_checked(tmp_path / f"out/{i}.nii.gz")
         results = json.loads((tmp_path / f"out/{i}.json").read_text())["classes"]
         found.append((v.array, v.affine, {r["name"]: r["volume_ml"] for r in results}))
     assert np.array_equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
@@ -428,7 +426,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(left, disk, checkpoi
     assert {n: now[n] for n in before} == before      # in particular the last checkpoint
     for name in now.keys() - before.keys() - {"ballast"}:
         if name.endswith(".nii.gz"):
-            data.load_volume(folder / name)
+            data.read_checked(folder / name)
         elif name.endswith(".json"):
             json.loads(now[name])
 
@@ -537,28 +535,3 @@ def test_eleven_kills_of_evaluation(tmp_path):
         return tmp_path / name
     killed(11, make_folder, metrics.main, lambda folder: (
         ["--pred", str(folder), "--ref", str(tmp_path / "ref"), "--tolerance", "3"],), same_bytes)
-
-
-def test_workers_of_metrics_end_with_a_killed_parent(tmp_path):
-    """Without that, the idle workers of the pool would wait forever."""
-    (tmp_path / "pool.py").write_text(
-        "import time, multiprocessing as m, metrics\n"
-        "from concurrent.futures import ProcessPoolExecutor as Pool\n"
-        "p = Pool(2, m.get_context('fork'), initializer=metrics._leave_with_parent)\n"
-        "p.submit(int).result()\n"
-        "print(*p._processes, flush=True)\n"
-        "time.sleep(60)\n")
-    p = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE,
-                         env={**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parent)})
-    stats = [Path(f"/proc/{int(worker)}/stat") for worker in p.stdout.readline().split()]
-
-    def alive():
-        return [stat for stat in stats
-                if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
-    assert len(alive()) == 2
-    p.kill()
-    p.wait()
-    until = time.monotonic() + 10
-    while alive() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive()

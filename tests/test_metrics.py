@@ -577,23 +577,6 @@ def test_the_command_runs_from_a_script_without_guard(tmp_path):
     assert out.stdout.count("begins") == 1 and len(read_scores(tmp_path)["cases"]) == 4
 
 
-def test_few_processes_score_where_memory_is_short(tmp_path, monkeypatch):
-    """Two cases of 1280 voxels: with memory for one there are no workers, with memory for two
-    there are two."""
-    import data
-    paths = []
-    for name in "ab":
-        paths.append(tmp_path / f"{name}.nii.gz")
-        write_nifti(paths[-1], np.zeros((20, 8, 8), np.uint8), np.eye(4))
-    monkeypatch.setattr(data, "core_count", lambda: 8)
-    one = 1280 * metrics.SCORE_MEMORY
-    for available, workers in ((one * 1.9, 0), (one * 2.1, 2), (one * 90, 2)):
-        monkeypatch.setattr(data, "available_memory", lambda available=available: int(available))
-        assert data.workers_that_fit(paths, metrics.SCORE_MEMORY) == workers
-    monkeypatch.setattr(data, "CAN_FORK", False)
-    assert data.workers_that_fit(paths, metrics.SCORE_MEMORY) == 0
-
-
 def test_scores_are_utf_8(tmp_path):
     args = folders(tmp_path)
     for file in ("pred/{}.nii.gz", "pred/{}.json", "ref/{}.nii.gz"):

@@ -20,22 +20,11 @@ from support import public
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
-def test_projections_by_hand():
-    """[[1, 2], [3, 5]] in one plane: 11; rows 3 and 8; columns 4 and 7. Mirrored, they are the same
-    lists; as 0.5 steps, they are doubled."""
-    box = np.array([[[1, 2], [3, 5]]])
-    assert data._projections(box, 1) == [[3, 8], [4, 7], [11]]
-    assert data._projections(box[:, ::-1].transpose(2, 0, 1), 1) == [[3, 8], [4, 7], [11]]
-    assert data._projections(box / 2, 2) == [[3, 8], [4, 7], [11]]
-
-
-def test_the_fingerprint_of_a_small_box_is_frozen():
-    """A changed definition would make checkpoints and caches of earlier versions mismatch."""
-    box = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    assert data.fingerprint(box) == FROZEN
-
-
-FROZEN = "808901b6bcae571c738bfd699b210858113d7571"
+def test_a_fingerprint_by_hand():
+    """The shape is 1 x 2 x 3, sorted; the value -5 occurs once, 2 twice, 20 three times."""
+    box = np.array([[[20, 2], [-5, 20], [20, 2]]]).transpose(2, 0, 1)        # (2, 1, 3)
+    want = json.dumps([[1, 2, 3], [-5, 2, 20], [1, 2, 3]]).encode()
+    assert data.fingerprint(box) == hashlib.sha256(want).hexdigest()[:20]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
@@ -69,13 +58,8 @@ def test_a_file_keeps_its_fingerprint_whatever_way_it_is_written(tmp_path, suffi
 
 
 def test_other_scans_have_other_fingerprints():
-    """Also those with the same histogram: a shifted copy, two voxels swapped; and crops."""
     hu, _ = body(5)
-    swapped = hu.copy()
-    swapped[3, 4, 5], swapped[20, 18, 22] = hu[20, 18, 22], hu[3, 4, 5]
-    assert swapped[3, 4, 5] != hu[3, 4, 5]
-    others = [body(6)[0], np.roll(hu, 1, 0), np.roll(hu, 3, 2), np.roll(hu, (1, 2), (0, 1)),
-              swapped, hu[1:], hu[:-1], hu + 1, -hu, hu[:, ::2], hu.reshape(36, 40, 44)]
+    others = [body(6)[0], hu[1:], hu[:-1], hu + 1, -hu, hu[:, ::2], hu.reshape(40, 18, 88)]
     found = {data.fingerprint(array) for array in (hu, *others)}
     assert len(found) == 1 + len(others)
 
@@ -90,55 +74,15 @@ def test_scaled_scans_are_told_apart(scale):
     assert data.fingerprint(first) == data.fingerprint(same)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another(seed):
-    """Also in scans of two or three different values, and with sides of one length."""
-    rng = np.random.default_rng(seed)
-    levels = int(rng.choice([2, 3, 20, 3000]))
-    array = rng.integers(-5, levels - 5, rng.integers(2, 6, 3)).astype(np.int16)
+def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another():
+    array = np.random.default_rng(0).integers(-5, 3000, (4, 5, 5)).astype(np.int16)
     forms = [array.transpose(order)[flip] for order in itertools.permutations(range(3))
              for flip in itertools.product((np.s_[::1], np.s_[::-1]), repeat=3)]
     types = [np.int16, np.float32, np.float64, np.int32]
     found = {data.fingerprint(form.astype(types[i % 4])) for i, form in enumerate(forms)}
     assert len(forms) == 48 and len(found) == 1
-    for step in (-1, 1, 2):
-        other = array.copy()
-        other[tuple(rng.integers(0, n) for n in array.shape)] += step
-        assert data.fingerprint(other) not in found
-
-
-def test_the_first_half_is_that_of_earlier_versions():
-    """It seeds the crops and orders the random split, and identifies the scans of a resumed run."""
-    hu, _ = body(7)
-    values, counts = np.unique(hu, return_counts=True)
-    content = sorted(hu.shape), values.tolist(), counts.tolist()
-    old = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-    assert data.fingerprint(hu)[:20] == old and len(data.fingerprint(hu)) == 40
-    wide = hu.astype(np.int32) * 100_000                     # counted by sorting
-    values, counts = np.unique(wide, return_counts=True)
-    content = sorted(hu.shape), values.tolist(), counts.tolist()
-    old = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-    assert data.fingerprint(wide)[:20] == old
-
-
-def test_the_first_half_seeds_the_crops(tiny_cases, tmp_path, monkeypatch):
-    seeds, sample = [], data._sample_voxels
-
-    def record(case, label_rows, seed):
-        seeds.append(seed)
-        return sample(case, label_rows, seed)
-    monkeypatch.setattr(data, "_sample_voxels", record)
-    built = data.build(tiny_cases[0], tmp_path, 4.0)
-    assert seeds == [int(built.meta["fingerprint"][:20], 16)]
-
-
-def test_a_cache_entry_of_an_earlier_version_is_made_again(tiny_cases, tmp_path):
-    entry = data.build(tiny_cases[0], tmp_path, 4.0).entry
-    meta = json.loads((entry / "meta.json").read_text())
-    old = {**meta, "fingerprint": meta["fingerprint"][:20]}
-    (entry / "meta.json").write_text(json.dumps(old))
-    assert data.find(tiny_cases[0], tmp_path, 4.0) is None
-    assert data.build(tiny_cases[0], tmp_path, 4.0).meta == meta
+    array[1, 2, 3] += 1
+    assert data.fingerprint(array) not in found
 
 
 # ---- splits --------------------------------------------------------------------------------------
@@ -158,72 +102,41 @@ def parts_of(cases, *files, fold=""):
 
 
 def test_a_json_split_by_hand(tmp_path, capsys):
-    """Names with and without ending, channel and dataset; d is not named, x is not there."""
-    split = split_file(tmp_path / "split.json", {"train": ["a", "D1/b.nii.gz", "x"],
-                                                 "val": ["c_0000"], "test": ["D1/e_0000.nii"]})
+    """d is not named, x is not there; a name must be equal, so that c_0000 is not c."""
+    split = split_file(tmp_path / "split.json", {"train": ["a", "D1/b", "x", "c_0000"],
+                                                 "val": ["D1\\c"], "test": ["e"]})
     parts = parts_of(["D1/a", "D1/b", "D1/c", "D1/d", "D1/e"], split)
     assert parts == {"D1/a": "train", "D1/b": "train", "D1/c": "val", "D1/e": "test"}
     out = capsys.readouterr().out.splitlines()
-    assert out == ["note: 1 scans of the split are not in --data: x",
+    assert out == ["note: 2 scans of the split are not in --data: x, c_0000",
                    "note: 1 scans of --data are not in the split and not used: D1/d"]
 
 
-def test_a_case_whose_own_name_ends_like_a_channel(tmp_path):
-    split = split_file(tmp_path / "split.json", {"train": ["amos_0000"], "val": ["b_0000_0000"]})
-    assert parts_of(["D1/amos_0000", "D1/b_0000"], split) \
-        == {"D1/amos_0000": "train", "D1/b_0000": "val"}
-
-
 def test_lists_of_the_release(tmp_path, capsys):
-    """Tabs, blanks, a byte order mark, Windows line ends and an empty line; names of folders."""
+    """Tabs, a byte order mark, Windows line ends and slashes, an empty line. The folder must be
+    the dataset's, whichever of the path it is: liver_0 is another scan in each dataset."""
     train_list = split_file(tmp_path / "PAOT_train.txt",
                             "\ufeff04_LiTS/img/liver_0.nii.gz\t04_LiTS/label/x.nii\r\n\r\n"
-                            "/10_MSD/Task03_Liver/imagesTr/liver_7.nii.gz  x/liver_7.nii\n"
-                            "05_KiTS/case 1/imaging.nii.gz\t05_KiTS/case 1/segmentation.nii\n")
-    val_list = split_file(tmp_path / "PAOT_val.txt", "01_BTCV/img/img0001.nii.gz l/label0001.nii")
-    parts = parts_of(["Dataset003_LiTS/liver_0", "Task03_Liver/liver_0", "Task03_Liver/liver_7",
-                      "kits/case 1", "BTCV/img0001"], train_list, val_list)
-    assert parts == {"Dataset003_LiTS/liver_0": "train", "Task03_Liver/liver_7": "train",
-                     "kits/case 1": "train", "BTCV/img0001": "val"}
+                            "10_Decathlon\\Task03_Liver\\imagesTr\\liver_7.nii.gz\tx/liver_7.nii\n"
+                            "05_KiTS/img/case 1/imaging.nii.gz\t05_KiTS/seg.nii \n"
+                            "03_CHAOS/ct/img/liver_0.nii.gz\tx")
+    val_list = split_file(tmp_path / "PAOT_val.txt", "01_BTCV/img/img0001_0000.nii.gz\tl")
+    parts = parts_of(["04_LiTS/liver_0", "Task03_Liver/liver_0", "Task03_Liver/liver_7",
+                      "05_KiTS/case 1", "01_BTCV/img0001"], train_list, val_list)
+    assert parts == {"04_LiTS/liver_0": "train", "Task03_Liver/liver_7": "train",
+                     "05_KiTS/case 1": "train", "01_BTCV/img0001": "val"}
     assert capsys.readouterr().out.splitlines() == [
+        "note: 1 scans of the split are not in --data: 03_CHAOS/ct/img/liver_0.nii.gz",
         "note: 1 scans of --data are not in the split and not used: Task03_Liver/liver_0"]
 
 
-def test_folders_tell_cases_of_one_name_apart(tmp_path, capsys):
-    both = split_file(tmp_path / "split.json", {"train": ["a/X/c", "Dataset001_Y/c"],
-                                                "val": ["b/X/c"], "test": ["Dataset002_Y/c"]})
-    cases = ["a/X/c", "b/X/c", "Dataset001_Y/c", "Dataset002_Y/c"]
-    assert parts_of(cases, both) == dict(zip(cases, ("train", "val", "train", "test"), strict=True))
-    assert capsys.readouterr().out == ""
-    # of two datasets, one is there: the entry of the other is not mistaken for it
-    assert parts_of(["Dataset002_Y/c"], both) == {"Dataset002_Y/c": "test"}
-    assert "note: 3 scans of the split are not in --data: " in capsys.readouterr().out
-
-
-def test_a_case_of_another_dataset_is_not_taken_where_several_have_its_name(tmp_path, capsys):
-    split = split_file(tmp_path / "s_train.txt", "04_LiTS/img/liver_0.nii.gz l/liver_0.nii.gz")
-    assert parts_of(["Task03_Liver/liver_0", "Mine/liver_0"], split) == {}
-    assert "not in --data: 04_LiTS/img/liver_0.nii.gz" in capsys.readouterr().out
-    assert parts_of(["Mine/liver_0"], split) == {"Mine/liver_0": "train"}
-    assert "found by their name alone: 04_LiTS/img/liver_0.nii.gz -> Mine/liver_0" \
-        in capsys.readouterr().out
-
-
 def test_folds_of_nnunet(tmp_path):
-    """One file for each dataset, in its folder, which tells the cases of one name apart."""
-    for dataset in ("Dataset001_X", "Dataset002_Y"):
-        folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["b", "c"], "val": ["a"]}]
-        if dataset == "Dataset002_Y":
-            folds[0] = {"train": ["c"], "val": ["a"]}
-        split_file(tmp_path / dataset / "splits_final.json", folds)
-    files = [tmp_path / f"{dataset}/splits_final.json" for dataset in ("Dataset001_X",
-                                                                       "Dataset002_Y")]
-    cases = ["Dataset001_X/a", "Dataset001_X/b", "Dataset001_X/c", "Dataset002_Y/a",
-             "Dataset002_Y/c"]
-    first = parts_of(cases, *files, fold="0")
-    assert [first[name] for name in cases] == ["train", "train", "val", "val", "train"]
-    second = parts_of(cases[:3], files[0], fold="1")
-    assert [second[name] for name in cases[:3]] == ["val", "train", "train"]
+    file = split_file(tmp_path / "splits_final.json", [{"train": ["a", "b"], "val": ["c"]},
+                                                       {"train": ["b", "c"], "val": ["a"]}])
+    names = ["D1/a", "D1/b", "D1/c"]
+    for fold, want in (("0", ["train", "train", "val"]), ("1", ["val", "train", "train"])):
+        parts = parts_of(names, file, fold=fold)
+        assert [parts[name] for name in names] == want
 
 
 def test_five_folds_of_six_for_btcv(tmp_path, capsys):
@@ -256,23 +169,21 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, fold, message", [
-    ("s.json", {"train": ["c"]}, "", "s.json: c may be D1/c or D2/c; name the dataset"),
-    ("s.json", {"train": ["D1/c"], "test": ["D1/c.nii.gz"]}, "", "D1/c is in two parts"),
-    ("s.json", {"train": ["c"], "test": ["D1/c"]}, "", "c may be D1/c or D2/c"),
+    ("s.json", {"train": ["c"]}, "", "c may be D1/c or D2/c; name the dataset"),
+    ("s.json", {"train": ["D1/c"], "test": ["D1/c"]}, "", "D1/c is in two parts"),
+    ("s_train.txt", "D1/D2/c.nii.gz", "", "D1/D2/c.nii.gz may be D1/c or D2/c"),
     ("s.json", {"training": ["c"]}, "", 's.json: expected {"train"'),
     ("s.json", {"train": "c"}, "", 's.json: expected {"train"'),
     ("s.json", {"train": [1]}, "", 's.json: expected {"train"'),
     ("s.json", {"val": ["D1/c"]}, "", 's.json: expected {"train"'),
-    ("s.json", {"train": [" / "]}, "", "s.json: an empty name"),
     ("s.json", "c", "", "s.json: not readable JSON"),
     ("s.json", "3", "", "s.json: expected a JSON list or object"),
     ("s.json", {"train": ["D1/c"]}, "0", "--fold 0: .*s.json has no folds"),
-    ("s.json", [{"train": ["D1/c"]}], "", "s.json: has 1 folds; say which one with --fold"),
-    ("s.json", [{"train": ["D1/c"]}], "1", "--fold 1: .*s.json has folds 0 to 0"),
-    ("s.json", [{"train": ["D1/c"]}], "0/1", "--fold 0/1: .*s.json has folds 0 to 0"),
-    ("s.json", [["c"]], "0", 's.json: expected a list of {"train"'),
+    ("s.json", [{"train": ["D1/c"]}], "", "s.json: has folds 0 to 0; name one of them with --fold"),
+    ("s.json", [{"train": ["D1/c"]}], "1", "s.json: has folds 0 to 0; .*got '1'"),
+    ("s.json", [{"train": ["D1/c"]}], "0/1", "s.json: has folds 0 to 0; .*got '0/1'"),
+    ("s.json", [["c"]], "0", 's.json: expected {"train"'),
     ("s.txt", "D1/c x", "", "s.txt: a split is a JSON file, or a list"),
-    ("s_train.txt", "a b c", "", "s_train.txt: line 1: expected the paths"),
     ("none_train.txt", None, "", "none_train.txt"),
 ])
 def test_what_is_no_split_is_one_line(tmp_path, name, content, fold, message):
@@ -281,28 +192,6 @@ def test_what_is_no_split_is_one_line(tmp_path, name, content, fold, message):
         split_file(path, content)
     with pytest.raises((ValueError, OSError), match=message):
         parts_of(["D1/c", "D2/c"], path, fold=fold)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_every_case_gets_the_part_that_it_was_written_with(tmp_path, seed, capsys):
-    """Random datasets with cases of the same names, in random forms of writing, over two files."""
-    rng = np.random.default_rng(seed)
-    datasets = ["Dataset001_Liver", "Task03_Spleen", "a/X", "b/X", "kits"]
-    cases = [f"{dataset}/c{i}" for dataset in datasets for i in range(int(rng.integers(1, 6)))]
-    part_of = {name: str(rng.choice([*data.PARTS, "none"])) for name in cases}
-    files = []
-    lists = {"s_train.txt": "train", "s_val.txt": "val", "s_test.txt": "test"}
-    for file, part in lists.items():
-        names = [name for name in cases if part_of[name] == part]
-        rng.shuffle(names)
-        lines = [f"/root/{name.replace('/c', '/imagesTr/c')}{rng.choice(['.nii', '_0000.nii.gz'])}"
-                 + str(rng.choice(["\t", "  "])) + "label.nii.gz" for name in names]
-        files.append(split_file(tmp_path / file, "\n".join(lines)))
-    want = {name: part for name, part in part_of.items() if part != "none"}
-    assert parts_of(cases, *files) == want
-    both = {part: [name for name in cases if part_of[name] == part] for part in data.PARTS}
-    assert parts_of(cases, split_file(tmp_path / "s.json", both)) == want
-    assert "not in --data" not in capsys.readouterr().out
 
 
 def test_mutated_splits_never_give_a_traceback(tmp_path):
@@ -320,7 +209,7 @@ def test_mutated_splits_never_give_a_traceback(tmp_path):
             parts_of(["D1/a", "D1/b", "D1/c", "D2/c"], path, fold=str(rng.choice(["", "0"])))
             outcomes.add("read")
         except ValueError as error:
-            assert path.name in str(error)
+            assert path.name in str(error) or "the split" in str(error)
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
 
@@ -395,8 +284,8 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, untrained, tmp_pat
 
     folds = [{"train": ["Dataset901_Liver/c1"]},
              {"train": ["Dataset901_Liver/c0"], "val": ["Dataset901_Liver/c1"]}]
-    lists = split_file(tmp_path / "fold_train.txt", "Dataset901_Liver/c0.nii x")
-    other = split_file(tmp_path / "fold_val.txt", "Dataset901_Liver/c1.nii x")
+    lists = split_file(tmp_path / "fold_train.txt", "Dataset901_Liver/c0.nii\tx")
+    other = split_file(tmp_path / "fold_val.txt", "Dataset901_Liver/c1.nii\tx")
     again = config(tiny, tmp_path / "run", resume=True, split=(str(lists), str(other)),
                    val_fraction=0.5)
     train.train(again)
@@ -418,8 +307,7 @@ def test_a_split_that_does_not_fit_is_refused_before_any_work(tiny, tmp_path, ca
     assert "Dataset901_Liver/c0 is in two parts" in refused(capsys, cfg)
     assert "has no folds" in refused(capsys, train.dataclasses.replace(cfg, fold="0/5"))
     alone = train.dataclasses.replace(cfg, split=(), fold="1")
-    error = refused(capsys, alone)
-    assert "--fold is i/k" in error and "--split" in error
+    assert "--fold 1: is the number of a fold of the splits_final.json" in refused(capsys, alone)
     out = train.dataclasses.replace(cfg, split=(str(tmp_path / "run/config.json"),))
     split_file(tmp_path / "run/config.json", {"train": ["Dataset901_Liver/c0"]})
     assert "would overwrite the input file" in refused(capsys, out)
@@ -503,8 +391,8 @@ def write_like(path, source, codes, dtype):
 
 
 def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_path, capsys):
-    """c0 of the liver, in three forms, and c1, a validation scan; a crop of c0, a shifted copy and
-    another scan were not seen. 902/c0 is the same body as 901/c1."""
+    """c0 of the liver, in three forms, and c1, a validation scan; a crop of c0 and another scan
+    were not seen. 902/c0 is the same body as 901/c1."""
     source = tiny / "raw/Dataset901_Liver/imagesTr/c0_0000.nii.gz"
     scans = tmp_path / "scans"
     write_like(scans / "packed.nii.gz", source, "LPS", np.int16)
@@ -514,10 +402,9 @@ def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_p
     shutil.copy(tiny / "raw/Dataset902_Kidney/imagesTr/c1_0000.nii.gz", scans / "other.nii.gz")
     img = nib.load(source)
     write_nifti(scans / "crop.nii.gz", np.asarray(img.dataobj)[:, :, 1:], img.affine)
-    write_nifti(scans / "shifted.nii.gz", np.roll(np.asarray(img.dataobj), 1, 0), img.affine)
     seen, lines = segment(trained, "a/last.pt", scans, tmp_path, capsys)
     assert seen == {"packed": "training", "unpacked": "training", "double": "training",
-                    "val": "validation", "other": "", "crop": "", "shifted": ""}
+                    "val": "validation", "other": "", "crop": ""}
     assert sorted(lines) == sorted(
         [f"{name}: seen in training (as Dataset901_Liver/c0)"
          for name in ("packed", "unpacked", "double")]
@@ -526,7 +413,7 @@ def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_p
 
 def scored(tmp_path, capsys, seen, monkeypatch):
     """Score four cases of a liver, Dice 1, 2/3, 0.5 and 0 by hand; seen: what each JSON says."""
-    monkeypatch.setattr(data, "workers_that_fit", lambda *_: 0)
+    monkeypatch.setattr(data, "CAN_FORK", False)
     ref = np.zeros((4, 4, 4), np.uint8)
     ref[0, 0] = 6
     for name, voxels, where in zip("abcd", (4, 2, 12, 0), seen, strict=True):
