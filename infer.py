@@ -46,6 +46,7 @@ import fast
 import labels
 import postprocess
 from model import load_checkpoint
+from support import extension
 
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
@@ -1109,7 +1110,7 @@ def read_text(args: argparse.Namespace, classes, trained: clip_text.Rows,
               part: Tensor) -> tuple[Tensor, dict]:
     """The text embeddings of --text, in place of those of training for the classes that it names.
 
-    part     (K,) int: for each class the part of the model that computes it, see model.part_of
+    part     (K,) int: for each class the part of the model that computes it, see part_of
     returns  w (K, E), and what the JSON of a result records
     raises   ValueError  if they mean nothing to the network
     """
@@ -1140,7 +1141,7 @@ def load_job(args: argparse.Namespace) -> Job:
 
     raises ValueError  if a class is unknown, or the model was not trained on it
     """
-    model, w, content = load_checkpoint(args.checkpoint)
+    model, w, content = load_checkpoint(args.checkpoint, extension.build_model)
     classes = labels.classes_of_checkpoint(content, len(w), str(args.checkpoint))
     config = content.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
     trained = content.get("trained", [c.name for c in classes])
@@ -1153,7 +1154,7 @@ def load_job(args: argparse.Namespace) -> Job:
     rows = clip_text.Rows([c.name for c in classes], w, clip_text.origin_of_checkpoint(content))
     text = prompts = None
     if args.text:
-        w, text = read_text(args, classes, rows, model.part_of(w))
+        w, text = read_text(args, classes, rows, extension.part_of(model, w))
     if args.prompt:
         new = classes_of_prompts(args.prompt, classes)
         of_trained = [k for k, c in enumerate(classes) if c.name in trained]

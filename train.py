@@ -60,12 +60,12 @@ from model import (
     FORMAT,
     OLDER_FORMATS,
     UniversalModel,
-    build_model,
     check_side,
     load_checkpoint,
     load_pretrained,
     read_checkpoint,
 )
+from support import extension
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -261,7 +261,7 @@ def load_task(cfg: Config) -> Task:
     if cfg.resume and not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; a resumed run needs the file of "
                                 "--init or --extend, too")
-    base, old_w, rest = load_checkpoint(path)
+    base, old_w, rest = load_checkpoint(path, extension.build_model)
     check_side((cfg.patch,) * 3, base.backbone)
     spec = spec_of(cfg, base, old_w, rest, path)
     if cfg.init and "classes" not in rest and len(old_w) != len(labels.CLASSES):
@@ -481,12 +481,12 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
         spec = {"backbone": cfg.backbone, "text_dim": task.w.shape[1]}
         if cfg.width:
             spec[WIDTH_ARGUMENT[cfg.backbone]] = cfg.width
-        network = build_model(spec)
+        network = extension.build_model(spec)
     else:
         network, spec = task.base, task.base_spec
         if task.frozen:
             w_new = task.w[task.frozen:].cpu()
-            network.extend(w_new)
+            network = extension.extend(network, w_new)
             spec = {**spec, "extensions": [*spec.get("extensions", []), len(w_new)]}
     if cfg.pretrained:
         filled, left = load_pretrained(network, cfg.pretrained)
@@ -502,13 +502,10 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
 
 def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
     """AdamW; what generates the heads may have a learning rate of its own (--head-lr)."""
-    generator = set(network.controller.parameters())
-    for extension in network.extensions:
-        generator.update((extension.w1, extension.b1, extension.w2, extension.b2))
     by_rate: dict[float, list] = {}
-    for p in network.parameters():
+    for name, p in network.named_parameters():
         if p.requires_grad:
-            rate = cfg.head_lr if cfg.head_lr and p in generator else cfg.lr
+            rate = cfg.head_lr if cfg.head_lr and "controller." in name else cfg.lr
             by_rate.setdefault(rate, []).append(p)
     groups = [{"params": params, "scale": rate / (cfg.lr or 1)} for rate, params in by_rate.items()]
     return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
@@ -554,7 +551,6 @@ class Run:
     spec: dict                     # what build_model needs to make the network again
     trained: list[str]             # classes that some training scan annotates, for infer.py
     modality: str                  # of most training scans: ct or mri
-    part: Tensor | None = None     # (K,) of an extended model, what its part_of(w) returns
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
     scans: dict = dataclasses.field(default_factory=dict)      # what identify_scans returns
@@ -648,15 +644,14 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
     return counted & new
 
 
-def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
+def step_loss(net, batch: dict, w: Tensor, *,
               amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked step of the paper (Sec. 3.3) -> (loss, its cross-entropy, its Dice loss).
+    """The masked back-propagation of the paper -> (loss, its cross-entropy, its Dice loss).
 
     net    (x, w) -> logits
     batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and
            annotated (B, K) bool: the classes that count; on the CPU
     w      (K, E) text embeddings, on the device of net
-    part   (K,) int, on the CPU, if net is an extended model: what its part_of(w) returns
 
     The network computes the union of the classes that the batch's scans annotate; the losses then
     select, for every scan, its own.
@@ -667,9 +662,8 @@ def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
         asked = torch.tensor([len(w) - 1])         # a zero gradient, for which DDP would wait
     x, label_rows, regions = (batch[name].to(w.device, non_blocking=True)
                               for name in ("image", "label_rows", "regions"))
-    of_extended = () if part is None else (part[asked],)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
-        logits = net(x, w[asked], *of_extended)                        # (B, k, D, H, W)
+        logits = net(x, w[asked])                                      # (B, k, D, H, W)
     y, known = data.targets(label_rows, regions, asked), None          # (B, k, D, H, W) bool
     if not batch["known"][:, :, asked].all():                          # rare, and asked on the CPU
         known = data.targets(label_rows, batch["known"].to(w.device, non_blocking=True), asked)
@@ -871,9 +865,8 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
-    part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val), seen=seen_scans(cfg, task, scans, val),
+              scans=identify_scans(scans, val), seen=seen_scans(cfg, task, scans, val),
               text=task.text)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
@@ -893,7 +886,7 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
     The only values fetched from the device are one stack of four numbers, before the weights
     change, so that a loss that is not finite leaves them as they were.
     """
-    loss, bce, dice = step_loss(net, batch, run.w, part=run.part, amp=amp)
+    loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
     asked = torch.tensor(float(stop.asked), device=loss.device)
     if process_count() > 1:
         dist.all_reduce(asked)

@@ -44,6 +44,7 @@ import metrics
 import train
 from experiments import openkbp, phantom
 from model import Controller, load_checkpoint
+from support import extension
 
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "patch": 64, "batch": 1, "lr": 1e-3}
 REAL_DATASETS = ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
@@ -692,7 +693,8 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
         window = torch.from_numpy(image[middle].copy())[None, None]
         with torch.no_grad():
             deep, _ = model.backbone(window)
-            thetas.append(model.controller(w[indices], model.image_feature(deep))[0])
+            f = model.pool(model.pool_norm(deep).mean((2, 3, 4)))      # (1, 256)
+            thetas.append(model.controller(w[indices], f)[0])
     return trained, torch.stack(thetas)
 
 
@@ -1069,7 +1071,7 @@ def backbones(args, study: Study) -> dict:
 def change_of_old_logits(old: Path, new: Path) -> float:
     """Largest difference between two models' logits of the old classes, on one random window."""
     old_model, w, _ = load_checkpoint(old)
-    new_model, _, _ = load_checkpoint(new)
+    new_model, _, _ = load_checkpoint(new, extension.build_model)
     window = torch.randn(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return (old_model(window, w) - new_model(window, w)).abs().max().item()

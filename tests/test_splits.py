@@ -16,6 +16,7 @@ import labels
 import metrics
 import model
 import train
+from support import extension
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -489,7 +490,7 @@ def trained(tiny, untrained, tmp_path_factory):
 
 
 def test_scans_of_the_base_are_seen_as_well(trained):
-    _, _, rest = model.load_checkpoint(trained / "b/last.pt")
+    _, _, rest = model.load_checkpoint(trained / "b/last.pt", extension.build_model)
     seen = data.seen_by(rest)
     assert sorted(seen.training.values()) == ["Dataset901_Liver/c0", "Dataset902_Kidney/c1"]
     assert list(seen.validation.values()) == ["Dataset901_Liver/c1"] and seen.complete
