@@ -42,11 +42,10 @@ from tqdm import tqdm
 
 import clip_text
 import data
-import fast
 import labels
 import postprocess
 from model import load_checkpoint
-from support import extension
+from support import extension, fast
 
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
@@ -850,7 +849,7 @@ def parse(argv=None) -> argparse.Namespace:
                     help="compute in bf16 (default: where the hardware supports it)")
     ap.add_argument("--plain", action="store_true",
                     help="use the plain model code of model.py instead of its faster equivalents "
-                         "in fast.py")
+                         "in support/fast.py")
     ap.add_argument("--batch", type=int, default=1, metavar="N",
                     help="number of windows per call of the model (default: 1)")
     ap.add_argument("--overlap", type=float, default=OVERLAP, metavar="X",

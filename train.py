@@ -1,4 +1,4 @@
-"""Train on partially labelled datasets (paper, Sec. 3.3 and 4.1).
+"""Train on partially labelled datasets (the masked back-propagation of the paper).
 
     python train.py --data phantom --out run --text onehot --spacing-mm 4 --patch 64 --width 8
     python train.py --data Dataset001 Dataset002 --out run --backbone unet
@@ -48,7 +48,6 @@ from tqdm import tqdm
 
 import clip_text
 import data
-import fast
 import infer
 import labels
 import losses
@@ -65,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import extension
+from support import extension, fast
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -107,7 +106,7 @@ class Config:
                               "Models Genesis, or a checkpoint of train.py")
     recompute: bool = setting(False, "activation checkpointing: less memory, about a third slower")
     plain: bool = setting(False, "use the plain code of model.py instead of its faster "
-                          "equivalents in fast.py")
+                          "equivalents in support/fast.py")
     steps: int = setting(100_000, "total number of optimiser steps")
     batch: int = setting(2, "crops per step and process")
     lr: float = setting(1e-4, "highest learning rate of AdamW (release: 1e-4)")

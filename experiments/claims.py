@@ -37,14 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clip_text
 import data
-import fast
 import infer
 import labels
 import metrics
 import train
 from experiments import openkbp, phantom
 from model import Controller, load_checkpoint
-from support import extension
+from support import extension, fast
 
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "patch": 64, "batch": 1, "lr": 1e-3}
 REAL_DATASETS = ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fast
 import model
-from support import extension
+from support import extension, fast
 
 CLASSES = list(fast.FAST.values())
 

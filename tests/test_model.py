@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from conftest import SHARED, needs_shared
 from torch import nn
 
-import fast
 import losses
 import model
-from support import extension
+from support import extension, fast
 
 FORMS = {"plain": lambda network: network, "fast": fast.accelerate}
 

@@ -18,11 +18,11 @@ from second_device import second_device
 
 import clip_text
 import data
-import fast
 import infer
 import labels
 import model
 import train
+from support import fast
 
 slow = pytest.mark.slow
 bf16 = [slow, pytest.mark.skipif(infer.emulates_bf16("cpu"), reason="gradients in bf16 that oneDNN "
