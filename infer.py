@@ -42,10 +42,10 @@ from tqdm import tqdm
 
 import clip_text
 import data
-import fast
 import labels
 import postprocess
 from model import load_checkpoint
+from support import extension, fast
 
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
@@ -849,7 +849,7 @@ def parse(argv=None) -> argparse.Namespace:
                     help="compute in bf16 (default: where the hardware supports it)")
     ap.add_argument("--plain", action="store_true",
                     help="use the plain model code of model.py instead of its faster equivalents "
-                         "in fast.py")
+                         "in support/fast.py")
     ap.add_argument("--batch", type=int, default=1, metavar="N",
                     help="number of windows per call of the model (default: 1)")
     ap.add_argument("--overlap", type=float, default=OVERLAP, metavar="X",
@@ -1090,7 +1090,7 @@ def read_text(args: argparse.Namespace, classes, trained_w: Tensor, trained_prom
     """The text embeddings of --text, in place of those of training for the classes that it names.
 
     trained_...  of all classes of the checkpoint
-    part         (K,) int: for each class the part of the model that computes it, see model.part_of
+    part         (K,) int: for each class the part of the model that computes it, see part_of
     returns      w (K, E), and the prompts if the file holds some: {class: prompt}
     raises       ValueError  if the embeddings mean nothing to the network
     """
@@ -1123,7 +1123,7 @@ def load_job(args: argparse.Namespace) -> Job:
 
     raises ValueError  if a class is unknown, or the model was not trained on it
     """
-    model, w, content = load_checkpoint(args.checkpoint)
+    model, w, content = load_checkpoint(args.checkpoint, extension.build_model)
     classes = labels.classes_of_checkpoint(content, len(w), str(args.checkpoint))
     config = content.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
     trained = content.get("trained", [c.name for c in classes])
@@ -1136,7 +1136,8 @@ def load_job(args: argparse.Namespace) -> Job:
     trained_w, trained_prompts = w, clip_text.prompts_of(content, classes)
     words = {}                             # what a result depends on beside the checkpoint's text
     if args.text:
-        w, prompts = read_text(args, classes, trained_w, trained_prompts, model.part_of(w))
+        w, prompts = read_text(args, classes, trained_w, trained_prompts,
+                               extension.part_of(model, w))
         words["text"] = {"file": file_identity(args.text), "prompts": prompts}
     if args.prompt:
         new = classes_of_prompts(args.prompt, classes)

@@ -1,19 +1,18 @@
-"""The network (paper, Sec. 3.2): a backbone, a text branch, one small generated head per class.
+"""The network: a backbone, a text-driven controller, one small generated head per class.
 
 A class is given by its text embedding w_k, row k of w. From w_k and the global image feature f of
 the input, the controller generates the 153 parameters theta_k of a small three-layer network, the
 head of class k. It turns the decoder feature into the logits of class k, whose sigmoid is P_k.
 
-The file is plain PyTorch and needs nothing else of this project; fast.py computes the same in less
-time and memory. With the released weights (`load_released`) the outputs equal those of the release
-for one window at a time.
+The file is plain PyTorch and needs nothing else of this project; support/fast.py computes the same
+in less time and memory. With the released weights (`load_released`) the outputs equal those of the
+release for one window at a time.
 
 B batch   K classes   C channels   D, H, W voxels or tokens   E text width (512)
 N voxels of the input, or tokens of an attention window
 """
 from __future__ import annotations
 
-import copy
 import math
 import re
 import textwrap
@@ -123,32 +122,18 @@ class UNet(nn.Module):
             DoubleConv(c2 + c1, c1, c1),
         ])
 
-    def last_level(self) -> tuple[nn.Module, nn.Module]:
-        """The two modules of the last level of the decoder, the arguments of `decode`."""
-        return self.up[-1], self.merge[-1]
-
-    def decode(self, up: nn.Module, merge: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-        """One level of the decoder: x, of half the skip's sides -> a map of the skip's sides."""
-        x = torch.cat([up(x), skip], 1)                   # upsampled first, then the skip
-        return run_stage(merge, x, recompute=self.recompute)
-
-    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All but the last level of the decoder -> deep, and the input (x, skip) of that level."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skips = []
         for level, down in enumerate(self.down):
             if level > 0:
                 x = F.max_pool3d(x, 2)
-            x = run_stage(down, x, recompute=self.recompute)           # (B, 2^level width, ...)
+            x = run_stage(down, x, recompute=self.recompute)       # (B, 2^level width, ...)
             skips.append(x)
-        deep = x = skips.pop()                            # (B, 8 width, D/8, H/8, W/8)
-        for up, merge in zip(self.up[:-1], self.merge[:-1], strict=True):
-            x = self.decode(up, merge, x, skips.pop())
-        return deep, x, skips.pop()      # x (B, 2 width, D/2, H/2, W/2), skip (B, width, D, H, W)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        deep, x, skip = self.trunk(x)
-        fine = self.decode(*self.last_level(), x, skip)
-        return deep, fine                                 # fine (B, width, D, H, W)
+        deep = x = skips.pop()                                     # (B, 8 width, D/8, H/8, W/8)
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = torch.cat([up(x), skips.pop()], 1)                 # upsampled first, then the skip
+            x = run_stage(merge, x, recompute=self.recompute)
+        return deep, x                                             # x (B, width, D, H, W)
 
 
 # ---- Swin UNETR: attention in windows ------------------------------------------------------------
@@ -400,34 +385,20 @@ class SwinUNETR(nn.Module):
             hidden.append(tokens)
         return [F.layer_norm(h, h.shape[-1:]).permute(0, 4, 1, 2, 3) for h in hidden]
 
-    def last_level(self) -> tuple[nn.Module, nn.Module]:
-        """The two modules of the last level of the decoder, the arguments of `decode`."""
-        return self.up[-1], self.dec[-1]
-
-    def decode(self, up: nn.Module, dec: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-        """One level of the decoder: x, of half the skip's sides -> a map of the skip's sides."""
-        x = torch.cat([up(x), skip], 1)                        # upsampled first, then the skip
-        return run_stage(dec, x, recompute=self.recompute)
-
-    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All but the last level of the decoder -> deep, and the input (x, skip) of that level."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.encode(x)
         skips = []                                             # of depth D, D/2, D/4, D/8, D/16
         for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True):
             skips.append(run_stage(enc, h, recompute=self.recompute))
         skips.append(hidden[3])
         deep = x = self.bottom(hidden[4])                      # (B, 16 C, D/32, H/32, W/32)
-        for up, dec in zip(self.up[:-1], self.dec[:-1], strict=True):
-            x = self.decode(up, dec, x, skips.pop())
-        return deep, x, skips.pop()          # x (B, C, D/2, H/2, W/2), skip (B, C, D, H, W)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        deep, x, skip = self.trunk(x)
-        fine = self.decode(*self.last_level(), x, skip)
-        return deep, fine                                      # fine (B, C, D, H, W)
+        for up, dec in zip(self.up, self.dec, strict=True):
+            x = torch.cat([up(x), skips.pop()], 1)             # upsampled first, then the skip
+            x = run_stage(dec, x, recompute=self.recompute)
+        return deep, x                                         # x (B, C, D, H, W)
 
 
-# ---- text branch and heads ---------------------------------------------------------------------
+# ---- text-driven controller and heads ----------------------------------------------------------
 def split_theta(theta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """theta (..., 153) -> the weights and the biases of three layers.
 
@@ -490,56 +461,8 @@ class Controller(nn.Module):
         return self.out(torch.cat([image, text], 2))                   # the image feature first
 
 
-class Extension(nn.Module):
-    """New classes beside a frozen model: heads from one two-layer MLP per class (the 2024
-    extension), on a decoder feature of their own.
-
-    The decoder feature of a model does not separate structures that it never saw. So the last
-    level of the decoder and the reduction are copied from the old model and trained for the new
-    classes, which share them.
-
-    w_new       (n, E)  text embeddings of the n new classes
-    last_level  the two modules of the last level of the old model's decoder, and its reduction:
-                reduce_norm and reduce
-    """
-
-    def __init__(self, w_new: Tensor, last_level, reduce_norm: nn.Module, reduce: nn.Module,
-                 hidden: int = 512):
-        super().__init__()
-        self.level = nn.ModuleList(copy.deepcopy(module) for module in last_level)
-        self.reduce_norm = copy.deepcopy(reduce_norm)
-        self.reduce = copy.deepcopy(reduce)
-        n, width = len(w_new), IMAGE_DIM + w_new.shape[1]
-        self.register_buffer("w_new", w_new.clone())
-        # The layers of all n MLPs are stacked in one tensor each
-        self.w1 = nn.Parameter(torch.randn(n, width, hidden) * math.sqrt(2 / width))
-        self.b1 = nn.Parameter(torch.zeros(n, 1, hidden))
-        self.w2 = nn.Parameter(torch.randn(n, hidden, THETA_DIM) / hidden)
-        self.b2 = nn.Parameter(torch.zeros(n, 1, THETA_DIM))
-        for k in range(n):
-            initialise_theta(self.b2[k, 0])    # w2 is small: every head starts near b2
-
-    def last_level(self) -> tuple[nn.Module, nn.Module]:
-        return tuple(self.level)
-
-    def contains(self, w: Tensor) -> Tensor:
-        """w (K, E) -> (K,) bool: whether an embedding is equal to one of the new classes'."""
-        return (w[:, None] == self.w_new).all(2).any(1)
-
-    def theta(self, w: Tensor, f: Tensor) -> Tensor:
-        """w (K, E) of new classes, f (B, 256) -> the parameters of their heads (B, K, 153)."""
-        n, B = len(self.w_new), len(f)
-        image = f[None].expand(n, B, -1)                               # (n, B, 256)
-        text = self.w_new[:, None].expand(n, B, -1)                    # (n, B, E)
-        x = torch.cat([image, text], 2)
-        x = F.relu(torch.baddbmm(self.b1, x, self.w1))                 # (n, B, 512)
-        x = torch.baddbmm(self.b2, x, self.w2)                         # (n, B, 153)
-        index = (w[:, None] == self.w_new).all(2).int().argmax(1)      # (K,)
-        return x[index].transpose(0, 1)
-
-
 class UniversalModel(nn.Module):
-    """Backbone, pooling branch, text-driven controller, dynamic heads (paper, Fig. 2).
+    """Backbone, pooling branch, text-driven controller, dynamic heads.
 
     backbone  UNet, SwinUNETR, or a module of your own with their attributes deep_channels,
               fine_channels, side_multiple and side_minimum that returns (deep, fine)
@@ -556,83 +479,19 @@ class UniversalModel(nn.Module):
         # The reduction of the decoder feature to the 8 channels that the heads take
         self.reduce_norm = GroupNormReLU(backbone.fine_channels)
         self.reduce = nn.Conv3d(backbone.fine_channels, HEAD[0], 1)
-        self.extensions = nn.ModuleList()
-
-    def image_feature(self, deep: Tensor) -> Tensor:
-        """The pooling branch: deep (B, C', ...) -> f (B, 256)."""
-        return self.pool(self.pool_norm(deep).mean((2, 3, 4)))
-
-    def reduction(self, fine: Tensor, norm: nn.Module, reduce: nn.Module) -> Tensor:
-        """fine (B, C, D, H, W) -> (B, 8, D, H, W); a method that a subclass can replace."""
-        return reduce(norm(fine))
 
     def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
         """`apply_heads`, as a method that a subclass can replace."""
         return apply_heads(feat, theta)
 
-    def forward(self, x: Tensor, w: Tensor, part: Tensor | None = None) -> Tensor:
-        """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities.
-
-        part  only for an extended model, see `forward_extended`
-        """
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities."""
         check_side(x.shape[2:], self.backbone)
-        if len(self.extensions) > 0:
-            return self.forward_extended(x, w, part)
-        deep, fine = self.backbone(x)                  # (B, C', D/8 or /32, ...), (B, C, D, H, W)
-        f = self.image_feature(deep)                   # (B, 256)
-        theta = self.controller(w, f)                  # (B, K, 153)
-        feat = self.reduction(fine, self.reduce_norm, self.reduce)     # (B, 8, D, H, W)
-        return self.heads(feat, theta)                 # (B, K, D, H, W)
-
-    # ---- extensions: new classes beside a frozen model ----
-    def extend(self, w_new: Tensor) -> None:
-        """Freeze all weights and add an extension with new classes, given by their text embeddings
-        (n, E). The backbone must have the methods trunk, decode and last_level."""
-        self.requires_grad_(False)
-        extension = Extension(w_new, self.backbone.last_level(), self.reduce_norm, self.reduce)
-        self.extensions.append(extension.requires_grad_().to(self.pool.weight.device))
-
-    # What the classes of the first model take, under the names that it has in an Extension
-    def last_level(self) -> tuple[nn.Module, nn.Module]:
-        return self.backbone.last_level()
-
-    def theta(self, w: Tensor, f: Tensor) -> Tensor:
-        return self.controller(w, f)
-
-    def part_of(self, w: Tensor) -> Tensor:
-        """w (K, E) -> (K,) int, on the CPU: the part of the model that computes each class, 0 for
-        the first model and i for extension i, which knows its classes by their embeddings."""
-        part = torch.zeros(len(w), dtype=torch.long, device=w.device)
-        for i, extension in enumerate(self.extensions, 1):
-            part = torch.where(extension.contains(w), i, part)
-        return part.cpu()
-
-    def forward_extended(self, x: Tensor, w: Tensor, part: Tensor | None) -> Tensor:
-        """As `forward`, every class computed by the part of the model that it belongs to.
-
-        Old and new classes share no operation behind the trunk of the backbone, so the logits of
-        the old ones are bit for bit those of the old model.
-
-        part  (K,) int, on the CPU: what part_of(w) returns. If it is None, it is found out here,
-              for which the CPU waits for a GPU
-        """
-        if part is None:
-            part = self.part_of(w)
-        deep, coarse, skip = self.backbone.trunk(x)
-        f = self.image_feature(deep)                                   # (B, 256)
-        logits, classes = [], []
-        for i in part.unique().tolist():
-            own = torch.nonzero(part == i)[:, 0]                       # (k,) classes of part i
-            source = (self, *self.extensions)[i]
-            theta = source.theta(w[own], f)                            # (B, k, 153)
-            fine = self.backbone.decode(*source.last_level(), coarse, skip)    # (B, C, D, H, W)
-            feat = self.reduction(fine, source.reduce_norm, source.reduce)     # (B, 8, D, H, W)
-            logits.append(self.heads(feat, theta))                     # (B, k, D, H, W)
-            classes.append(own)
-        if len(logits) == 1:
-            return logits[0]
-        order = torch.cat(classes).argsort()
-        return torch.cat(logits, 1)[:, order]                          # in the order of w
+        deep, fine = self.backbone(x)                          # (B, C', D/8, ...), (B, C, D, H, W)
+        f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))    # (B, 256)
+        theta = self.controller(w, f)                          # (B, K, 153)
+        feat = self.reduce(self.reduce_norm(fine))             # (B, 8, D, H, W)
+        return self.heads(feat, theta)                         # (B, K, D, H, W)
 
 
 def check_side(size, backbone) -> None:
@@ -651,19 +510,13 @@ BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 def build_model(spec: dict) -> UniversalModel:
     """{"backbone": "unet", "width": 64, "text_dim": 512} -> an untrained model.
 
-    The other keys are arguments of the backbone. With "extensions": [n, ...], all weights are
-    frozen and extensions of n classes each are added, whose text embeddings are zero until a state
-    dict is loaded.
+    The other keys are arguments of the backbone.
     """
     spec = dict(spec)
     backbone, text_dim = spec.pop("backbone"), spec.pop("text_dim")
-    extensions = spec.pop("extensions", [])
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {sorted(BACKBONES)}, got {backbone!r}")
-    model = UniversalModel(BACKBONES[backbone](**spec), text_dim)
-    for new_classes in extensions:
-        model.extend(torch.zeros(new_classes, text_dim))
-    return model
+    return UniversalModel(BACKBONES[backbone](**spec), text_dim)
 
 
 def _one_line(error: Exception) -> str:
@@ -693,11 +546,13 @@ def read_checkpoint(path) -> dict:
     return content
 
 
-def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
+def load_checkpoint(path, build=build_model) -> tuple[UniversalModel, Tensor, dict]:
     """A checkpoint of train.py, or a released one -> (model in eval mode, w (K, E), the rest).
 
     The rest is what else the file holds: among it the classes, the settings of the training
     ("config") and the names of the classes trained on ("trained"). It is empty for a released file.
+
+    build  what makes the model of a spec: build_model, or support.extension's for extended ones
     """
     content = read_checkpoint(path)
     if "format" not in content:
@@ -707,7 +562,7 @@ def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
         raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, expected "
                          f"{FORMAT!r}")
     try:
-        model = build_model(content["spec"])
+        model = build(content["spec"])
         model.load_state_dict(content.pop("model"))
         w = content["w"]
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:

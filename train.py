@@ -1,4 +1,4 @@
-"""Train on partially labelled datasets (paper, Sec. 3.3 and 4.1).
+"""Train on partially labelled datasets (the masked back-propagation of the paper).
 
     python train.py --data phantom --out run --text onehot --spacing-mm 4 --patch 64 --width 8
     python train.py --data Dataset001 Dataset002 --out run --backbone unet
@@ -48,7 +48,6 @@ from tqdm import tqdm
 
 import clip_text
 import data
-import fast
 import infer
 import labels
 import losses
@@ -59,12 +58,12 @@ from model import (
     BACKBONES,
     FORMAT,
     UniversalModel,
-    build_model,
     check_side,
     load_checkpoint,
     load_pretrained,
     read_checkpoint,
 )
+from support import extension, fast
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -107,7 +106,7 @@ class Config:
                               "Models Genesis, or a checkpoint of train.py")
     recompute: bool = setting(False, "activation checkpointing: less memory, about a third slower")
     plain: bool = setting(False, "use the plain code of model.py instead of its faster "
-                          "equivalents in fast.py")
+                          "equivalents in support/fast.py")
     steps: int = setting(100_000, "total number of optimiser steps")
     batch: int = setting(2, "crops per step and process")
     lr: float = setting(1e-4, "highest learning rate of AdamW (release: 1e-4)")
@@ -194,7 +193,7 @@ def read_base(path: str, needs_names: bool) -> Base:
 
     raises ValueError  if needs_names and the file does not say which classes it was trained on
     """
-    model, w, content = load_checkpoint(path)
+    model, w, content = load_checkpoint(path, extension.build_model)
     name = next(name for name, kind in BACKBONES.items() if isinstance(model.backbone, kind))
     spec = {"backbone": name, "text_dim": w.shape[1],
             WIDTH_ARGUMENT[name]: model.backbone.fine_channels}
@@ -291,9 +290,11 @@ def initial_task(base: Base, classes, text: str, words: dict) -> Task:
     left_out = sum(base.spec.get("extensions", []))     # each is made for its own classes
     kept = len(base.names) - left_out
     base = dataclasses.replace(base, names=base.names[:kept], w=base.w[:kept])
-    base.model.extensions = nn.ModuleList()
-    spec = dict(base.spec)
-    spec.pop("extensions", None)
+    spec = {key: value for key, value in base.spec.items() if key != "extensions"}
+    if left_out:
+        state = base.model.state_dict()
+        base.model = extension.build_model(spec)
+        base.model.load_state_dict({name: state[name] for name in base.model.state_dict()})
     w, prompts = text_embeddings(text, classes, base, **words)
     if process_rank() == 0:
         shared = [c.name for c in classes if c.name in base.names]
@@ -460,12 +461,12 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
         spec = {"backbone": cfg.backbone, "text_dim": task.w.shape[1]}
         if cfg.width:
             spec[WIDTH_ARGUMENT[cfg.backbone]] = cfg.width
-        network = build_model(spec)
+        network = extension.build_model(spec)
     else:
         network, spec = task.base, task.base_spec
         if task.frozen:
             w_new = task.w[task.frozen:].cpu()
-            network.extend(w_new)
+            network = extension.extend(network, w_new)
             spec = {**spec, "extensions": [*spec.get("extensions", []), len(w_new)]}
     if cfg.pretrained:
         filled, left = load_pretrained(network, cfg.pretrained)
@@ -481,13 +482,10 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
 
 def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
     """AdamW; what generates the heads may have a learning rate of its own (--head-lr)."""
-    generator = set(network.controller.parameters())
-    for extension in network.extensions:
-        generator.update((extension.w1, extension.b1, extension.w2, extension.b2))
     by_rate: dict[float, list] = {}
-    for p in network.parameters():
+    for name, p in network.named_parameters():
         if p.requires_grad:
-            rate = cfg.head_lr if cfg.head_lr and p in generator else cfg.lr
+            rate = cfg.head_lr if cfg.head_lr and "controller." in name else cfg.lr
             by_rate.setdefault(rate, []).append(p)
     groups = [{"params": params, "scale": rate / (cfg.lr or 1)} for rate, params in by_rate.items()]
     return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
@@ -522,7 +520,6 @@ class Run:
     spec: dict                     # what build_model needs to make the network again
     trained: list[str]             # classes that some training scan annotates, for infer.py
     modality: str                  # of most training scans: ct or mri
-    part: Tensor | None = None     # (K,) of an extended model, what its part_of(w) returns
     step: int = 0                  # steps done
     best: float = -1.0             # best mean Dice of a validation
     scans: str = ""                # what identify_scans returns
@@ -615,15 +612,14 @@ def step_targets(batch: dict, asked: Tensor, device) -> tuple[Tensor, Tensor | N
     return y, data.masks_of_classes(label_rows, known, asked)
 
 
-def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
+def step_loss(net, batch: dict, w: Tensor, *,
               amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked step of the paper (Sec. 3.3) -> (loss, its cross-entropy, its Dice loss).
+    """The masked back-propagation of the paper -> (loss, its cross-entropy, its Dice loss).
 
     net    (x, w) -> logits
     batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and
            annotated (B, K) bool: the classes that count; on the CPU
     w      (K, E) text embeddings, on the device of net
-    part   (K,) int, on the CPU, if net is an extended model: what its part_of(w) returns
 
     The network computes the union of the classes that the batch's scans annotate; the losses then
     select, for every scan, its own.
@@ -634,9 +630,8 @@ def step_loss(net, batch: dict, w: Tensor, *, part: Tensor | None = None,
         asked = torch.tensor([len(w) - 1])         # a zero gradient, for which DDP would wait
     annotated = annotated[:, asked]                                    # (B, k)
     x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
-    of_extended = () if part is None else (part[asked],)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
-        logits = net(x, w[asked], *of_extended)                        # (B, k, D, H, W)
+        logits = net(x, w[asked])                                      # (B, k, D, H, W)
     y, known = step_targets(batch, asked, w.device)                    # (B, k, D, H, W)
     bce = losses.masked_bce(logits, y, annotated, known)
     dice = losses.masked_dice(logits, y, annotated, known)
@@ -816,9 +811,8 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
-    part = network.part_of(task.w) if task.frozen else None
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              part, scans=identify_scans(scans, val),
+              scans=identify_scans(scans, val),
               seen=data.record_seen(scans, val, task.base_seen), prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
@@ -838,7 +832,7 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
     The only values fetched from the device are one stack of four numbers, before the weights
     change, so that a loss that is not finite leaves them as they were.
     """
-    loss, bce, dice = step_loss(net, batch, run.w, part=run.part, amp=amp)
+    loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
     asked = torch.tensor(float(stop.asked), device=loss.device)
     if process_count() > 1:
         dist.all_reduce(asked)

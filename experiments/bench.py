@@ -49,13 +49,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import fast
 import infer
 import labels
 import losses
 import metrics
 import model as plain_form
 import postprocess
+from support import fast
 
 ROOT = Path(__file__).resolve().parents[1]
 

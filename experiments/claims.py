@@ -38,13 +38,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import fast
 import infer
 import labels
 import metrics
 import model
 import train
 from experiments import openkbp, phantom
+from support import fast
 
 SCRATCH = "from scratch"
 
@@ -460,7 +460,8 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
         window = torch.from_numpy(data.cut_out(image, middle, content["config"]["patch"]))
         with torch.no_grad():
             deep, _ = network.backbone(window[None, None])
-            thetas.append(network.controller(w[trained], network.image_feature(deep))[0])
+            f = network.pool(network.pool_norm(deep).mean((2, 3, 4)))          # (1, 256)
+            thetas.append(network.controller(w[trained], f)[0])
     return content["trained"], torch.stack(thetas)
 
 

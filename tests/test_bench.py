@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import fast
 import losses
 import model
 from experiments import bench
+from support import fast
 
 TINY = bench.Size(side=32, classes=4, annotated=(1, 3), width=8, feature_size=12, text_dim=5)
 TINY_SWIN = dataclasses.replace(TINY, side=64)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import SHARED, needs_shared
 from torch import nn
 
-import fast
 import losses
 import model
+from support import extension, fast
 
 FORMS = {"plain": lambda network: network, "fast": fast.accelerate}
 
@@ -486,6 +486,24 @@ def test_heads_equal_three_small_convolutions():
             assert torch.allclose(logits[b, k], want, atol=1e-4)
 
 
+def test_heads_start_as_small_networks_that_say_no():
+    """Weights of variance 2/8, 2/8 and 1/8, no bias but the last, which is -2: sigmoid(-2) = 0.12.
+    A controller and the MLPs of an extension start near such a head."""
+    torch.manual_seed(0)
+    theta = torch.empty(500, 153)
+    for row in theta:
+        model.initialise_theta(row)
+    (w1, w2, w3), (b1, b2, b3) = model.split_theta(theta)
+    for weight, variance in ((w1, 2 / 8), (w2, 2 / 8), (w3, 1 / 8)):
+        assert weight.var().item() == pytest.approx(variance, rel=0.08)
+        assert abs(weight.mean()) < 0.02
+    assert (b1 == 0).all() and (b2 == 0).all() and (b3 == -2).all()
+    controllers = model.Controller(text_dim=5), extension.ClassControllers(torch.randn(4, 5))
+    for theta in (controllers[0].out.bias, *controllers[1].b2[:, 0]):
+        (w1, _, _), (b1, _, b3) = model.split_theta(theta)
+        assert 0.3 < w1.std() < 0.7 and (b1 == 0).all() and b3.tolist() == [-2]
+
+
 # ---- torch.export, torch.compile -----------------------------------------------------------------
 SMALL = {"unet": ({"backbone": "unet", "width": 8}, 32),
          "swin_unetr": ({"backbone": "swin_unetr", "feature_size": 12}, 64)}
@@ -605,12 +623,25 @@ def extended(backbone, form):
     torch.manual_seed(0)
     spec, side = SMALL[backbone]
     old = model.build_model({**spec, "text_dim": 5}).eval()
-    new = copy.deepcopy(old)
     w, w_new = torch.randn(3, 5), torch.randn(2, 5)
-    new.extend(w_new)
+    new = extension.extend(copy.deepcopy(old), w_new)
     if form == "fast":
         fast.accelerate(old), fast.accelerate(new)
     return old, new, torch.rand(2, 1, side, side, side), w, w_new
+
+
+@pytest.mark.parametrize("backbone, form", [
+    ("unet", "plain"), ("unet", "fast"), pytest.param("swin_unetr", "plain", marks=SLOW),
+    pytest.param("swin_unetr", "fast", marks=SLOW)])
+def test_the_two_steps_of_an_extended_model_are_the_backbone(backbone, form):
+    """All levels but the decoder's last, then the last: bit for bit the backbone's own features."""
+    _, network, x, _, _ = extended(backbone, form)
+    x = x[:1]
+    with torch.no_grad():
+        want = network.backbone(x)
+        deep, coarse, skip = network.trunk(x)
+        fine = network.decode(network.last_level(), coarse, skip)
+    assert torch.equal(deep, want[0]) and torch.equal(fine, want[1])
 
 
 @pytest.mark.parametrize("backbone, form", [
@@ -627,8 +658,18 @@ def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
         assert torch.equal(both[:, 1:4], before)
         assert torch.allclose(both[:, [4, 0]], new(x, w_new), atol=1e-5)
         assert not torch.allclose(both[:, 4], both[:, 0])
-    part = new.part_of(torch.cat([w_new[1:], w, w_new[:1]]))
+    part = extension.part_of(new, torch.cat([w_new[1:], w, w_new[:1]]))
     assert part.tolist() == [1, 0, 0, 0, 1]
+    assert extension.part_of(old, w).tolist() == [0, 0, 0]
+
+
+def test_in_training_mode_all_classes_are_of_the_newest_extension():
+    """The new ones are computed as in evaluation mode; another class is NaN, never a wrong map."""
+    _, network, x, w, w_new = extended("unet", "plain")
+    with torch.no_grad():
+        want = network(x, w_new)
+        got = network.train()(x, torch.cat([w_new, w[:1]]))
+    assert torch.allclose(got[:, :2], want, atol=1e-5) and got[:, 2].isnan().all()
 
 
 @pytest.mark.parametrize("backbone", ["unet", pytest.param("swin_unetr", marks=SLOW)])
@@ -638,8 +679,9 @@ def test_only_an_extension_is_trained_and_an_extended_model_can_be_extended_agai
     second = torch.randn(1, 5)
     with torch.no_grad():
         before = network(x, torch.cat([first, w]))
-    network.extend(second)
-    assert network.part_of(torch.cat([second, w, first])).tolist() == [2, 0, 0, 0, 1, 1]
+    assert extension.extend(network, second) is network
+    part = extension.part_of(network, torch.cat([second, w, first]))
+    assert part.tolist() == [2, 0, 0, 0, 1, 1]
     network(x, torch.cat([w, second, first])).square().mean().backward()
     for name, p in network.named_parameters():
         assert (p.grad is not None and p.grad.abs().sum() > 0) == ("extensions.1." in name), name
@@ -647,26 +689,32 @@ def test_only_an_extension_is_trained_and_an_extended_model_can_be_extended_agai
         assert torch.equal(network(x, torch.cat([first, w])), before)
         spec = {"backbone": backbone, "text_dim": 5, "extensions": [2, 1],
                 **({"width": 8} if backbone == "unet" else {"feature_size": 12})}
-        again = fast.accelerate(model.build_model(spec).eval())
+        again = fast.accelerate(extension.build_model(spec).eval())
         again.load_state_dict(network.state_dict())
         every = torch.cat([first, w, second])
         assert torch.allclose(again(x, every), network(x, every), atol=1e-5)
 
 
+def test_a_backbone_of_ones_own_cannot_be_extended():
+    network = tiny_model()
+    network.backbone = nn.Identity()
+    with pytest.raises(ValueError, match="only a UNet or a SwinUNETR can be extended.* Identity"):
+        extension.extend(network, torch.randn(1, 5))
+
+
 def test_the_heads_of_an_extension_by_hand():
     """One MLP a class on the image feature and the class's embedding: 472,217 parameters at the
     paper's size (768 -> 512 -> 153), and a decoder level of 9,112 at width 8."""
-    network = tiny_model(text_dim=512).eval()
-    network.extend(torch.randn(2, 512))
-    sizes = {name: p.numel() for name, p in network.extensions[0].named_parameters()}
-    mlps = sum(sizes.pop(name) for name in ("w1", "b1", "w2", "b2"))
-    assert mlps == 2 * 472_217 and sum(sizes.values()) == 9_112
-    e, f = network.extensions[0], torch.randn(2, 256)
+    network = extension.extend(tiny_model(text_dim=512).eval(), torch.randn(2, 512))
+    new, c = network.extensions[0], network.extensions[0].controller
+    mlps = sum(p.numel() for p in c.parameters())
+    assert mlps == 2 * 472_217 and sum(p.numel() for p in new.parameters()) - mlps == 9_112
+    f = torch.randn(2, 256)
     with torch.no_grad():
-        got = e.theta(e.w_new[[1, 0]], f)
+        got = c(c.w_new[[1, 0]], f)
         for k in range(2):
-            h = torch.relu(torch.cat([f, e.w_new[k].expand(2, -1)], 1) @ e.w1[k] + e.b1[k])
-            assert torch.allclose(got[:, 1 - k], h @ e.w2[k] + e.b2[k], atol=1e-5)
+            h = torch.relu(torch.cat([f, c.w_new[k].expand(2, -1)], 1) @ c.w1[k] + c.b1[k])
+            assert torch.allclose(got[:, 1 - k], h @ c.w2[k] + c.b2[k], atol=1e-5)
 
 
 def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):

@@ -18,11 +18,11 @@ from second_device import second_device
 
 import clip_text
 import data
-import fast
 import infer
 import labels
 import model
 import train
+from support import fast
 
 slow = pytest.mark.slow
 bf16 = [slow, pytest.mark.skipif(infer.emulates_bf16("cpu"), reason="gradients in bf16 that oneDNN "
@@ -407,7 +407,7 @@ def test_new_classes_train_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path,
     train.train(config(tiny, tmp_path / "cpu", form, **how))
     steps = train_on_device(config(tiny, tmp_path / "there", form, **how), device, monkeypatch)
     if flag == "extend":
-        assert content(tmp_path / "there")["model"]["extensions.0.b1"].abs().sum() > 0
+        assert content(tmp_path / "there")["model"]["extensions.0.controller.b1"].abs().sum() > 0
     assert_same_run(tmp_path / "there", tmp_path / "cpu", form)
     assert len(steps) == 2 and all(len(fetched) <= 1 for fetched in steps), steps
 

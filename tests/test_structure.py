@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OURS = {"labels", "clip_text", "data", "model", "fast", "losses", "metrics", "train", "infer",
-        "postprocess"}
+OURS = {"labels", "clip_text", "data", "model", "losses", "metrics", "train", "infer",
+        "postprocess", "support"}
 PACKAGES = {"torch", "numpy", "nibabel", "scipy", "tqdm", "ftfy", "regex", "matplotlib"}
 ALONE = {"model", "losses", "metrics", "clip_text", "postprocess"}       # people copy these
 # What the commands (not the top level) of a file may import of ours
@@ -39,8 +39,8 @@ def test_only_the_agreed_packages_are_imported():
 
 def test_imports_point_one_way():
     """At the top level of a file; the commands at its end may import what INSIDE names."""
-    order = ["labels", "model", "losses", "metrics", "clip_text", "postprocess", "fast", "data",
-             "infer", "train"]
+    order = ["labels", "model", "losses", "metrics", "clip_text", "postprocess", "support",
+             "data", "infer", "train"]
     for path in files():
         top = (set(imports(path, top_only=True)) & OURS) - {path.stem}
         everywhere = (set(imports(path)) & OURS) - {path.stem}
@@ -48,7 +48,8 @@ def test_imports_point_one_way():
             assert not top, path.name
         assert all(order.index(m) < order.index(path.stem) for m in top), path.name
         assert everywhere - top <= INSIDE.get(path.stem, set()), path.name
-    assert set(imports(ROOT / "fast.py")) & OURS == {"model"}
+    assert set(imports(ROOT / "support/fast.py")) & OURS == {"model", "support"}
+    assert set(imports(ROOT / "support/extension.py")) & OURS == {"model"}
 
 
 def test_experiments_are_imported_by_nobody():
@@ -57,7 +58,7 @@ def test_experiments_are_imported_by_nobody():
 
 
 def test_model_is_plain_pytorch():
-    """No custom gradient, no memory layout, no branch on the device: those are in fast.py."""
+    """No custom gradient, no memory layout, no branch on the device: that is in support/."""
     text = (ROOT / "model.py").read_text()
     for word in ("autograd.Function", "memory_format", ".device.type", "autocast"):
         assert word not in text, word

@@ -21,6 +21,7 @@ import infer
 import labels
 import model
 import train
+from support import extension
 
 ROOT = Path(train.__file__).parent
 
@@ -394,14 +395,15 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, 
     cfg = config(tiny, tmp_path / "b", data=(liver,), classes=str(tmp_path / "new.json"),
                  extend=str(tmp_path / "a/last.pt"))
     train.train(cfg)
-    (old, w, _), (new, v, rest) = (model.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
+    (old, w, _), (new, v, rest) = (
+        model.load_checkpoint(tmp_path / f"{x}/last.pt", extension.build_model) for x in "ab")
     assert [c["name"] for c in rest["classes"]] == ["Right Kidney", "Left Kidney", "Liver"]
     assert rest["trained"] == ["Right Kidney", "Left Kidney", "Liver"] and len(v) == 3
     x = torch.rand(1, 1, 64, 64, 64)
     with torch.no_grad():
         assert torch.equal(old(x, w), new(x, v[:2]))                   # bit for bit
         assert torch.equal(old(x, w), new(x, v)[:, :2])                # also beside new ones
-    assert new.extensions[0].b1.abs().sum() > 0                        # it has learned something
+    assert new.extensions[0].controller.b1.abs().sum() > 0             # it has learned something
     out = capsys.readouterr().out
     assert "a/last.pt: its 2 classes are kept and frozen; new: Liver\n" in out
     assert "annotated by no dataset" not in out                        # of those to be trained

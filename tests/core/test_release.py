@@ -12,7 +12,7 @@ import torch
 from conftest import SHARED, needs_shared
 
 import clip_text
-import fast
+from support import fast
 import model
 
 FORMS = {"plain": lambda network: network, "fast": fast.accelerate}

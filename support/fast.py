@@ -39,6 +39,7 @@ from model import (
     split_theta,
     window_and_shift,
 )
+from support.extension import ExtendedModel
 
 CHANNELS_LAST = torch.channels_last_3d
 # How many numbers a loop handles at once: what fits the cache of a CPU, and on a GPU enough to
@@ -345,18 +346,22 @@ class FastUNet(UNet):
     would go to float32."""
     devices = ("cpu",)
 
-    def decode(self, up: UpConv, merge: DoubleConv, x: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.device.type not in self.devices:
-            return super().decode(up, merge, x, skip)
+            return super().forward(x)
+        deep, x, skip = self.trunk(x)
+        return deep, self.decode(self.up[-1], self.merge[-1], x, skip)
 
+    # The two steps of forward on the CPU, which FastExtendedModel takes apart
+    def decode(self, up: UpConv, merge: DoubleConv, x: Tensor, skip: Tensor) -> Tensor:
+        """One level of the decoder."""
         def level(x, skip):
             y = conv_of_upsampled(merge[0].conv, up, x, skip)
             return merge[1](merge[0].normalise(y))
         return run_stage(level, x, skip, recompute=self.recompute)
 
     def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.device.type not in self.devices:
-            return super().trunk(x)
+        """All levels but the decoder's last: see ExtendedModel.trunk."""
         x, skips = channels_last(x), []
         for level, down in enumerate(self.down):
             if level > 0:
@@ -583,15 +588,28 @@ class FastSwinUNETR(SwinUNETR):
     """Channels-last, without concatenations and large upsampled maps."""
     devices = ("cpu",)
 
-    def decode(self, up: UpConv, dec: ResBlock, x: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.device.type not in self.devices:
-            return super().decode(up, dec, x, skip)
+            return super().forward(x)
+        deep, x, skip = self.trunk(x)
+        return deep, self.decode(self.up[-1], self.dec[-1], x, skip)
+
+    # The two steps of forward on the CPU, which FastExtendedModel takes apart
+    def decode(self, up: UpConv, dec: ResBlock, x: Tensor, skip: Tensor) -> Tensor:
+        """One level of the decoder."""
         return run_stage(dec.merge, up, x, skip, recompute=self.recompute)
 
     def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.device.type in self.devices:
-            x = channels_last(x)
-        return super().trunk(x)
+        """All levels but the decoder's last: see ExtendedModel.trunk."""
+        x = channels_last(x)
+        hidden = self.encode(x)
+        skips = [run_stage(enc, h, recompute=self.recompute)
+                 for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True)]
+        skips.append(hidden[3])
+        deep = x = self.bottom(hidden[4])
+        for up, dec in zip(self.up[:-1], self.dec[:-1], strict=True):
+            x = self.decode(up, dec, x, skips.pop())
+        return deep, x, skips.pop()
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -651,7 +669,7 @@ class _Heads(torch.autograd.Function):
 
 
 class FastUniversalModel(UniversalModel):
-    """Heads in blocks; without gradients the decoder feature is normalised in its own memory."""
+    """Heads in blocks of voxels."""
     devices = ("cpu", "cuda")
 
     def heads(self, feat: Tensor, theta: Tensor) -> Tensor:
@@ -664,12 +682,19 @@ class FastUniversalModel(UniversalModel):
         logits = logits[0][None] if B == 1 else torch.stack(logits)            # (B, K, N)
         return logits.view(B, K, *size)
 
-    def reduction(self, fine: Tensor, norm: GroupNormReLU, reduce: nn.Module) -> Tensor:
-        if fine.device.type in FastGroupNormReLU.devices:
-            fine = norm_act(fine, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps,
-                            overwrite=True)
-            return reduce(fine)
-        return super().reduction(fine, norm, reduce)
+
+class FastExtendedModel(FastUniversalModel, ExtendedModel):
+    """The two steps of the fast backbones, heads in blocks."""
+
+    def trunk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.device.type not in FastUNet.devices:
+            return super().trunk(x)
+        return self.backbone.trunk(x)
+
+    def decode(self, level, x: Tensor, skip: Tensor) -> Tensor:
+        if x.device.type not in FastUNet.devices:
+            return super().decode(level, x, skip)
+        return self.backbone.decode(*level, x, skip)
 
 
 # ---- swapping ------------------------------------------------------------------------------------
@@ -684,6 +709,7 @@ FAST = {
     ResBlock: FastResBlock,
     SwinUNETR: FastSwinUNETR,
     UniversalModel: FastUniversalModel,
+    ExtendedModel: FastExtendedModel,
 }
 
 
