@@ -94,37 +94,27 @@ def _devices_here() -> str:
     return " and ".join([*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"])
 
 
-def use_amp(device: str | torch.device) -> bool:
-    """Whether bf16 is the default on a device: only where the hardware computes in bf16.
-
-    Elsewhere bf16 is emulated and slower than fp32.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _onednn_takes_bf16() and _has_bf16_instructions()
-
-
-def emulates_bf16(device: str | torch.device) -> bool:
-    """Whether oneDNN emulates bf16 on a device, as it does on CPUs with AVX-512 but no bf16.
-
-    Results are right there, but over 2x2x2 voxels the weight gradient of a 3x3x3 convolution
-    contains uninitialised memory (torch 2.13). The deepest convolutions of a Swin UNETR that trains
-    on crops of 64^3 are of this kind.
-    """
-    return (torch.device(device).type == "cpu" and _onednn_takes_bf16()
-            and not _has_bf16_instructions())
-
-
-def _onednn_takes_bf16() -> bool:
-    if not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
-        return False                                    # this build has no oneDNN
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _has_bf16_instructions() -> bool:
+def has_bf16_instructions() -> bool:
+    """Whether this machine's processor computes in bf16."""
     processor = torch.cpu.get_capabilities()
     return any(processor.get(name) for name in BF16_INSTRUCTIONS)
+
+
+def choose_amp(device: str | torch.device, asked: bool | None) -> bool:
+    """Whether to compute in bf16.
+
+    asked   what --amp says; None: bf16 on CUDA from compute capability 8.0 on (Ampere), and float32
+            elsewhere
+    raises  ValueError  if a processor would have to emulate bf16: the weight gradients of small
+                        convolutions that PyTorch 2.13 then computes contain uninitialised memory
+    """
+    device = torch.device(device)
+    if asked is None:
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked and device.type == "cpu" and not has_bf16_instructions():
+        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
+                         "PyTorch computes in emulated bf16 are wrong; leave out --amp")
+    return asked
 
 
 @contextlib.contextmanager
@@ -846,7 +836,7 @@ def parse(argv=None) -> argparse.Namespace:
                     help="segment scans again whose result is there already, and replace results "
                          "of other scans")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
-                    help="compute in bf16 (default: where the hardware supports it)")
+                    help="compute in bf16 (default: only on CUDA, from compute capability 8.0 on)")
     ap.add_argument("--plain", action="store_true",
                     help="use the plain model code of model.py instead of its faster equivalents "
                          "in fast.py")
@@ -1164,7 +1154,7 @@ def load_job(args: argparse.Namespace) -> Job:
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
-    amp = use_amp(args.device) if args.amp is None else args.amp
+    amp = choose_amp(args.device, args.amp)
     flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain,
              args.probabilities]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,

@@ -17,7 +17,7 @@ What differs from the release in training:
 | foreground crops   | drawn by volume: any labelled voxel | by class, then scan, then voxel |
 | tumour crops       | LiTS and three MSD tasks            | every MSD task                  |
 | Dice               | averaged over slices, or an error   | of the whole patch              |
-| precision          | float32                             | bf16 where the hardware has it  |
+| precision          | float32                             | bf16 on GPUs that have it       |
 | start of the heads | as any linear layer                 | as small networks that say "no" |
 
 As in the release every scan weighs the same in the loss, background crops are centred in the body,
@@ -137,7 +137,8 @@ class Config:
     dry_run: bool = setting(False, "report what the data covers and stop")
     cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
     seed: int = setting(0, "seed of all random numbers")
-    amp: bool | None = setting(None, "compute in bf16 (default: where the hardware does)")
+    amp: bool | None = setting(None, "compute in bf16 (default: only on CUDA, from compute "
+                               "capability 8.0 on)")
     device: str = setting(infer.best_device(), "the device to compute on: cuda, cuda:N, mps or "
                           "cpu")
 
@@ -848,17 +849,6 @@ def check_settings(cfg: Config) -> None:
                          f"--text {cfg.text}")
 
 
-def trains_in_bf16(cfg: Config) -> bool:
-    """Whether a run computes in bf16.
-
-    raises ValueError  if --amp asks for it where gradients would be wrong
-    """
-    if cfg.amp and infer.emulates_bf16(cfg.device):
-        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
-                         "PyTorch computes in emulated bf16 are wrong; train without --amp")
-    return infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
-
-
 def check_missing(task: Task, missing: list[str]) -> None:
     """raises ValueError  if no training scan annotates a class to be trained; missing: see describe
     """
@@ -918,7 +908,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     last, log, first = out / "last.pt", out / "log.jsonl", process_rank() == 0
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
-    amp = trains_in_bf16(cfg)
+    amp = infer.choose_amp(device, cfg.amp)
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality,

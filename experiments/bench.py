@@ -337,7 +337,7 @@ def peak_gb() -> float:
 
 def bf16() -> bool:
     """Whether this processor computes in bf16; elsewhere it is not measured."""
-    return infer.use_amp("cpu")
+    return infer.has_bf16_instructions()
 
 
 def compare_networks(part: str, make: Callable, backbone: str, n: int) -> dict:
@@ -462,7 +462,7 @@ def whole_ct(part):
     medians of five runs."""
     with tempfile.TemporaryDirectory() as folder:
         scan, weights = phantom_scan(folder), checkpoint(folder, width=FULL.width)
-        one_window = window("fast", "unet", bf16())            # as infer.py computes
+        one_window = window("fast", "unet")                    # in float32, as infer.py computes
         shape = data.preprocess(data.load_volume(scan))[0].shape
         windows = infer.count_windows(shape, FULL.side)
         whole = statistics.median(segment(scan, weights, f"{folder}/out{i}") for i in range(5))

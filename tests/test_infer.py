@@ -90,26 +90,24 @@ def test_windows_of_air_are_computed_once():
     assert len(calls) == 2                       # one window with tissue, one of air
 
 
-def test_bf16_is_the_default_only_where_the_hardware_computes_in_it(monkeypatch):
-    """CUDA: from compute capability 8.0 (Ampere). CPU: where oneDNN is built in and the processor
-    has the instructions; oneDNN supports bf16 on every AVX-512, and emulates it without them."""
+def test_bf16_is_the_default_only_on_cuda_from_ampere_on(monkeypatch):
+    """Compute capability 8.0. On a CPU --amp is allowed where the processor has the instructions:
+    oneDNN emulates bf16 without them, and then computes wrong gradients."""
     for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert infer.use_amp("cuda") is expected
-    assert infer.use_amp("mps") is False
-    monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {}))
-    assert infer.use_amp("cpu") is infer.emulates_bf16("cpu") is False
-    monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {
-        "_is_mkldnn_bf16_supported": staticmethod(lambda: True)}))
-    processors = (
-        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}, False),
-        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
-        ({"architecture": "aarch64", "bf16": True}, True),
-    )
-    for processor, expected in processors:
+        assert infer.choose_amp("cuda", None) is expected
+        assert infer.choose_amp("cuda", True) and not infer.choose_amp("cuda", False)
+    processors = (({"avx512_f": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True),
+                  ({"amx_bf16": True}, True), ({"architecture": "aarch64", "bf16": True}, True))
+    for processor, allowed in processors:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda p=processor: p)
-        assert infer.use_amp(torch.device("cpu")) is expected
-        assert infer.emulates_bf16("cpu") is not expected
+        assert infer.choose_amp("cpu", None) is infer.choose_amp("cpu", False) is False
+        if allowed:
+            assert infer.choose_amp(torch.device("cpu"), True)
+        else:
+            with pytest.raises(ValueError, match="--amp: this processor has no instructions"):
+                infer.choose_amp("cpu", True)
+    assert infer.choose_amp("mps", None) is False
 
 
 def sphere_scan(tmp_path, codes="LPS", spacing=(2.0, 2.5, 3.0), shape=(70, 60, 52)):
