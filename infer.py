@@ -34,6 +34,7 @@ from pathlib import Path
 # Limit OpenMP spinning before torch loads; otherwise a shared CPU can be 10x slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -523,6 +524,8 @@ def _colour(k: int) -> tuple[int, int, int]:
 
 
 COLOURS = [_colour(k) for k in range(1024)]
+DESCRIPTION = "CLIP-Driven Universal Model"     # in the headers of all NIfTI files and pictures
+                                                # that infer.py writes; tells them from others
 LONGEST_FILE_NAME = 200     # bytes; file systems allow 255, and unfinished files have longer names
 
 
@@ -560,96 +563,72 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
     return files
 
 
-@dataclass(frozen=True)
-class Record:
-    """What infer.py noted about one result in an output folder."""
-    scan: str                # path of the scan, links resolved
-    files: frozenset[str]    # that belong to the result, relative to the output folder
-    made_with: dict | None   # the settings and the identity of the scan
-    finished: bool           # False while files are being written, or after a killed run
-
-
-def _unfinished_file(name: str) -> str:
-    """The hidden JSON that stands for the result NAME while its files are being written."""
-    return f".{name}.unfinished.json"
-
-
-def read_record(out_dir: Path, name: str) -> Record | None:
-    """What infer.py noted about the result NAME in a folder; None if it never wrote one there.
-
-    Other programs write NAME.json beside a scan, too (BIDS); theirs has no "made_with".
-    """
-    for file in (_unfinished_file(name), f"{name}.json"):
-        try:
-            content = json.loads((out_dir / file).read_text(encoding="utf-8"))
-            made_with = content["made_with"]
-            scan = made_with["scan"]["path"] if made_with else content["scan"]
-            files = {f"{name}.nii.gz", f"{name}.json", *content.get("files", [f"{name}.png"])}
-            files = {f for f in files if Path(f).parent == Path(name) or f.startswith(f"{name}.")}
-            return Record(os.path.realpath(scan), frozenset(files), made_with, file[0] != ".")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue                             # no such file, or not one of ours
-    return None
-
-
 def is_result(path: Path) -> bool:
-    """Whether an earlier run of infer.py wrote this file: a label map, mask or probabilities."""
-    for file in (Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))):
-        folder = file.parent
-        beside = read_record(folder, file.name.removesuffix(".nii.gz"))   # of OUT/NAME.nii.gz
-        above = read_record(folder.parent, folder.name)                   # of OUT/NAME/FILE
-        if beside and file.name in beside.files:
-            return True
-        if above and f"{folder.name}/{file.name}" in above.files:
-            return True
-    return False
+    """Whether infer.py wrote this NIfTI file: a label map, a mask or probabilities. Its header says
+    so."""
+    try:
+        return nib.load(path).header["descrip"].item() == DESCRIPTION.encode()
+    except Exception:                            # no such file, or not a readable NIfTI
+        return False
 
 
-def _write_json(path: Path, content: dict) -> None:
-    with data.atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def is_own_file(path: Path) -> bool:
+    """Whether infer.py wrote this file, of any kind."""
+    if path.name.endswith(data.ENDINGS):
+        return is_result(path)
+    if path.suffix == ".json":
+        return read_record(path) is not None
+    return path.is_file() and DESCRIPTION.encode() in path.read_bytes()[:1000]
 
 
-def begin_result(out_dir: Path, name: str, content: dict) -> None:
-    """Note in a hidden file which files will be written, and remove an earlier result's JSON and
-    those of its files that would not be replaced.
+def read_record(path: Path) -> dict | None:
+    """The JSON of a result; None if there is none, or another program wrote it (as BIDS does).
 
-    Without this, a killed run could leave the JSON of one result beside the label map of another,
-    and masks of an earlier result would seem to belong to the new one.
+    "made_with" holds the settings and the identity of the scan, "files" the names of the result's
+    files, relative to the output folder.
     """
-    earlier, new = read_record(out_dir, name), set(content["files"])
-    files = new | earlier.files if earlier else new
-    _write_json(out_dir / _unfinished_file(name), {**content, "files": sorted(files)})
-    if earlier:
-        for file in [f"{name}.json", *sorted(earlier.files - new)]:
-            (out_dir / file).unlink(missing_ok=True)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = isinstance(record["made_with"]["scan"]["path"], str)
+        return record if is_ours and isinstance(record["files"], list) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
-def finish_result(out_dir: Path, name: str, content: dict) -> None:
-    """Write a result's JSON, which makes it complete."""
-    _write_json(out_dir / f"{name}.json", content)
-    (out_dir / _unfinished_file(name)).unlink(missing_ok=True)
+def remove_result(out_dir: Path, name: str, *, keep: list[str]) -> None:
+    """Remove the JSON of an earlier result, which makes it unfinished, and then those of its files
+    that the new result does not replace.
+
+    keep  the files of the new result
+    """
+    record = read_record(out_dir / f"{name}.json")
+    if record is None:
+        return
+    (out_dir / f"{name}.json").unlink()
+    for file in set(record["files"]) - set(keep):
+        if is_own_file(out_dir / file):
+            (out_dir / file).unlink()
 
 
 def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
-                  indices: list[int], made_with: dict | None = None, *, masks: bool, preview: bool,
+                  indices: list[int], made_with: dict, *, masks: bool, preview: bool,
                   volume: data.Volume, seen: str = "unknown") -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
 
     classes    the class table; a label map's value is a class's index in it plus 1
     indices    the classes that `seg` holds, in its order
-    made_with  the settings that the JSON records
+    made_with  the settings that the JSON records, and the identity of the scan
     seen       whether the model was made with this scan; see data.Seen.look_up
     returns    results: value, name and volume in ml of each class
 
-    Probabilities are written if `seg` holds them. The JSON is written last: a scan whose JSON
-    exists is complete.
+    Probabilities are written if `seg` holds them. The JSON of an earlier result is removed first
+    and that of the new one is written last: a result with a JSON is complete.
     """
     names = [classes[k].name for k in indices]
     content = {"scan": str(scan), "seen": seen, "classes": [], "made_with": made_with}
     content["files"] = result_files(name, names, masks=masks, preview=preview,
                                     probabilities=seg.levels is not None)
-    begin_result(out_dir, name, content)
+    remove_result(out_dir, name, keep=content["files"])
     value = np.array([0, *(k + 1 for k in indices)], np.uint8 if len(classes) < 256 else np.uint16)
     label = value[seg.merge([classes[k] for k in indices])]
     voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
@@ -658,15 +637,17 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
         volume_ml = round(float(np.count_nonzero(mask)) * voxel_ml, 3)
         content["classes"].append({"value": k + 1, "name": names[i], "volume_ml": volume_ml})
         if masks:
-            data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan)
+            data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
+                           description=DESCRIPTION)
         if seg.levels is not None:
             data.save_like(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
-                           slope=STEP)
+                           slope=STEP, description=DESCRIPTION)
     if preview:
         draw(out_dir / f"{name}.png", volume, label, classes, title=name)
-    data.save_like(out_dir / f"{name}.nii.gz", label, scan)
+    data.save_like(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
-    finish_result(out_dir, name, content)
+    with data.atomic_write(out_dir / f"{name}.json") as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content["classes"]
 
 
@@ -737,7 +718,7 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     fig.legend(handles=names, ncols=5, loc="lower center", fontsize=9, labelcolor="white",
                frameon=False)
     with data.atomic_write(path) as part:
-        fig.savefig(part, dpi=80, facecolor="black")
+        fig.savefig(part, dpi=80, facecolor="black", metadata={"Software": DESCRIPTION})
 
 
 def _most_labelled_plane(label: np.ndarray, axis: int) -> int:
@@ -971,23 +952,30 @@ def name_scans(scans: list[Path], folder: Path) -> dict[str, Path]:
 
 def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> None:
     """raises ValueError  if the results would replace a file that infer.py did not write, or, but
-    for --overwrite, the result of another scan
+    for --overwrite, the result of another scan; or if masks of an unfinished result would seem to
+    belong to the new one
     """
     shared = args.output / "itksnap_labels.txt"
     if os.path.lexists(shared) and not shared.read_bytes().startswith(CLEAR_LABEL.encode()):
         raise ValueError(f"{shared}: exists and was not written by infer.py; choose another folder "
                          "with --output, or move this file away")
     for name, scan in scans.items():
-        record = read_record(args.output, name)
-        own = record.files if record else ()
-        for file in planned_files(name, job, args):
-            if file not in own and os.path.lexists(args.output / file):
-                raise ValueError(f"{args.output / file}: exists and was not written by infer.py; "
-                                 "choose another folder with --output, or move this file away")
-        if record and record.scan != os.path.realpath(scan) and not args.overwrite:
+        planned = [args.output / file for file in planned_files(name, job, args)]
+        for path in planned:
+            if os.path.lexists(path) and not is_own_file(path):
+                raise ValueError(f"{path}: exists and was not written by infer.py; choose another "
+                                 "folder with --output, or move this file away")
+        record = read_record(args.output / f"{name}.json")
+        if record is None:
+            masks = (args.output / name).glob("*.nii.gz")
+            for path in sorted({args.output / f"{name}.png", *masks} - set(planned)):
+                if is_own_file(path):
+                    raise ValueError(f"{path}: is not of the result that would be written beside "
+                                     "it, but of another or an unfinished one; move it away")
+        elif record["made_with"]["scan"]["path"] != os.path.realpath(scan) and not args.overwrite:
             raise ValueError(f"{args.output / name}.nii.gz: is the result of another scan, "
-                             f"{record.scan}, not of {scan}; choose another folder with --output, "
-                             "or --overwrite to replace it")
+                             f"{record['made_with']['scan']['path']}, not of {scan}; choose "
+                             "another folder with --output, or --overwrite to replace it")
 
 
 def planned_files(name: str, job: Job, args: argparse.Namespace) -> list[str]:
@@ -1201,9 +1189,10 @@ def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> S
         for name, scan in bar:
             bar.set_postfix_str(name)
             made_with = {"scan": file_identity(scan), **job.settings}
-            record = read_record(args.output, name)
-            there = record and record.finished and record.made_with == made_with
-            if there and not args.overwrite:
+            record = read_record(args.output / f"{name}.json")
+            is_there = (record is not None and record["made_with"] == made_with
+                        and all((args.output / file).exists() for file in record["files"]))
+            if is_there and not args.overwrite:
                 summary.kept.append(name)
                 continue
             try:

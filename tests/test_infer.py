@@ -131,7 +131,7 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
     v = data.load_volume(path)
     seg = infer.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
     classes = labels.make_classes(["Ball", "Nothing"])
-    results = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1],
+    results = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
                                   masks=True, preview=False, volume=v)
     got = nib.load(tmp_path / "out/scan.nii.gz")
     assert np.array_equal(got.affine, nib.load(path).affine) and got.shape == expected.shape
@@ -387,45 +387,61 @@ def test_results_beside_scans_are_not_scans(tmp_path, checkpoint, capsys, no_mod
     assert "no scan" in error_line(capsys) and not (tmp_path / "other").exists()
 
 
-def test_a_result_that_a_killed_run_left_is_not_a_scan_and_is_finished(tmp_path, checkpoint,
-                                                                       capsys, no_model,
-                                                                       monkeypatch):
-    """The run ends after the masks and the label map, before the JSON, or just after it. Masks that
-    were not asked for again do not stay."""
+def test_a_result_without_json_is_unfinished(tmp_path, checkpoint, capsys, no_model, monkeypatch):
+    """The run is killed after the masks, before the label map: what it wrote is not a scan and is
+    replaced, but masks that were not asked for again do not stay beside the new result."""
     scan, out = tiny_scan(tmp_path / "in/x.nii"), tmp_path / "out"
+    save_like = data.save_like
 
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    def finish(step):
-        with monkeypatch.context() as patch:
-            patch.setattr(infer, *step)
-            assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
-    real = infer._write_json
-
-    def killed_after_json(path, content):
-        real(path, content)
-        if path.name == "x.json":
+    def killed(path, *args, **kwargs):
+        if path.name == "x.nii.gz":
             raise KeyboardInterrupt
-    for step in (("finish_result", killed), ("_write_json", killed_after_json)):
-        finish(step)
-        assert (out / "x.nii.gz").exists() and (out / "x.json").exists() == (step[0][0] == "_")
-        assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
-        assert command(checkpoint, scan, out, "--masks") == 0
-        assert "1 scan(s)" in capsys.readouterr().out and len(content_of(out)) == 5
-        finish(step)
-        assert command(checkpoint, scan, out) == 0
-        assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.json", "x.nii.gz"]
+        save_like(path, *args, **kwargs)
+    assert command(checkpoint, scan, out) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_like", killed)
+        assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
+    assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.nii.gz", "x/liver.nii.gz",
+                                       "x/spleen.nii.gz"]
+    assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
+    capsys.readouterr()
+    assert command(checkpoint, scan, out) == 2
+    assert "x/liver.nii.gz: is not of the result that would be written" in error_line(capsys)
+    assert command(checkpoint, scan, out, "--masks") == 0
+    assert "1 scan(s)" in capsys.readouterr().out and len(content_of(out)) == 5
+    (out / "x/liver.nii.gz").unlink()                  # a result is there only with all its files
+    assert command(checkpoint, scan, out, "--masks") == 0
+    assert "there already" not in capsys.readouterr().out and len(content_of(out)) == 5
+    assert command(checkpoint, scan, out) == 0
+    assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.json", "x.nii.gz"]
+
+
+def test_every_nifti_file_of_a_result_says_who_wrote_it(tmp_path, checkpoint, no_model):
+    """Also where the scan's own header has another description. A copy is a result, too; what is
+    drawn by hand under the name of a mask is neither replaced nor removed."""
+    scan, out = tmp_path / "x.nii", tmp_path / "out"
+    img = nib.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), np.eye(4))
+    img.header["descrip"] = b"my scanner"
+    nib.save(img, scan)
+    assert not infer.is_result(scan)
+    assert command(checkpoint, scan, out, "--masks", "--probabilities") == 0
+    files = list(out.rglob("*.nii.gz"))
+    assert len(files) == 5 and all(map(infer.is_result, files))
+    (tmp_path / "copy.nii.gz").write_bytes(files[0].read_bytes())
+    assert infer.is_result(tmp_path / "copy.nii.gz")
+    drawn = tiny_scan(out / "x/liver.nii.gz").read_bytes()
+    assert command(checkpoint, scan, out, "--masks", "--overwrite") == 2
+    assert command(checkpoint, scan, out, "--classes", "spleen") == 0
+    assert sorted(p.name for p in out.rglob("*.nii.gz")) == ["liver.nii.gz", "x.nii.gz"]
+    assert (out / "x/liver.nii.gz").read_bytes() == drawn
 
 
 def test_a_json_of_another_program_is_no_record(tmp_path):
-    for text in ("", "{}", "[1]", '{"made_with": 3, "scan": "x"}', '{"made_with": null}',
-                 '{"made_with": {"scan": null}}', '{"made_with": null, "scan": "x", "files": 4}'):
+    for text in ("", "{}", "[1]", '{"made_with": 3}', '{"made_with": {"scan": null}}',
+                 '{"made_with": {"scan": {"path": "x"}}, "files": 4}'):
         (tmp_path / "x.json").write_text(text)
-        assert infer.read_record(tmp_path, "x") is None, text
-    (tmp_path / "x.json").write_text(json.dumps(
-        {"made_with": None, "scan": "x", "files": ["../y", "y.nii.gz", "x/../../y", "x/a.nii.gz"]}))
-    assert infer.read_record(tmp_path, "x").files == {"x.nii.gz", "x.json", "x/a.nii.gz"}
+        assert infer.read_record(tmp_path / "x.json") is None, text
+    assert infer.read_record(tmp_path / "y.json") is None
 
 
 @pytest.mark.parametrize("first, second", [
@@ -531,7 +547,7 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
     seg.levels[1, 0, 0, 0] = 255
     infer.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
-                        [0, 1, 2], masks=False, preview=False, volume=v)
+                        [0, 1, 2], {}, masks=False, preview=False, volume=v)
     assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [
         "a_probability.nii.gz", "b_probability.nii.gz", "c_d_probability.nii.gz"]
     img = nib.load(tmp_path / "out/scan/b_probability.nii.gz")
