@@ -26,7 +26,6 @@ import math
 import os
 import re
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -781,9 +780,11 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--checkpoint", required=True, metavar="FILE",
                     help="a checkpoint of train.py, or one of the authors' released models")
     ap.add_argument("--input", required=True, metavar="PATH", type=Path,
-                    help="a scan (NIfTI), or a folder whose scans are all segmented; one without "
-                         "scans of its own is searched for folders with scans, such as one per "
-                         "patient, after which the results are named")
+                    help="a scan (NIfTI), or a folder whose scans are all segmented; without scans "
+                         "of its own, those of the folders in it, such as one per patient, after "
+                         "which the results are named. In a folder imagesTr or imagesTs, and with "
+                         "a dataset.json beside or above, CASE_0000 is called CASE, and CASE_0001 "
+                         "and higher beside it are other channels; elsewhere names are kept")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", metavar="NAME",
@@ -850,19 +851,21 @@ def check_flags(args: argparse.Namespace) -> None:
         data.new_figure(1, 1)                # needs matplotlib
 
 
-LABEL_WORD = re.compile(r"(?<![a-z])(labels?|labelst[rs]|masks?|seg|segmentations?)(?![a-z])", re.I)
+# In the path of a label map below --input, such as case_seg.nii.gz or labelsTr/x.nii
+LABEL_WORD = re.compile(r"(?<![a-z])(label|mask|seg(mentation)?)(s|s?t[rs])?(?![a-z])", re.I)
+CHANNEL = re.compile(r"(.+_)\d{4}(\.nii(\.gz)?)")        # the name of a file of an nnU-Net dataset
 
 
 def find_scans(path: Path) -> list[Path]:
-    """A scan, or all scans of a folder (imagesTs of nnU-Net included).
+    """A scan, or all scans of a folder: its own *.nii.gz and *.nii files, or else those of the
+    folders in it.
 
-    A folder without scans of its own is searched for folders with scans, at any depth:
-
-        study/patient1/ct.nii.gz, study/patient1/segmentations/liver.nii.gz, study/patient2/ct.nii
+        study/patient1/ct.nii.gz, study/segmentations/liver.nii.gz, study/patient2/ct.nii
         find_scans(study) -> [study/patient1/ct.nii.gz, study/patient2/ct.nii]
 
-    Hidden files and results of infer.py are not scans. Files and folders called label, mask or
-    segmentation are passed over, which is printed, unless the folder itself holds such files only.
+    Hidden files, results of infer.py and further channels of an nnU-Net case are not scans. Files
+    whose path below the folder contains a word for label maps are passed over, and counted in a
+    note.
 
     raises ValueError  if the file is a result, or the folder holds no scan
     """
@@ -870,82 +873,81 @@ def find_scans(path: Path) -> list[Path]:
         if is_result(path):
             raise ValueError(f"{path}: is a result of infer.py, not a scan")
         return [path]
-    own = _scan_files(path)
-    if own and all(_is_called_label(p) for p in own):
-        return own
+    inner = [folder for folder in sorted(path.iterdir())
+             if folder.is_dir() and not data.is_hidden(folder)]
     passed: list[Path] = []
-    scans = _scans_below(path, passed, set())
+    for folders in ([path], inner):
+        found = [file for folder in folders for file in _scan_files(folder)]
+        labelled = [file for file in found if LABEL_WORD.search(str(file.relative_to(path)))]
+        scans = [file for file in found if file not in labelled]
+        passed += labelled
+        if scans:
+            break
+    note = (f"{len(passed)} files passed over because their names are those of label maps, the "
+            f"first {passed[0]}; to segment one, name it with --input") if passed else ""
     if not scans:
-        named = f"; {passed[0]} was passed over because of its name" if passed else ""
-        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or below it; results "
-                         f"of infer.py are not scans{named}")
-    if passed and process_rank() == 0:
-        print(f"note: {len(passed)} files or folders passed over because their names are those of "
-              f"label maps, the first {passed[0]}; to segment it, name it with --input")
+        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or in the folders in "
+                         f"it; results of infer.py are not scans{'; ' * bool(note)}{note}")
+    if note and process_rank() == 0:
+        print(f"note: {note}")
     return scans
 
 
 def _scan_files(folder: Path) -> list[Path]:
-    """The files of a folder, but not below it, that may be scans."""
-    return [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
-            and not data.is_hidden(p) and not p.is_dir() and not is_result(p)]
+    """The files of a folder that may be scans; of an nnU-Net case its first channel only."""
+    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
+             and not data.is_hidden(p) and not p.is_dir() and not is_result(p)]
+    if _is_nnunet(folder):
+        files = [p for p in files if not _is_further_channel(p)]
+    return files
 
 
-def _scans_below(folder: Path, passed: list[Path], seen: set[str]) -> list[Path]:
-    """The scans of a folder; if there are none, those of the folders in it.
-
-    passed  is extended by what was passed over because of its name
-    seen    folders that were looked at, so that a link to a folder above ends the search
-    """
-    if os.path.realpath(folder) in seen:
-        return []
-    seen.add(os.path.realpath(folder))
-    files = _scan_files(folder)
-    scans = [p for p in files if not _is_called_label(p)]
-    passed += [p for p in files if _is_called_label(p)]
-    if scans:
-        return scans
-    for inner in sorted(folder.iterdir()):
-        if not inner.is_dir() or data.is_hidden(inner):
-            continue
-        if _is_called_label(inner):
-            passed.append(inner)
-        else:
-            scans += _scans_below(inner, passed, seen)
-    return scans
+def _is_nnunet(folder: Path) -> bool:
+    """Whether file names end with the number of a channel, as in nnU-Net's datasets: the folder is
+    called imagesTr or imagesTs, or dataset.json lies in it or in the folder above."""
+    return (folder.name in ("imagesTr", "imagesTs") or (folder / "dataset.json").is_file()
+            or (folder.parent / "dataset.json").is_file())
 
 
-def _is_called_label(path: Path) -> bool:
-    """segmentation-3.nii, case_seg.nii.gz, labelsTr/ -> True; ct.nii.gz -> False"""
-    return LABEL_WORD.search(path.name) is not None
+def _is_further_channel(file: Path) -> bool:
+    """Whether a file is called CASE_0001 or higher and CASE_0000 lies beside it."""
+    found = CHANNEL.fullmatch(file.name)
+    if found is None:
+        return False
+    first = file.with_name(f"{found[1]}0000{found[2]}")
+    return first != file and first.exists()
 
 
 def name_scans(scans: list[Path], folder: Path) -> dict[str, Path]:
     """The name of each scan's result.
 
     scans   find_scans(folder)
-    returns {name: scan}; no two results share a file, also where case makes no difference
+    returns {name: scan}
 
-        folder/liver_1_0000.nii.gz                                 -> liver_1
+        folder/ct_2.nii.gz                                         -> ct_2
+        folder/imagesTr/liver_1_0000.nii.gz, as nnU-Net names it   -> liver_1
         folder/patient1/ct.nii.gz, the only scan in its folder     -> patient1
         folder/patient1/ct.nii.gz, beside folder/patient1/pet.nii  -> patient1_ct, patient1_pet
 
-    raises ValueError  if two scans would write one result
+    raises ValueError  if two scans would write one result, also where case makes no difference
     """
     in_folder = Counter(scan.parent for scan in scans)
-    named, taken = {}, {}
+    named: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
     for scan in scans:
-        parts = list(scan.parent.relative_to(folder).parts) if scan != folder else []
-        if not parts or in_folder[scan.parent] > 1:
-            parts.append(data.case_name(scan))
-        name = "_".join(parts)
-        for file in (name, *result_files(name, [], preview=True)):       # `name`: folder of masks
-            key = unicodedata.normalize("NFC", file).casefold()
-            if key in taken and taken[key] != scan:
-                raise ValueError(f"{taken[key]} and {scan} would write the same result {file}; "
-                                 "rename one of them, or segment one at a time with --input FILE "
-                                 "and another --output each")
-            taken[key] = scan
+        parent = scan.parent
+        case = scan.name.removesuffix(".gz").removesuffix(".nii")
+        if _is_nnunet(parent):
+            case = case.removesuffix("_0000")
+        if parent == folder or scan == folder or parent.name in ("imagesTr", "imagesTs"):
+            name = case
+        else:
+            name = parent.name if in_folder[parent] == 1 else f"{parent.name}_{case}"
+        other = taken.setdefault(name.casefold(), scan)
+        if other != scan:
+            raise ValueError(f"{other} and {scan} would write the same result {name}.nii.gz; "
+                             "rename one of them, or segment one at a time with --input FILE and "
+                             "another --output each")
         named[name] = scan
     return named
 

@@ -445,8 +445,9 @@ def test_a_json_of_another_program_is_no_record(tmp_path):
 
 
 @pytest.mark.parametrize("first, second", [
-    ("a.nii", "a.nii.gz"), ("x.nii.gz", "x_0000.nii.gz"), ("Case.nii.gz", "case.nii.gz"),
-    ("\u00e4.nii", "a\u0308.nii"), ("p/q_r/c.nii", "p_q/r/c.nii"), ("p/q.nii", "P/q.nii")])
+    ("a.nii", "a.nii.gz"), ("imagesTr/x.nii.gz", "imagesTr/x_0000.nii.gz"),
+    ("imagesTr/x_0000.nii.gz", "imagesTs/x_0000.nii.gz"), ("Case.nii.gz", "case.nii.gz"),
+    ("p/q.nii", "P/q.nii")])
 def test_two_scans_that_would_write_one_result_are_refused(tmp_path, checkpoint, capsys, first,
                                                            second):
     paths = [tiny_scan(tmp_path / "in" / first), tiny_scan(tmp_path / "in" / second)]
@@ -458,63 +459,76 @@ def test_two_scans_that_would_write_one_result_are_refused(tmp_path, checkpoint,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_different_scans_of_one_run_never_write_the_same_file(tmp_path, seed):
-    """Names and folders that are easily mixed up: either refused, or no file in common."""
-    rng = np.random.default_rng(seed)
-    words = ["a", "A", "a_b", "b", "a_0000", "a.nii.gz", "a.json", "b_c"]
-    for _ in range(6):
-        folders = [words[i] + "_" for i in rng.integers(0, 3, rng.integers(0, 3))]
-        file = tmp_path.joinpath(*folders, words[rng.integers(len(words))] + ".nii.gz")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.is_dir():
-            file.touch()
-    scans = infer.find_scans(tmp_path)
-    assert len(set(scans)) == len(scans) > 0
-    try:
-        named = infer.name_scans(scans, tmp_path)
-    except ValueError:
-        return
-    assert sorted(named.values()) == scans
-    files = [f.casefold() for name in named for f in
-             {name, *infer.result_files(name, ["Liver"], masks=True, preview=True)}]
-    assert len(set(files)) == len(files)
+def names_found(folder) -> list[str]:
+    return list(infer.name_scans(infer.find_scans(folder), folder))
+
+
+@pytest.mark.parametrize("files, names", [
+    # numbers are channels in nnU-Net's folders only, and only beside the first channel
+    (["vol_0000.nii", "vol_0001.nii"], ["vol_0000", "vol_0001"]),
+    (["dataset.json", "p_0000.nii", "p_0001.nii", "q_0001.nii"], ["p", "q_0001"]),
+    (["dataset.json", "imagesTr/p_0000.nii", "imagesTr/p_0001.nii", "imagesTs/q_0000.nii",
+      "labelsTr/p.nii"], ["p", "q"]),
+    # the folders in a folder, but not those further down, and only without scans above
+    (["a/ct.nii", "b/ct.nii", "b/pet.nii", "c/d/ct.nii"], ["a", "b_ct", "b_pet"]),
+    (["ct.nii", "a/ct.nii"], ["ct"]),
+])
+def test_results_are_named_after_folder_and_file(tmp_path, files, names):
+    for file in files:
+        path = tmp_path / "in" / file
+        if path.suffix == ".json":
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("{}")
+        else:
+            tiny_scan(path)
+    assert names_found(tmp_path / "in") == names
+
+
+def test_a_single_file_of_a_dataset_is_called_like_its_case(tmp_path):
+    for file, name in (("imagesTs/p_0000.nii.gz", "p"), ("other/p_0000.nii.gz", "p_0000")):
+        scan = tiny_scan(tmp_path / file)
+        assert infer.name_scans(infer.find_scans(scan), scan) == {name: scan}
 
 
 def test_a_study_with_one_folder_per_patient(tmp_path, checkpoint, capsys, no_model):
     """Results are called after the folders; what is hidden, a label or a result is passed over."""
     study = tmp_path / "study"
-    for file in ("patient1/ct.nii.gz", "patient1/segmentations/liver.nii.gz", "patient2/ct.nii.gz",
-                 "patient2/pet.nii", "patient2/ct_mask.nii.gz", "deep/2020/imaging.nii.gz",
-                 "deep/2020/segmentation.nii.gz", "deep/2021/imaging.nii.gz"):
+    for file in ("patient1/ct.nii.gz", "segmentations/liver.nii.gz", "patient2/ct.nii.gz",
+                 "patient2/pet.nii", "patient2/ct_mask.nii.gz"):
         tiny_scan(study / file)
     for file in ("patient1/._ct.nii.gz", "._x.nii.gz", ".hidden/ct.nii.gz"):
         (study / file).parent.mkdir(exist_ok=True)
         (study / file).write_bytes(b"not a scan")
-    (study / "deep/loop").symlink_to(study)
+    (study / "loop").symlink_to(study)
     (study / "patient1/notes.txt").touch()
-    names = ["deep_2020", "deep_2021", "patient1", "patient2_ct", "patient2_pet"]
+    names = ["patient1", "patient2_ct", "patient2_pet"]
     for out in (tmp_path / "out", study):
         assert command(checkpoint, study, out, "--masks") == 0
         said = capsys.readouterr().out
-        assert "5 scan(s)" in said
-        assert "note: 2 files or folders passed over" in said
+        assert "3 scan(s)" in said
+        assert "note: 2 files passed over" in said
         assert sorted(p.name for p in out.glob("*.nii.gz") if p.name[0] != ".") == [
             f"{name}.nii.gz" for name in names]
         record = json.loads((out / "patient2_pet.json").read_text())
         assert record["scan"] == str(study / "patient2/pet.nii")
         assert command(checkpoint, study, out, "--masks") == 0     # also with results in the study
-        assert "0 scan(s)" in (said := capsys.readouterr().out) and "5 there already" in said
+        assert "0 scan(s)" in (said := capsys.readouterr().out) and "3 there already" in said
 
 
-def test_a_folder_of_label_maps_only_is_taken_as_it_is(tmp_path):
-    scan = tiny_scan(tmp_path / "mask_1.nii.gz")
-    assert infer.find_scans(tmp_path) == [scan]
-    tiny_scan(tmp_path / "below/label.nii")
-    assert infer.find_scans(tmp_path) == [scan]
-    scan.unlink()
-    with pytest.raises(ValueError, match="no scan.*label.nii was passed over"):
+@pytest.mark.parametrize("name", ["mask_1", "case_seg", "labels", "Segmentation-3", "labelsTr/x",
+                                  "x/maskTs", "liver label"])
+def test_label_maps_in_a_folder_are_not_segmented(tmp_path, name):
+    """Only a file that is named with --input."""
+    scan = tiny_scan(tmp_path / f"{name}.nii.gz")
+    with pytest.raises(ValueError, match="no scan.*1 files passed over.*name it with --input"):
         infer.find_scans(tmp_path)
+    assert infer.find_scans(scan) == [scan]
+
+
+@pytest.mark.parametrize("name", ["ct", "segovia", "unlabelled", "damask"])
+def test_words_that_only_contain_a_word_for_label_maps(tmp_path, name):
+    scan = tiny_scan(tmp_path / f"{name}.nii.gz")
+    assert infer.find_scans(tmp_path) == [scan]
 
 
 def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
