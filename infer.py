@@ -4,13 +4,8 @@
     python infer.py --checkpoint run/best.pt --input imagesTs --output out --classes liver spleen
     torchrun --nproc-per-node 8 infer.py --checkpoint run/best.pt --input imagesTs --output out
 
-Memory stays small however large the scan is. Windows are visited slab by slab along the last axis
-and blended in a buffer that is one window thick. A finished slab is interpolated to the scan's own
-grid, where one bit per class and the index of the winning class are kept for every voxel; its
-logits are then discarded.
-
-native grid    the voxels of the scan, in RAS+ axes
-working grid   the scan as the network sees it: resampled, cropped to the body, padded to a window
+`sliding_window` and `segment` compute on a whole volume. The command uses support/streaming.py,
+which computes the same slab by slab, so that memory stays small however large the scan is.
 
 K classes   D, H, W voxels   p side of a window
 """
@@ -20,9 +15,7 @@ import argparse
 import colorsys
 import contextlib
 import datetime
-import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -46,15 +39,10 @@ import fast
 import labels
 import postprocess
 from model import load_checkpoint
+from support import streaming
 
-OVERLAP = 0.5           # of neighbouring windows (release)
-SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
-MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
-THRESHOLD = 0.5         # on the probability (release)
-LEVELS = 255            # a stored probability is a whole number of steps of 1 / LEVELS
-STEP = float(np.nextafter(np.float32(1 / LEVELS), np.float32(0)))     # that, so that 1 is not
-                                                                      # exceeded by rounding
-BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
+STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
+                            # probability, a little smaller so that rounding does not exceed 1
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")     # of x86, x86 and ARM
 
 
@@ -194,321 +182,64 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-# ---- windows -----------------------------------------------------------------------------------
-def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
-    """The first voxel of each window: evenly spread, covering n >= patch voxels, with at least this
-    overlap.
-
-    n = 150, patch = 64 -> [0, 29, 57, 86]
-    """
-    step = max(1, round(patch * (1 - overlap)))
-    count = int(np.ceil((n - patch) / step)) + 1
-    return np.rint(np.linspace(0, n - patch, count)).astype(int).tolist()
-
-
-def window_weight(patch: int) -> Tensor:
-    """(p, p, p) the weight of a window's logits: a Gaussian, but nowhere below MIN_WEIGHT.
-
-    Near the border of a scan, where only the outermost voxels of windows lie, the lower bound makes
-    all windows there count equally. Blended logits are divided by the sum of their weights.
-    """
-    x = (torch.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
-    gauss = torch.exp(-0.5 * x * x)
-    return (gauss[:, None, None] * gauss[:, None] * gauss).clamp(min=MIN_WEIGHT)
-
-
-def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
-    """How many windows cover a volume of this shape."""
-    return int(np.prod([len(window_starts(max(n, patch), patch, overlap)) for n in shape]))
-
-
-def pad_to(image: np.ndarray, patch: int) -> tuple[np.ndarray, list[int]]:
-    """Pad a volume with air to at least `patch` voxels -> (volume, voxels put before each axis)."""
-    missing = [max(patch - n, 0) for n in image.shape]
-    front = [m // 2 for m in missing]
-    if any(missing):
-        image = np.pad(image, [(f, m - f) for f, m in zip(front, missing, strict=True)])
-    return image, front
-
-
+# ---- a whole scan ------------------------------------------------------------------------------
 @torch.inference_mode()
-def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
-          batch: int = 1, amp: bool = False, bar=None):
-    """Blend the logits of overlapping windows; yield finished slabs along the last axis.
+def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
+                   overlap: float = data.OVERLAP, batch: int = 1, amp: bool = False) -> Tensor:
+    """Blend the logits of overlapping windows.
 
-    image   (D, H, W)  float32, every side at least `patch`; on the CPU, where looking for windows
-                       of air does not wait for the device
-    w       (K, E)     text embeddings, on the device of the model
-    batch              windows per call of the model
-    bar                a tqdm bar that advances by one per window
-    yields  (start, logits (K, D, H, n))  the slab start ... start + n - 1 along the last axis; n is
-                       at most half a window. The logits are a view of the blending buffer, which
-                       the next step overwrites.
-
-    No value is fetched from the device.
+    volume   (D, H, W)     a preprocessed scan of any size
+    w        (K, E)        text embeddings, on the device of the model
+    batch                  windows per call of the model
+    returns  (K, D, H, W)  logits, on the same device
     """
     device = w.device
-    image_there = image.to(device)
-    starts = [window_starts(n, patch, overlap) for n in image.shape]
-    weight = window_weight(patch).to(device)
-    columns = list(itertools.product(starts[0], starts[1]))
-    buffer = torch.zeros(len(w) + 1, *image.shape[:2], patch, device=device)
-    logit_sum, weight_sum = buffer[:-1], buffer[-1]   # of the windows so far, both weighted
-    air = None                                        # logits of a window of air, (1, K, p, p, p)
-    most = -(-patch // 2)                             # planes of a slab; fewer take less memory
+    padded, front = data.pad_to(np.asarray(volume, np.float32), patch)
+    image = torch.from_numpy(padded).to(device)
+    weight = data.window_weight(patch).to(device)                            # (p, p, p)
+    logit_sum = torch.zeros(len(w), *image.shape, device=device)
+    weight_sum = torch.zeros(image.shape, device=device)
 
-    for z, next_z in zip(starts[2], [*starts[2][1:], None], strict=True):
-        for first in range(0, len(columns), batch):
-            part = columns[first:first + batch]
-            corners = [(x, y, z) for x, y in part]
-            is_air = not any(_window(image, *corner, patch).any() for corner in corners)
-            if is_air and air is not None:
-                logits = air.expand(len(part), -1, -1, -1, -1)
-            else:
-                windows = torch.stack([_window(image_there, *corner, patch) for corner in corners])
-                windows = windows[:, None]                             # (n, 1, p, p, p)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    logits = model(windows, w)                         # (n, K, p, p, p)
-            if is_air:
-                air = logits[:1]                      # computed once per scan
-            for (x, y), scores in zip(part, logits, strict=True):
-                _blend(_window(logit_sum, x, y, 0, patch), scores, weight)
-                _window(weight_sum, x, y, 0, patch).add_(weight)
-            if bar is not None:
-                bar.update(len(part))
+    x_starts, y_starts, z_starts = (data.window_starts(n, patch, overlap) for n in image.shape)
+    windows = [np.s_[x:x + patch, y:y + patch, z:z + patch]
+               for z in z_starts for x in x_starts for y in y_starts]
+    for first in range(0, len(windows), batch):
+        part = windows[first:first + batch]
+        images = torch.stack([image[window] for window in part])[:, None]    # (n, 1, p, p, p)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images, w)                                        # (n, K, p, p, p)
+        for window, scores in zip(part, logits, strict=True):
+            logit_sum[:, *window] += scores.float() * weight
+            weight_sum[window] += weight
 
-        finished = patch if next_z is None else next_z - z    # planes that no later window reaches
-        for first in range(0, finished, most):
-            part = slice(first, min(first + most, finished))
-            yield z + first, logit_sum[..., part].div_(weight_sum[..., part])
-        if next_z is None:
-            return
-        for values in buffer:              # class by class, because each needs a copy of its own
-            values[..., :-finished] = values[..., finished:].clone()
-            values[..., -finished:] = 0
-
-
-def _window(volume: Tensor, x: int, y: int, z: int, patch: int) -> Tensor:
-    """A view of the window of a volume (..., D, H, W) that starts at x, y, z."""
-    return volume[..., x:x + patch, y:y + patch, z:z + patch]
-
-
-def _blend(out: Tensor, logits: Tensor, weight: Tensor) -> None:
-    """out (K, p, p, p) += logits (K, p, p, p) * weight (p, p, p), in place.
-
-    Class by class: a float32 copy of one class is small, one of all classes would not be.
-    """
-    for total, scores in zip(out, logits, strict=True):
-        total.addcmul_(scores.float(), weight)
-
-
-def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
-                   batch: int = 1, amp: bool = False) -> Tensor:
-    """Logits (K, D, H, W) of a preprocessed volume (D, H, W) of any size, blended from windows, on
-    the device of w (K, E)."""
-    image, front = pad_to(np.asarray(volume, np.float32), patch)
-    parts = [logits.clone() for _, logits in slabs(torch.from_numpy(image), model, w, patch=patch,
-                                                   overlap=overlap, batch=batch, amp=amp)]
-    unpadded = [slice(f, f + n) for f, n in zip(front, volume.shape, strict=True)]
-    return torch.cat(parts, 3)[(slice(None), *unpadded)]
-
-
-# ---- a whole scan ------------------------------------------------------------------------------
-@dataclass
-class Placement:
-    """Where native voxels lie in a block of the working grid.
-
-    at           one array per axis: the fractional index of each native voxel in the block, nan for
-                 a voxel outside the body's box, which is background
-    first_plane  the native plane (index on the last axis) that at[2][0] belongs to
-    """
-    at: list[np.ndarray]
-    first_plane: int = 0
-
-    def planes_between(self, start: int, stop: int) -> Placement:
-        """Only the native planes with start <= at[2] < stop, counted from `start`."""
-        planes = np.flatnonzero((self.at[2] >= start) & (self.at[2] < stop))
-        first = self.first_plane + int(planes[0]) if len(planes) else self.first_plane
-        return Placement([self.at[0], self.at[1], self.at[2][planes] - start], first)
-
-
-def place(native_shape, working_shape, box, front) -> Placement:
-    """The placement of all native voxels in the cropped and padded working grid.
-
-    working_shape  of the whole resampled scan
-    box            three slices of it: what cropping leaves
-    front          voxels of padding put before each axis of the box
-    """
-    at = []
-    for n, m, b, f in zip(native_shape, working_shape, box, front, strict=True):
-        first, last = f, f + b.stop - b.start - 1           # of the body's box, in the padded grid
-        position = data.positions(m, n) - b.start + f
-        position[(position < first - 1e-6) | (position > last + 1e-6)] = np.nan
-        at.append(np.clip(position, first, last))           # nan stays nan
-    return Placement(at)
-
-
-class Segmentation:
-    """What is kept of a scan per native voxel: one bit per class and the winning class.
-
-    masks    PackedMasks, the classes whose probability is above THRESHOLD; they may overlap
-    winner   (D, H, W) index of the class with the highest probability; only meaningful where a mask
-             is set. The last axis is the slowest in memory, because slabs arrive along it.
-    midline  position of the body's mid-sagittal plane on the first axis, in native voxels; None
-             where it is not known
-    levels   None, or if asked for, (K, D, H, W) uint8: the probabilities of all classes in steps of
-             1 / LEVELS, rounded so that a level is above 127 exactly where the mask was set; 0
-             outside the body's box
-    """
-
-    def __init__(self, shape, K: int, probabilities: bool = False):
-        D, H, W = shape
-        self.levels = None
-        if probabilities:
-            self.levels = np.zeros((K, W, D, H), np.uint8).transpose(0, 2, 3, 1)
-        self.masks = postprocess.PackedMasks(shape, K)
-        self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
-        self.midline: float | None = None
-
-    def put(self, logits: Tensor, where: Placement) -> None:
-        """Fill some native planes: interpolate each class's probability, threshold, and vote.
-
-        logits  (K, d, h, n)  a slab of the working grid
-        where                 the native voxels of these planes in the slab
-
-        All of this happens on the device of the logits, from which a slab is fetched in one piece.
-        """
-        K, shape = len(logits), (*self.winner.shape[:2], len(where.at[2]))
-        keep_all = self.levels is not None
-        shapes = [(len(self.masks.words), *shape), shape, *((K, n) for n in shape)]
-        of_levels = (K, *shape) if keep_all else (0,)
-        size = 4 * sum(map(math.prod, shapes)) + math.prod(of_levels)          # bytes
-        fetched = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-        (words, winner, *planes_hit), levels = _views(fetched, shapes, of_levels)
-        best = torch.full(shape, THRESHOLD, device=logits.device)
-        for k, scores in enumerate(logits):
-            box = _reach(scores, where.at, everywhere=keep_all)
-            if box is None:
-                continue
-            prob = _native_probability(scores, where.at, box)
-            if keep_all:
-                levels[k][box] = (prob * LEVELS - 0.5).ceil_().to(torch.uint8)
-            words[k // 32][box].add_(prob > THRESHOLD, alpha=BITS[k % 32])
-            winner[box].masked_fill_(prob > best[box], k)
-            torch.maximum(best[box], prob, out=best[box])
-            for axis, hit in enumerate(planes_hit):
-                highest = prob.amax([a for a in range(3) if a != axis])
-                hit[k, box[axis]] = highest > THRESHOLD
-
-        (words, winner, *planes_hit), levels = _views(fetched.cpu(), shapes, of_levels)
-        planes = slice(where.first_plane, where.first_plane + shape[2])
-        self.winner[:, :, planes] = winner.numpy()
-        if keep_all:
-            self.levels[..., planes] = levels.numpy()
-        boxes = {}
-        for k in range(K):
-            box = [data.bounding_box(hit[k].numpy() > 0) for hit in planes_hit]
-            if None not in box:
-                x, y, z = (axis for axis, in box)
-                boxes[k] = (x, y, slice(z.start + planes.start, z.stop + planes.start))
-        self.masks.set_planes(planes, words.numpy().view(np.uint32), boxes)
-
-    def merge(self, classes) -> np.ndarray:
-        """One label map (D, H, W) of class numbers (index + 1), 0 for background.
-
-        Where several masks are set, a child (a tumor) is drawn over its parent; else the winner is
-        taken if its mask is still set after post-processing, else the first class in table order.
-        """
-        D, H, W = self.winner.shape
-        label = np.zeros((W, D, H), self.winner.dtype).transpose(1, 2, 0)
-        above = [labels.ancestors(k, classes) for k in range(len(classes))]
-        for z in range(W):
-            plane = label[:, :, z]
-            masks = {k: self.masks.get(k, np.s_[:, :, z]) for k, box in
-                     sorted(self.masks.boxes.items()) if box[2].start <= z < box[2].stop}
-            for k in reversed(masks):                # so that the first class is drawn last
-                plane[masks[k]] = k + 1
-            for k, mask in masks.items():
-                plane[mask & (self.winner[:, :, z] == k)] = k + 1
-            for k in sorted(masks, key=lambda k: len(above[k])):     # parents before children
-                if above[k]:
-                    plane[masks[k] & np.isin(plane, [a + 1 for a in above[k]])] = k + 1
-        return label
-
-
-def _views(memory: Tensor, shapes, last) -> tuple[list[Tensor], Tensor]:
-    """Views of a uint8 tensor that lie in it one after the other: int32 ones of these shapes, then
-    a uint8 one of the shape `last`."""
-    sizes = [math.prod(shape) for shape in shapes]
-    numbers, levels = memory.split([4 * sum(sizes), math.prod(last)])
-    parts = numbers.view(torch.int32).split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], levels.view(last)
-
-
-def _reach(scores: Tensor, at: list[np.ndarray], everywhere: bool) -> tuple[slice, ...] | None:
-    """The box of native voxels that one class can reach in a slab; None if there are none.
-
-    everywhere  take all native voxels of the slab, whatever the logits
-
-    A linear interpolation never exceeds its corners. So a probability above one half needs a corner
-    with a logit above 0, which is less than one voxel away along every axis. Logits that lie on
-    another device than the CPU are not looked at, because that would wait for the device; there,
-    all native voxels of the slab are taken.
-    """
-    positive = tuple(slice(0, n) for n in scores.shape)
-    if scores.device.type == "cpu" and not everywhere:
-        positive = data.bounding_box((scores > 0).numpy())
-    if positive is None:
-        return None
-    box = []
-    for axis, s in enumerate(positive):
-        near = (at[axis] > s.start - 1) & (at[axis] < s.stop)
-        in_slab = (at[axis] >= 0) & (at[axis] <= scores.shape[axis] - 1)
-        found = np.flatnonzero(near & in_slab)
-        if len(found) == 0:
-            return None
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return tuple(box)
-
-
-def _native_probability(scores: Tensor, at: list[np.ndarray], box) -> Tensor:
-    """Probability of one class at the native voxels of a box: sigmoid, then interpolation."""
-    prob = scores.sigmoid()
-    for axis in (2, 1, 0):
-        prob = data.interpolate(prob, at[axis][box[axis]], axis)
-    return prob
+    logits = logit_sum.div_(weight_sum)
+    x, y, z = (slice(f, f + n) for f, n in zip(front, volume.shape, strict=True))
+    return logits[:, x, y, z]
 
 
 def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
-            patch: int = data.PATCH, overlap: float = OVERLAP, batch: int = 1, amp: bool = False,
-            probabilities: bool = False, progress: bool = False) -> Segmentation:
+            patch: int = data.PATCH, overlap: float = data.OVERLAP, batch: int = 1,
+            amp: bool = False) -> streaming.Segmentation:
     """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings.
 
-    probabilities  also keep the probabilities: one byte per class and voxel
+    All probabilities are in memory at once, four bytes per class and voxel. The command uses
+    streaming.segment, which computes the same slab by slab.
     """
-    image, working_shape, box = data.preprocess(volume, spacing_mm)
-    image, front = pad_to(image, patch)
-    native_shape = volume.array.shape
-    where = place(native_shape, working_shape, box, front)
-    seg = Segmentation(native_shape, len(w), probabilities)
-    midline = data.body_midline(image)
-    if midline is not None:
-        midline += box[0].start - front[0]                            # in the uncropped scan
-        seg.midline = midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
+    image, working_shape, body = data.preprocess(volume, spacing_mm)
+    image, front = data.pad_to(image, patch)
+    logits = sliding_window(image, model, w, patch=patch, overlap=overlap, batch=batch, amp=amp)
+    prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
+    where = data.place(volume.array.shape, working_shape, body, front)
+    for axis in (2, 1, 0):
+        prob = data.interpolate(prob, where.at[axis], axis + 1)
+    prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
 
-    planes = image.shape[2]
-    carry = None            # last plane of the slab before: native planes may lie between two slabs
-    with tqdm(total=count_windows(image.shape, patch, overlap), desc="windows", unit="window",
-              leave=False, disable=not progress) as bar:
-        for start, logits in slabs(torch.from_numpy(image), model, w, patch=patch, overlap=overlap,
-                                   batch=batch, amp=amp, bar=bar):
-            stop = start + logits.shape[3]
-            if carry is not None:
-                logits, start = torch.cat([carry, logits], 3), start - 1
-            slab = where.planes_between(start, stop if stop == planes else stop - 1)
-            if len(slab.at[2]):
-                seg.put(logits, slab)
-            carry = logits[..., -1:].clone()
+    masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
+    masks[:, *where.box] = prob > streaming.THRESHOLD
+    seg = streaming.Segmentation(volume.array.shape, len(w))
+    seg.masks = postprocess.PackedMasks.from_array(masks)
+    seg.winner[where.box] = prob.argmax(0)
+    seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
     return seg
 
 
@@ -609,7 +340,7 @@ def remove_result(out_dir: Path, name: str, *, keep: list[str]) -> None:
             (out_dir / file).unlink()
 
 
-def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
+def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentation, classes,
                   indices: list[int], made_with: dict, *, masks: bool, preview: bool,
                   volume: data.Volume, seen: str = "unknown") -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
@@ -824,7 +555,7 @@ def parse(argv=None) -> argparse.Namespace:
                          "in fast.py")
     ap.add_argument("--batch", type=int, default=1, metavar="N",
                     help="number of windows per call of the model (default: 1)")
-    ap.add_argument("--overlap", type=float, default=OVERLAP, metavar="X",
+    ap.add_argument("--overlap", type=float, default=data.OVERLAP, metavar="X",
                     help="overlap of neighbouring windows, at least 0 and below 1 (default: "
                          "%(default)s; 0.25 takes about half the time)")
     ap.add_argument("--device", default=best_device(),
@@ -1169,9 +900,10 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     if seen_as:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
-        seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
-                      overlap=args.overlap, batch=args.batch, amp=job.amp,
-                      probabilities=args.probabilities, progress=process_rank() == 0)
+        seg = streaming.segment(
+            volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
+            overlap=args.overlap, batch=args.batch, amp=job.amp,
+            probabilities=args.probabilities, progress=process_rank() == 0)
     if args.postprocess:
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)

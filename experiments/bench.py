@@ -464,7 +464,7 @@ def whole_ct(part):
         scan, weights = phantom_scan(folder), checkpoint(folder, width=FULL.width)
         one_window = window("fast", "unet")                    # in float32, as infer.py computes
         shape = data.preprocess(data.load_volume(scan))[0].shape
-        windows = infer.count_windows(shape, FULL.side)
+        windows = data.count_windows(shape, FULL.side)
         whole = statistics.median(segment(scan, weights, f"{folder}/out{i}") for i in range(5))
         single, = medians(5, one_window)
     return {"windows": windows, "window_s": single, "whole_s": whole,
@@ -575,7 +575,7 @@ def size(part):
         scan = phantom_scan(folder, (1.5,) * 3, (192, 192, 96 * int(part)))
         shape = data.preprocess(data.load_volume(scan))[0].shape
         seconds = segment(scan, checkpoint(folder, width=FULL.width), f"{folder}/out")
-    return {f"x{part}_s_per_window": seconds / infer.count_windows(shape, FULL.side),
+    return {f"x{part}_s_per_window": seconds / data.count_windows(shape, FULL.side),
             f"x{part}_gb": peak_gb()}
 
 

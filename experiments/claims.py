@@ -44,6 +44,7 @@ import metrics
 import train
 from experiments import openkbp, phantom
 from model import Controller, load_checkpoint
+from support import streaming
 
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "patch": 64, "batch": 1, "lr": 1e-3}
 REAL_DATASETS = ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
@@ -687,7 +688,7 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
     thetas = []
     for scan in infer.find_scans(test / "imagesTs"):
         image, *_ = data.preprocess(data.load_volume(scan), content["config"]["spacing_mm"])
-        image, _ = infer.pad_to(image, patch)
+        image, _ = data.pad_to(image, patch)
         middle = tuple(slice((n - patch) // 2, (n - patch) // 2 + patch) for n in image.shape)
         window = torch.from_numpy(image[middle].copy())[None, None]
         with torch.no_grad():
@@ -881,7 +882,7 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
         label_rows = label_map.to_label_rows(data.load_volume(file).array, str(file))
         for first in range(0, len(pairs), ROWS_AT_ONCE):
             part = pairs[first:first + ROWS_AT_ONCE]
-            seg = infer.segment(volume, model, torch.stack([row for _, row in part]),
+            seg = streaming.segment(volume, model, torch.stack([row for _, row in part]),
                                 spacing_mm=config["spacing_mm"], patch=config["patch"],
                                 overlap=0.25)
             for i, (k, _) in enumerate(part):

@@ -11,6 +11,7 @@ import data
 import infer
 import labels
 from model import FORMAT, build_model
+from support import streaming
 
 
 def identity(x, w):
@@ -29,15 +30,15 @@ def test_identity_network_survives_the_sliding_window(shape, overlap):
 
 
 def test_window_starts_are_spread_evenly_and_cover_the_scan():
-    assert infer.window_starts(150, 64) == [0, 29, 57, 86]
-    assert infer.window_starts(64, 64, 0.9) == [0]
-    assert infer.window_starts(150, 64, 0.25) == [0, 43, 86]
+    assert data.window_starts(150, 64) == [0, 29, 57, 86]
+    assert data.window_starts(64, 64, 0.9) == [0]
+    assert data.window_starts(150, 64, 0.25) == [0, 43, 86]
 
 
 def test_window_weight_is_a_gaussian_with_a_lower_bound():
     """Beside the centre of 8 voxels, x = 0.5 on each axis and sigma = 1; in the corner, x = 3.5
     would give exp(-18.4), so that the bound holds. One voxel off along one axis, x = 1.5."""
-    weight = infer.window_weight(8)
+    weight = data.window_weight(8)
     assert weight.shape == (8, 8, 8) and weight.dtype == torch.float32
     assert weight[3, 4, 3].item() == weight.max().item() == pytest.approx(np.exp(-0.375))
     assert weight[5, 4, 3].item() == pytest.approx(np.exp(-(1.5 ** 2 + 0.25 + 0.25) / 2))
@@ -84,10 +85,11 @@ def test_windows_of_air_are_computed_once():
     def model(x, w):
         calls.append(len(x))
         return identity(x, w)
-    x = np.zeros((64, 64, 256), np.float32)
+    x = torch.zeros(64, 64, 256)
     x[:, :, :30] = 0.5
-    infer.sliding_window(x, model, torch.zeros(1, 1), patch=64)
+    parts = [logits.clone() for _, logits in streaming.slabs(x, model, torch.zeros(1, 1), patch=64)]
     assert len(calls) == 2                       # one window with tissue, one of air
+    assert torch.equal(torch.cat(parts, 3), x[None])
 
 
 def test_bf16_is_the_default_only_on_cuda_from_ampere_on(monkeypatch):
@@ -129,7 +131,7 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
     def model(x, w):
         return torch.cat([(x - 0.647) * 50, (0.2 - x) * 0 - 9], 1)
     v = data.load_volume(path)
-    seg = infer.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
+    seg = streaming.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
     classes = labels.make_classes(["Ball", "Nothing"])
     results = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
                                   masks=True, preview=False, volume=v)
@@ -149,12 +151,39 @@ def test_a_slab_has_at_most_half_a_window():
     Each slab begins where the one before ended."""
     image = torch.rand(32, 32, 56)
     found = [(start, logits.shape[3]) for start, logits in
-             infer.slabs(image, lambda x, w: x, torch.ones(1, 1), patch=32, overlap=0.25)]
+             streaming.slabs(image, lambda x, w: x, torch.ones(1, 1), patch=32, overlap=0.25)]
     assert found == [(0, 16), (16, 8), (24, 16), (40, 16)]
 
 
-def test_slabs_and_whole_volume_give_the_same_segmentation(tmp_path):
-    """Slab by slab gives what sigmoid, resampling and threshold of the whole logits give."""
+@pytest.mark.parametrize("codes, spacing, shape, K", [
+    ("RAS", (2, 2, 2), (66, 70, 120), 3),         # three slabs, all classes
+    ("LPS", (1, 2.5, 4), (50, 40, 20), 35),       # padded to a window; more than 32 classes
+    ("RAS", (9, 2, 2), (12, 70, 80), 2),          # fewer native planes than the network sees
+])
+def test_slab_by_slab_gives_the_segmentation_of_the_whole_volume(tmp_path, codes, spacing, shape,
+                                                                 K):
+    """Bit for bit, where the network says the same whatever is beside a window; class 1 is found
+    nowhere."""
+    path, _ = sphere_scan(tmp_path, codes, spacing, shape)
+    volume = data.load_volume(path)
+
+    def model(x, w):
+        smooth = torch.nn.functional.avg_pool3d(x, 5, 1, 2)
+        logits = [(smooth - t) * 20 for t in np.linspace(0.3, 0.8, len(w))]
+        logits[1] = smooth - 9
+        return torch.cat(logits, 1)
+    how = {"spacing_mm": 1.5, "patch": 64}
+    whole = infer.segment(volume, model, torch.zeros(K, 1), **how)
+    by_slab = streaming.segment(volume, model, torch.zeros(K, 1), **how)
+    found = whole.masks.to_array()
+    assert found.any((1, 2, 3)).sum() == K - 1 and not found[1].any()
+    assert np.array_equal(by_slab.masks.to_array(), found)
+    assert np.array_equal(by_slab.winner[found.any(0)], whole.winner[found.any(0)])
+    assert by_slab.midline == whole.midline and by_slab.masks.boxes == whole.masks.boxes
+
+
+def test_a_scan_is_segmented_as_its_resampled_probabilities_say(tmp_path):
+    """Computed once more in NumPy: sigmoid, resampling and threshold of the whole logits."""
     path, _ = sphere_scan(tmp_path, "RAS", (2, 2, 2), (66, 70, 120))
     v = data.load_volume(path)
 
@@ -185,7 +214,7 @@ def test_slabs_and_whole_volume_give_the_same_segmentation(tmp_path):
 
 def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
     classes = labels.make_classes(["Organ", {"name": "Tumor", "parents": ["Organ"]}, "Other"])
-    seg = infer.Segmentation((6, 1, 1), 3)
+    seg = streaming.Segmentation((6, 1, 1), 3)
     on = {0: [1, 1, 1, 0, 0, 1], 1: [0, 1, 0, 1, 0, 1], 2: [0, 0, 1, 0, 0, 1]}
     for k, mask in on.items():
         seg.masks.set(k, np.array(mask, bool).reshape(6, 1, 1))
@@ -197,7 +226,7 @@ def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
 def test_class_70_is_merged_like_any_other():
     """70 classes need three words per voxel, and 300 a 16-bit label map."""
     for K in (70, 300):
-        seg = infer.Segmentation((2, 1, 1), K)
+        seg = streaming.Segmentation((2, 1, 1), K)
         seg.masks.set(K - 1, np.array([True, False]).reshape(2, 1, 1))
         seg.winner[0] = K - 1
         classes = labels.make_classes([f"part {k}" for k in range(K)])
@@ -294,8 +323,8 @@ def error_line(capsys) -> str:
 def no_model(monkeypatch):
     """infer.main without a model: every scan gets an empty result."""
     def segment(volume, model, w, *, probabilities, **how):
-        return infer.Segmentation(volume.array.shape, len(w), probabilities)
-    monkeypatch.setattr(infer, "segment", segment)
+        return streaming.Segmentation(volume.array.shape, len(w), probabilities)
+    monkeypatch.setattr(streaming, "segment", segment)
 
 
 def tiny_scan(path, value=0):
@@ -541,8 +570,8 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         smooth = torch.nn.functional.avg_pool3d(x, 5, 1, 2)
         return torch.cat([(smooth - t) * 9 for t in (0.3, 0.5, 0.9)], 1)
     how = {"spacing_mm": 1.5, "patch": 64}
-    seg = infer.segment(v, model, torch.zeros(3, 1), probabilities=True, **how)
-    plain = infer.segment(v, model, torch.zeros(3, 1), **how)
+    seg = streaming.segment(v, model, torch.zeros(3, 1), probabilities=True, **how)
+    plain = streaming.segment(v, model, torch.zeros(3, 1), **how)
     assert plain.levels is None and np.array_equal(seg.winner, plain.winner)
     assert np.array_equal(seg.masks.to_array(), plain.masks.to_array())
     assert np.array_equal(seg.levels > 127, seg.masks.to_array())
@@ -573,9 +602,10 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
 
 def test_probability_one_half_is_rounded_down_and_one_is_255():
     """Logits 0, 0.01, -100, 100 -> probabilities 0.5 (no mask), 0.5025 (mask), 0 and 1."""
-    seg = infer.Segmentation((4, 1, 1), 1, probabilities=True)
+    seg = streaming.Segmentation((4, 1, 1), 1, probabilities=True)
     at = [np.arange(4.0), np.zeros(1), np.zeros(1)]
-    seg.put(torch.tensor([0, 0.01, -100, 100]).view(1, 4, 1, 1), infer.Placement(at))
+    box = (slice(0, 4), slice(0, 1), slice(0, 1))
+    seg.put(torch.tensor([0, 0.01, -100, 100]).view(1, 4, 1, 1), data.Placement(box, at))
     assert seg.levels.ravel().tolist() == [127, 128, 0, 255]
     assert seg.masks.get(0).ravel().tolist() == [False, True, False, True]
 
@@ -632,7 +662,7 @@ def test_plain_gives_the_same_result_files_and_is_a_setting_of_a_result(tmp_path
     content = torch.load(checkpoint, weights_only=True)
     model = build_model(content["spec"])
     model.load_state_dict(content["model"])
-    image = torch.from_numpy(infer.pad_to(data.preprocess(data.load_volume(scan), 4.0)[0], 64)[0])
+    image = torch.from_numpy(data.pad_to(data.preprocess(data.load_volume(scan), 4.0)[0], 64)[0])
     bias, = (p for p in model.parameters() if p.shape == (153,))
     with torch.no_grad():
         bias[-1] -= model(image[None, None], content["w"])[:, :, image > 0].median()

@@ -16,6 +16,7 @@ import labels
 import metrics
 import model
 import train
+from support import streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -366,8 +367,8 @@ def untrained():
         patch.setattr(train, "update", lambda *_: ({"loss": 0.0, "bce": 0.0, "dice": 0.0}, False))
         patch.setattr(train, "validate", lambda *_: {"D": {"Liver": 0.5}})
         patch.setattr(train, "draw_curve", lambda *_: None)
-        patch.setattr(infer, "segment", lambda volume, _, w, **__:
-                      infer.Segmentation(volume.array.shape, len(w)))
+        patch.setattr(streaming, "segment", lambda volume, _, w, **__:
+                      streaming.Segmentation(volume.array.shape, len(w)))
         yield
 
 
