@@ -414,23 +414,6 @@ def case_name(path: Path) -> str:
     return name.removesuffix("_0000")
 
 
-def new_figure(width: float, height: float, **kwargs):
-    """A matplotlib Figure, in inches, that can be saved without a display.
-
-    kwargs  of matplotlib.figure.Figure
-
-    raises ValueError  if matplotlib, an optional package, is not installed
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), **kwargs)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 # ---- geometry ----------------------------------------------------------------------------------
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
     """The smallest box that holds every true voxel, widened by `margin` voxels where there is room.

@@ -12,7 +12,6 @@ K classes   D, H, W voxels   p side of a window
 from __future__ import annotations
 
 import argparse
-import colorsys
 import contextlib
 import datetime
 import json
@@ -39,7 +38,7 @@ import fast
 import labels
 import postprocess
 from model import load_checkpoint
-from support import streaming
+from support import pictures, streaming
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
@@ -244,16 +243,6 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
 
 
 # ---- results -----------------------------------------------------------------------------------
-def _colour(k: int) -> tuple[int, int, int]:
-    """RGB of class k. Steps of the golden ratio spread the hues of any number of classes evenly."""
-    hue = k * 0.618034 % 1
-    saturation = 0.9 - 0.35 * (k % 2)
-    value = 1.0 - 0.3 * (k // 2 % 2)
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return int(255 * red), int(255 * green), int(255 * blue)
-
-
-COLOURS = [_colour(k) for k in range(1024)]
 DESCRIPTION = "CLIP-Driven Universal Model"     # in the headers of all NIfTI files and pictures
                                                 # that infer.py writes; tells them from others
 LONGEST_FILE_NAME = 200     # bytes; file systems allow 255, and unfinished files have longer names
@@ -373,7 +362,8 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
             data.save_like(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
                            slope=STEP, description=DESCRIPTION)
     if preview:
-        draw(out_dir / f"{name}.png", volume, label, classes, title=name)
+        pictures.draw(out_dir / f"{name}.png", volume, label, classes, title=name,
+                      software=DESCRIPTION)
     data.save_like(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
     with data.atomic_write(out_dir / f"{name}.json") as part:
@@ -388,96 +378,11 @@ def write_itksnap_labels(path: Path, classes) -> None:
     """The label description file of ITK-SNAP: value, colour, visibility and name of every class."""
     lines = [CLEAR_LABEL]
     for k, c in enumerate(classes):
-        red, green, blue = COLOURS[k % len(COLOURS)]
+        red, green, blue = pictures.COLOURS[k % len(pictures.COLOURS)]
         name = c.name.replace('"', "'")
         lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{name}"')
     with data.atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class View:
-    """A plane through the scan, as radiologists show it: the patient's right on the left."""
-    name: str
-    axis: int        # the axis that the plane is perpendicular to
-    letters: str     # orientation letters at the left, right, upper and lower edge of the picture
-    mirrored: bool   # whether the first axis of the plane runs from right to left in the picture
-
-
-VIEWS = (View("axial", 2, "RLAP", True), View("coronal", 1, "RLSI", True),
-         View("sagittal", 0, "PASI", False))
-
-
-def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str = "",
-         reference: np.ndarray | None = None) -> None:
-    """Write a PNG of the axial, coronal and sagittal planes with the most labelled voxels.
-
-    Each plane is shown without and with the segmentation, with orientation letters, a bar of 5 cm
-    and a legend. With a reference, a label map too, the upper row shows it instead of the bare
-    scan, in the planes where it has the most labelled voxels.
-
-    raises ValueError  where matplotlib is not installed
-    """
-    fig = data.new_figure(12, 8, facecolor="black")
-    from matplotlib.patches import Patch
-
-    grey_range = data.grey_range(volume)
-    box = data.bounding_box(volume.array > grey_range[0])      # without the air around a body
-    if box is None:
-        box = ...
-    array, label = volume.array[box], label[box]
-    shown, chosen = np.unique(label), label
-    if reference is not None:
-        reference = reference[box]
-        shown, chosen = np.union1d(shown, np.unique(reference)), reference
-    colours = np.array([(0, 0, 0), *COLOURS[:len(classes)]]) / 255
-    for column, view in enumerate(VIEWS):
-        index = _most_labelled_plane(chosen, view.axis)
-        grey = _grey_plane(np.take(array, index, view.axis), *grey_range)
-        upper = fig.add_axes([column / 3, 0.52, 0.325, 0.4])
-        lower = fig.add_axes([column / 3, 0.12, 0.325, 0.4])
-        for ax, label_map in ((upper, reference), (lower, label)):
-            picture = grey
-            if label_map is not None:
-                values = np.take(label_map, index, view.axis)
-                picture = np.where(values[..., None] > 0, 0.5 * grey + 0.5 * colours[values], grey)
-            _show(ax, picture, view, volume.spacing_mm)
-        upper.set_title(view.name, color="white", fontsize=10)
-    fig.text(0.01, 0.97, f"{title}, bar 5 cm" if title else "bar 5 cm", color="white", fontsize=10)
-    names = [Patch(color=colours[v], label=classes[v - 1].name) for v in shown[shown > 0][:40]]
-    fig.legend(handles=names, ncols=5, loc="lower center", fontsize=9, labelcolor="white",
-               frameon=False)
-    with data.atomic_write(path) as part:
-        fig.savefig(part, dpi=80, facecolor="black", metadata={"Software": DESCRIPTION})
-
-
-def _most_labelled_plane(label: np.ndarray, axis: int) -> int:
-    """The plane with the most labelled voxels along an axis; the middle one if there are none."""
-    counts = np.count_nonzero(label, axis=tuple(a for a in range(3) if a != axis))
-    return int(counts.argmax()) if counts.any() else len(counts) // 2
-
-
-def _grey_plane(plane: np.ndarray, low: float, high: float) -> np.ndarray:
-    """A plane of intensities as an RGB picture (width, height, 3), from low, 0, to high, 1."""
-    grey = np.clip((plane.astype(np.float32) - low) / (high - low), 0, 1)
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _show(ax, rgb: np.ndarray, view: View, spacing_mm) -> None:
-    """Show one plane with its orientation letters and a bar of 5 cm."""
-    horizontal, vertical = (a for a in range(3) if a != view.axis)
-    if view.mirrored:
-        rgb = rgb[::-1]
-    width, height = rgb.shape[:2]
-    ax.imshow(rgb.transpose(1, 0, 2), origin="lower",
-              aspect=spacing_mm[vertical] / spacing_mm[horizontal])
-    ax.set_axis_off()
-    edges = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
-    for letter, (x, y) in zip(view.letters, edges, strict=True):
-        ax.text(x, y, letter, color="yellow", fontsize=9, ha="center", va="center",
-                transform=ax.transAxes)
-    start, bar = 0.04 * width, 50 / spacing_mm[horizontal]
-    ax.plot([start, start + bar], [0.04 * height] * 2, color="yellow")
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -579,7 +484,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--clip-weights encodes prompts; give them with --prompt or --text "
                          "FILE.json")
     if args.preview:
-        data.new_figure(1, 1)                # needs matplotlib
+        pictures.new_figure(1, 1)                # needs matplotlib
 
 
 # In the path of a label map below --input, such as case_seg.nii.gz or labelsTr/x.nii

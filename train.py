@@ -26,6 +26,7 @@ and datasets are drawn uniformly.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -66,6 +67,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
+from support import pictures
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -805,28 +807,6 @@ def start_log(path: Path, step: int) -> None:
                     write_record(file, record)
 
 
-def draw_curve(log: Path, png: Path) -> None:
-    """The loss curve, where matplotlib is installed."""
-    try:
-        fig = data.new_figure(8, 4, layout="constrained")
-    except ValueError:
-        return
-    records, _ = read_log(log)
-    steps = [r for r in records if "bce" in r and "dice" in r]
-    validations = [r for r in records if "val" in r]
-    ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
-    n = max(1, len(steps) // 100)                  # means of n steps: a hundred points
-    for key in ("bce", "dice"):
-        means = [np.mean([r[key] for r in steps[i:i + n]]) for i in range(0, len(steps), n)]
-        ax.plot([r["step"] for r in steps[::n]], means, label=f"{key} loss")
-    if validations:
-        ax.plot([r["step"] for r in validations], [r["val"] for r in validations], "o-",
-                label="validation Dice")
-    ax.legend()
-    with data.atomic_write(png) as part:
-        fig.savefig(part, dpi=100)
-
-
 # ---- the run -------------------------------------------------------------------------------------
 def check_output(cfg: Config) -> None:
     """raises ValueError  if OUT holds a run that is not to be resumed, or a file that is read"""
@@ -961,7 +941,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 raise KeyboardInterrupt
     infer.leave_processes()
     if first:
-        draw_curve(log, out / "curve.png")
+        with contextlib.suppress(ValueError):              # matplotlib is not installed
+            pictures.draw_curve(out / "curve.png", read_log(log)[0])
         best = f", best validation Dice {run.best:.3f}" if val else ""
         print(f"done: {run.step} steps, {last}{best}")
     return scores

@@ -44,7 +44,7 @@ import metrics
 import train
 from experiments import openkbp, phantom
 from model import Controller, load_checkpoint
-from support import streaming
+from support import pictures, streaming
 
 SMALL_SWIN = {"backbone": "swin_unetr", "width": 12, "patch": 64, "batch": 1, "lr": 1e-3}
 REAL_DATASETS = ("Dataset001_TotalSegExample", "Dataset002_MsdSpleen",
@@ -668,7 +668,7 @@ def draw_patients(folder: Path, study: Study, run: dict, predictions: Path) -> N
         volume = data.load_volume(study.test / f"imagesTs/{patient}_0000.nii.gz")
         label, reference = (data.load_volume(path / f"{patient}.nii.gz").array
                             for path in (predictions, study.test / "labelsTs"))
-        infer.draw(folder / f"{study.name}_{name}.png", volume, label,
+        pictures.draw(folder / f"{study.name}_{name}.png", volume, label,
                    labels.load_classes(study.classes),
                    f"{patient}: contours above, prediction below, mean Dice {mean[patient]:.2f}",
                    reference)
@@ -725,14 +725,14 @@ def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
 
 def draw_theta(png: Path, maps: dict) -> None:
     """theta_k on its first two principal axes: a point per class and scan, a plot per method."""
-    figure = data.new_figure(7 * len(maps), 7, layout="constrained")
+    figure = pictures.new_figure(7 * len(maps), 7, layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(maps)))
     for ax, (method, (names, theta)) in zip(axes, maps.items(), strict=True):
         points = theta.flatten(0, 1) - theta.mean((0, 1))
         u, s, _ = torch.linalg.svd(points, full_matrices=False)
         xy = (u * s)[:, :2].view(len(theta), len(names), 2).numpy()
         for k, name in enumerate(names):
-            ax.scatter(*xy[:, k].T, s=18, color=np.array(infer.COLOURS[k]) / 255)
+            ax.scatter(*xy[:, k].T, s=18, color=np.array(pictures.COLOURS[k]) / 255)
             ax.annotate(name, xy[:, k].mean(0), fontsize=9)
         ax.set(title=method, xlabel="first principal axis", ylabel="second principal axis")
     with data.atomic_write(png) as part:
@@ -954,10 +954,10 @@ def draw_change(png: Path, scans: Path, before: Path, after: Path) -> None:
     low, high = data.grey_range(volume)
     grey = np.clip((volume.array[:, y].astype(np.float32) - low) / (high - low), 0, 1)
     grey = np.repeat(grey[..., None], 3, 2)
-    colours = np.array([(0, 0, 0), *infer.COLOURS[:len(labels.CLASSES)]]) / 255
+    colours = np.array([(0, 0, 0), *pictures.COLOURS[:len(labels.CLASSES)]]) / 255
     dx, _, dz = volume.spacing_mm
 
-    figure = data.new_figure(11, 5, facecolor="black", layout="constrained")
+    figure = pictures.new_figure(11, 5, facecolor="black", layout="constrained")
     for ax, folder, title in zip(figure.subplots(1, 3), (None, before, after), (
             f"{case}, coronal", "as predicted", "post-processed"), strict=True):
         rgb = grey

@@ -44,6 +44,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import data
+from support import pictures
 
 # What a truth value means, as a set of classes: a lesion voxel also belongs to its host organ.
 TRUTH = {
@@ -1020,7 +1021,7 @@ def _planes_to_show(truth, kind: Anatomy) -> list[int]:
 
 def draw(path, seed, anatomy="abdomen"):
     """PNG of one scan, the patient's right on the left of the picture: grey above, truth below."""
-    figure = data.new_figure(12, 7.6, facecolor="black", layout="constrained")
+    figure = pictures.new_figure(12, 7.6, facecolor="black", layout="constrained")
     import matplotlib
     from matplotlib.patches import Patch
 

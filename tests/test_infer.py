@@ -11,7 +11,7 @@ import data
 import infer
 import labels
 from model import FORMAT, build_model
-from support import streaming
+from support import pictures, streaming
 
 
 def identity(x, w):
@@ -264,11 +264,11 @@ def test_a_picture_shows_the_reference_above_the_result_and_leaves_out_air(tmp_p
     label[30:34, 30:34, 30:34] = 1
     reference[30:34, 30:34, 30:34] = 2
     classes = [labels.Class("Liver"), labels.Class("Spleen")]
-    colours = np.array(infer.COLOURS[:2])
+    colours = np.array(pictures.COLOURS[:2])
     volume = data.Volume(array, np.diag([8., 8, 8, 1]))
     seen = {}
     for name, above in (("alone", None), ("beside", reference)):
-        infer.draw(tmp_path / f"{name}.png", volume, label, classes, "title", above)
+        pictures.draw(tmp_path / f"{name}.png", volume, label, classes, "title", above)
         picture = 255 * plt.imread(tmp_path / f"{name}.png")[..., :3]
         grey = 255 * (40 - data.HU_WINDOW[0]) / (data.HU_WINDOW[1] - data.HU_WINDOW[0])
         middle = len(picture) // 2
@@ -283,12 +283,40 @@ def test_a_picture_shows_the_reference_above_the_result_and_leaves_out_air(tmp_p
     assert seen["alone", "lower", 0] == seen["beside", "lower", 0] > 0.2 * 200 ** 2
 
 
+def test_a_picture_shows_the_patients_right_on_the_left_and_front_and_head_above(tmp_path):
+    """A cube of 40 mm, which has 10 x 20 x 40 voxels, at the patient's right, front and head. It is
+    a square in all three planes: left and above in the axial and the coronal one, right (front) and
+    above in the sagittal one. Of the letters at the edges, R has more ink than L."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    label = np.zeros((40, 80, 160), np.uint8)
+    label[26:36, 52:72, 104:144] = 1
+    volume = data.Volume(np.full(label.shape, 40, np.int16), np.diag([4.0, 2, 1, 1]))
+    pictures.draw(tmp_path / "a.png", volume, label, [labels.Class("Liver")])
+    picture = 255 * plt.imread(tmp_path / "a.png")[..., :3]
+    height, width = picture.shape[:2]
+    grey = 255 * (40 - data.HU_WINDOW[0]) / (data.HU_WINDOW[1] - data.HU_WINDOW[0])
+    lower = picture[round(0.48 * height):round(0.88 * height)]        # the row with the label
+    for column, on_the_left in enumerate((True, True, False)):
+        start = round(column * width / 3)
+        panel = lower[:, start:start + round(0.325 * width)]
+        red = abs(panel - (grey + np.array(pictures.COLOURS[0])) / 2).max(-1) < 3
+        rows, columns = np.nonzero(red)
+        assert 0.9 < np.ptp(columns) / np.ptp(rows) < 1.1
+        assert rows.mean() < 0.45 * len(panel)
+        assert bool(columns.mean() < 0.5 * panel.shape[1]) is on_the_left
+        yellow = (panel[..., :2].min(-1) > 200) & (panel[..., 2] < 100)
+        middle = slice(round(0.4 * len(panel)), round(0.6 * len(panel)))
+        edge = round(0.15 * panel.shape[1])
+        ink = yellow[middle, :edge].sum() - yellow[middle, -edge:].sum()
+        assert ink > 0 or not on_the_left
+
+
 def test_a_picture_of_more_classes_than_the_legend_holds(tmp_path):
     pytest.importorskip("matplotlib")
     n = 60
     label = np.arange(8 * 8 * 8).reshape(8, 8, 8) % (n + 1)
     volume = data.Volume(np.full((8, 8, 8), 40, np.int16), np.diag([30., 30, 30, 1]))
-    infer.draw(tmp_path / "a.png", volume, label, [labels.Class(f"c{k}") for k in range(n)])
+    pictures.draw(tmp_path / "a.png", volume, label, [labels.Class(f"c{k}") for k in range(n)])
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 

@@ -366,7 +366,7 @@ def untrained():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "update", lambda *_: ({"loss": 0.0, "bce": 0.0, "dice": 0.0}, False))
         patch.setattr(train, "validate", lambda *_: {"D": {"Liver": 0.5}})
-        patch.setattr(train, "draw_curve", lambda *_: None)
+        patch.setattr(train.pictures, "draw_curve", lambda *_: None)
         patch.setattr(streaming, "segment", lambda volume, _, w, **__:
                       streaming.Segmentation(volume.array.shape, len(w)))
         yield

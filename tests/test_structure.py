@@ -9,7 +9,8 @@ OURS = {"labels", "clip_text", "data", "model", "fast", "losses", "metrics", "tr
 PACKAGES = {"torch", "numpy", "nibabel", "scipy", "tqdm", "ftfy", "regex", "matplotlib"}
 ALONE = {"model", "losses", "metrics", "clip_text", "postprocess"}       # people copy these
 # What the commands (not the top level) of a file may import of ours
-INSIDE = {"labels": {"data"}, "metrics": {"data", "labels"}, "clip_text": {"data", "labels"}}
+INSIDE = {"labels": {"data"}, "metrics": {"data", "labels"},
+          "clip_text": {"data", "labels", "support"}}
 
 
 def imports(path, top_only=False):
