@@ -618,26 +618,6 @@ def cosine(w: Tensor) -> Tensor:
     return (unit @ unit.t()).float()
 
 
-def draw(names: list[str], w: Tensor, png: str | Path) -> None:
-    """Draw the cosine similarities, and the text embeddings on their first two principal axes."""
-    import data
-    similarity = cosine(w)
-    fig = data.new_figure(17, 8, layout="constrained")
-    left, right = fig.subplots(1, 2)
-    image = left.imshow(similarity.numpy(), vmin=similarity.min(), vmax=1, aspect="auto")
-    left.set_xticks(range(len(names)), names, rotation=90)
-    left.set_yticks(range(len(names)), names)
-    fig.colorbar(image, ax=left, shrink=0.7, label="cosine")
-    unit = nn.functional.normalize(w.double(), dim=1)
-    u, s, _ = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
-    x, y = (u * s)[:, :2].t().numpy()                                  # principal components
-    right.scatter(x, y)
-    for name, a, b in zip(names, x, y, strict=True):
-        right.annotate(name, (a, b), xytext=(4, 3), textcoords="offset points", fontsize=9)
-    right.set(xlabel="first principal axis", ylabel="second principal axis")
-    fig.savefig(png, dpi=75)
-
-
 def _classes_of(arguments: list[str]):
     """The value of --classes -> a class table: a JSON file, or names, known or new."""
     import labels
@@ -663,12 +643,13 @@ def _lesions_after_organs(classes) -> list[int]:
 
 def _report_similarity(classes, w: Tensor, png: str) -> None:
     """Print the cosine similarities and draw them."""
+    from support import pictures
     order = _lesions_after_organs(classes)
     names = [classes[k].name for k in order]
     w = w[order]
     for name, row in zip(names, cosine(w), strict=True):
         print(f"{name:28}" + " ".join(f"{value:4.2f}" for value in row.tolist()))
-    draw(names, w, png)
+    pictures.draw_similarity(png, names, w)
     print(f"written: {png}")
 
 

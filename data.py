@@ -431,23 +431,6 @@ def case_name(path: Path) -> str:
     return name.removesuffix("_0000")
 
 
-def new_figure(width: float, height: float, **kwargs):
-    """A matplotlib Figure, in inches, that can be saved without a display.
-
-    kwargs  of matplotlib.figure.Figure
-
-    raises ValueError  if matplotlib, an optional package, is not installed
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), **kwargs)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 # ---- geometry ----------------------------------------------------------------------------------
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
     """The smallest box that holds every true voxel, widened by `margin` voxels where there is room.
@@ -1523,3 +1506,89 @@ def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tens
     y, known = (torch.from_numpy(np.ascontiguousarray(table.T[:, label_rows]))
                 for table in (label_map.regions, label_map.known))
     return y, torch.from_numpy(annotated), known
+
+
+# ---- windows -----------------------------------------------------------------------------------
+OVERLAP = 0.5           # of neighbouring windows (release)
+SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
+MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
+
+
+def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
+    """The first voxel of each window: evenly spread, covering n >= patch voxels, with at least this
+    overlap.
+
+    n = 150, patch = 64 -> [0, 29, 57, 86]
+    """
+    step = max(1, round(patch * (1 - overlap)))
+    count = int(np.ceil((n - patch) / step)) + 1
+    return np.rint(np.linspace(0, n - patch, count)).astype(int).tolist()
+
+
+def window_weight(patch: int) -> Tensor:
+    """(p, p, p) the weight of a window's logits: a Gaussian, but nowhere below MIN_WEIGHT.
+
+    Near the border of a scan, where only the outermost voxels of windows lie, the lower bound makes
+    all windows there count equally. Blended logits are divided by the sum of their weights.
+    """
+    x = (torch.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
+    gauss = torch.exp(-0.5 * x * x)
+    return (gauss[:, None, None] * gauss[:, None] * gauss).clamp(min=MIN_WEIGHT)
+
+
+def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
+    """How many windows cover a volume of this shape."""
+    return int(np.prod([len(window_starts(max(n, patch), patch, overlap)) for n in shape]))
+
+
+def pad_to(image: np.ndarray, patch: int) -> tuple[np.ndarray, list[int]]:
+    """Pad a volume with air to at least `patch` voxels -> (volume, voxels put before each axis)."""
+    missing = [max(patch - n, 0) for n in image.shape]
+    front = [m // 2 for m in missing]
+    if any(missing):
+        image = np.pad(image, [(f, m - f) for f, m in zip(front, missing, strict=True)])
+    return image, front
+
+
+@dataclass
+class Placement:
+    """Which native voxels lie in a block of the working grid, and where.
+
+    box  three slices of the native grid; every voxel outside is background
+    at   for each axis the fractional index in the block of every native voxel of the box
+    """
+    box: tuple[slice, ...]
+    at: list[np.ndarray]
+
+    def planes_between(self, start: int, stop: int) -> Placement:
+        """Only the native planes with start <= at[2] < stop, counted from `start`."""
+        first, end = np.searchsorted(self.at[2], (start, stop)).tolist()
+        planes = slice(self.box[2].start + first, self.box[2].start + end)
+        return Placement((*self.box[:2], planes), [*self.at[:2], self.at[2][first:end] - start])
+
+
+def place(native_shape, working_shape, body, front) -> Placement:
+    """The placement of the native voxels in the cropped and padded working grid.
+
+    working_shape  of the whole resampled scan
+    body           three slices of it: what cropping leaves
+    front          voxels of padding put before each axis of the body
+    """
+    box, at = [], []
+    for n, m, b, f in zip(native_shape, working_shape, body, front, strict=True):
+        first, last = f, f + b.stop - b.start - 1           # of the body, in the padded grid
+        position = positions(m, n) - b.start + f
+        inside = np.flatnonzero((position >= first - 1e-6) & (position <= last + 1e-6))
+        start, stop = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+        box.append(slice(start, stop))
+        at.append(np.clip(position[start:stop], first, last))
+    return Placement(tuple(box), at)
+
+
+def native_midline(image: np.ndarray, native_shape, working_shape, body, front) -> float | None:
+    """The `body_midline` of a cropped and padded scan, in native voxels; see `place`."""
+    midline = body_midline(image)
+    if midline is None:
+        return None
+    midline += body[0].start - front[0]                      # in the uncropped scan
+    return midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)

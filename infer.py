@@ -4,29 +4,20 @@
     python infer.py --checkpoint run/best.pt --input imagesTs --output out --classes liver spleen
     torchrun --nproc-per-node 8 infer.py --checkpoint run/best.pt --input imagesTs --output out
 
-Memory stays small however large the scan is. Windows are visited slab by slab along the last axis
-and blended in a buffer that is one window thick. A finished slab is interpolated to the scan's own
-grid, where one bit per class and the index of the winning class are kept for every voxel; its
-logits are then discarded.
-
-native grid    the voxels of the scan, in RAS+ axes
-working grid   the scan as the network sees it: resampled, cropped to the body, padded to a window
+`sliding_window` and `segment` compute on a whole volume. The command uses support/streaming.py,
+which computes the same slab by slab, so that memory stays small however large the scan is.
 
 K classes   D, H, W voxels   p side of a window
 """
 from __future__ import annotations
 
 import argparse
-import colorsys
 import contextlib
 import datetime
-import itertools
 import json
-import math
 import os
 import re
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +25,7 @@ from pathlib import Path
 # Limit OpenMP spinning before torch loads; otherwise a shared CPU can be 10x slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,16 +37,10 @@ import data
 import labels
 import postprocess
 from model import load_checkpoint
-from support import extension, fast
+from support import extension, fast, pictures, streaming
 
-OVERLAP = 0.5           # of neighbouring windows (release)
-SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
-MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
-THRESHOLD = 0.5         # on the probability (release)
-LEVELS = 255            # a stored probability is a whole number of steps of 1 / LEVELS
-STEP = float(np.nextafter(np.float32(1 / LEVELS), np.float32(0)))     # that, so that 1 is not
-                                                                      # exceeded by rounding
-BITS = (*(1 << k for k in range(31)), -1 << 31)     # of an int32, in which the last is the sign
+STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
+                            # probability, a little smaller so that rounding does not exceed 1
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")     # of x86, x86 and ARM
 
 
@@ -94,37 +80,27 @@ def _devices_here() -> str:
     return " and ".join([*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"])
 
 
-def use_amp(device: str | torch.device) -> bool:
-    """Whether bf16 is the default on a device: only where the hardware computes in bf16.
-
-    Elsewhere bf16 is emulated and slower than fp32.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _onednn_takes_bf16() and _has_bf16_instructions()
-
-
-def emulates_bf16(device: str | torch.device) -> bool:
-    """Whether oneDNN emulates bf16 on a device, as it does on CPUs with AVX-512 but no bf16.
-
-    Results are right there, but over 2x2x2 voxels the weight gradient of a 3x3x3 convolution
-    contains uninitialised memory (torch 2.13). The deepest convolutions of a Swin UNETR that trains
-    on crops of 64^3 are of this kind.
-    """
-    return (torch.device(device).type == "cpu" and _onednn_takes_bf16()
-            and not _has_bf16_instructions())
-
-
-def _onednn_takes_bf16() -> bool:
-    if not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
-        return False                                    # this build has no oneDNN
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _has_bf16_instructions() -> bool:
+def has_bf16_instructions() -> bool:
+    """Whether this machine's processor computes in bf16."""
     processor = torch.cpu.get_capabilities()
     return any(processor.get(name) for name in BF16_INSTRUCTIONS)
+
+
+def choose_amp(device: str | torch.device, asked: bool | None) -> bool:
+    """Whether to compute in bf16.
+
+    asked   what --amp says; None: bf16 on CUDA from compute capability 8.0 on (Ampere), and float32
+            elsewhere
+    raises  ValueError  if a processor would have to emulate bf16: the weight gradients of small
+                        convolutions that PyTorch 2.13 then computes contain uninitialised memory
+    """
+    device = torch.device(device)
+    if asked is None:
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked and device.type == "cpu" and not has_bf16_instructions():
+        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
+                         "PyTorch computes in emulated bf16 are wrong; leave out --amp")
+    return asked
 
 
 @contextlib.contextmanager
@@ -204,335 +180,70 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-# ---- windows -----------------------------------------------------------------------------------
-def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
-    """The first voxel of each window: evenly spread, covering n >= patch voxels, with at least this
-    overlap.
-
-    n = 150, patch = 64 -> [0, 29, 57, 86]
-    """
-    step = max(1, round(patch * (1 - overlap)))
-    count = int(np.ceil((n - patch) / step)) + 1
-    return np.rint(np.linspace(0, n - patch, count)).astype(int).tolist()
-
-
-def window_weight(patch: int) -> Tensor:
-    """(p, p, p) the weight of a window's logits: a Gaussian, but nowhere below MIN_WEIGHT.
-
-    Near the border of a scan, where only the outermost voxels of windows lie, the lower bound makes
-    all windows there count equally. Blended logits are divided by the sum of their weights.
-    """
-    x = (torch.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
-    gauss = torch.exp(-0.5 * x * x)
-    return (gauss[:, None, None] * gauss[:, None] * gauss).clamp(min=MIN_WEIGHT)
-
-
-def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
-    """How many windows cover a volume of this shape."""
-    return int(np.prod([len(window_starts(max(n, patch), patch, overlap)) for n in shape]))
-
-
-def pad_to(image: np.ndarray, patch: int) -> tuple[np.ndarray, list[int]]:
-    """Pad a volume with air to at least `patch` voxels -> (volume, voxels put before each axis)."""
-    missing = [max(patch - n, 0) for n in image.shape]
-    front = [m // 2 for m in missing]
-    if any(missing):
-        image = np.pad(image, [(f, m - f) for f, m in zip(front, missing, strict=True)])
-    return image, front
-
-
+# ---- a whole scan ------------------------------------------------------------------------------
 @torch.inference_mode()
-def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
-          batch: int = 1, amp: bool = False, bar=None):
-    """Blend the logits of overlapping windows; yield finished slabs along the last axis.
+def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
+                   overlap: float = data.OVERLAP, batch: int = 1, amp: bool = False) -> Tensor:
+    """Blend the logits of overlapping windows.
 
-    image   (D, H, W)  float32, every side at least `patch`; on the CPU, where looking for windows
-                       of air does not wait for the device
-    w       (K, E)     text embeddings, on the device of the model
-    batch              windows per call of the model
-    bar                a tqdm bar that advances by one per window
-    yields  (start, logits (K, D, H, n))  the slab start ... start + n - 1 along the last axis; n is
-                       at most half a window. The logits are a view of the blending buffer, which
-                       the next step overwrites.
-
-    No value is fetched from the device.
+    volume   (D, H, W)     a preprocessed scan of any size
+    w        (K, E)        text embeddings, on the device of the model
+    batch                  windows per call of the model
+    returns  (K, D, H, W)  logits, on the same device
     """
     device = w.device
-    image_there = image.to(device)
-    starts = [window_starts(n, patch, overlap) for n in image.shape]
-    weight = window_weight(patch).to(device)
-    columns = list(itertools.product(starts[0], starts[1]))
-    buffer = torch.zeros(len(w) + 1, *image.shape[:2], patch, device=device)
-    logit_sum, weight_sum = buffer[:-1], buffer[-1]   # of the windows so far, both weighted
-    air = None                                        # logits of a window of air, (1, K, p, p, p)
-    most = -(-patch // 2)                             # planes of a slab; fewer take less memory
+    padded, front = data.pad_to(np.asarray(volume, np.float32), patch)
+    image = torch.from_numpy(padded).to(device)
+    weight = data.window_weight(patch).to(device)                            # (p, p, p)
+    logit_sum = torch.zeros(len(w), *image.shape, device=device)
+    weight_sum = torch.zeros(image.shape, device=device)
 
-    for z, next_z in zip(starts[2], [*starts[2][1:], None], strict=True):
-        for first in range(0, len(columns), batch):
-            part = columns[first:first + batch]
-            corners = [(x, y, z) for x, y in part]
-            is_air = not any(_window(image, *corner, patch).any() for corner in corners)
-            if is_air and air is not None:
-                logits = air.expand(len(part), -1, -1, -1, -1)
-            else:
-                windows = torch.stack([_window(image_there, *corner, patch) for corner in corners])
-                windows = windows[:, None]                             # (n, 1, p, p, p)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    logits = model(windows, w)                         # (n, K, p, p, p)
-            if is_air:
-                air = logits[:1]                      # computed once per scan
-            for (x, y), scores in zip(part, logits, strict=True):
-                _blend(_window(logit_sum, x, y, 0, patch), scores, weight)
-                _window(weight_sum, x, y, 0, patch).add_(weight)
-            if bar is not None:
-                bar.update(len(part))
+    x_starts, y_starts, z_starts = (data.window_starts(n, patch, overlap) for n in image.shape)
+    windows = [np.s_[x:x + patch, y:y + patch, z:z + patch]
+               for z in z_starts for x in x_starts for y in y_starts]
+    for first in range(0, len(windows), batch):
+        part = windows[first:first + batch]
+        images = torch.stack([image[window] for window in part])[:, None]    # (n, 1, p, p, p)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images, w)                                        # (n, K, p, p, p)
+        for window, scores in zip(part, logits, strict=True):
+            logit_sum[:, *window] += scores.float() * weight
+            weight_sum[window] += weight
 
-        finished = patch if next_z is None else next_z - z    # planes that no later window reaches
-        for first in range(0, finished, most):
-            part = slice(first, min(first + most, finished))
-            yield z + first, logit_sum[..., part].div_(weight_sum[..., part])
-        if next_z is None:
-            return
-        for values in buffer:              # class by class, because each needs a copy of its own
-            values[..., :-finished] = values[..., finished:].clone()
-            values[..., -finished:] = 0
-
-
-def _window(volume: Tensor, x: int, y: int, z: int, patch: int) -> Tensor:
-    """A view of the window of a volume (..., D, H, W) that starts at x, y, z."""
-    return volume[..., x:x + patch, y:y + patch, z:z + patch]
-
-
-def _blend(out: Tensor, logits: Tensor, weight: Tensor) -> None:
-    """out (K, p, p, p) += logits (K, p, p, p) * weight (p, p, p), in place.
-
-    Class by class: a float32 copy of one class is small, one of all classes would not be.
-    """
-    for total, scores in zip(out, logits, strict=True):
-        total.addcmul_(scores.float(), weight)
-
-
-def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH, overlap: float = OVERLAP,
-                   batch: int = 1, amp: bool = False) -> Tensor:
-    """Logits (K, D, H, W) of a preprocessed volume (D, H, W) of any size, blended from windows, on
-    the device of w (K, E)."""
-    image, front = pad_to(np.asarray(volume, np.float32), patch)
-    parts = [logits.clone() for _, logits in slabs(torch.from_numpy(image), model, w, patch=patch,
-                                                   overlap=overlap, batch=batch, amp=amp)]
-    unpadded = [slice(f, f + n) for f, n in zip(front, volume.shape, strict=True)]
-    return torch.cat(parts, 3)[(slice(None), *unpadded)]
-
-
-# ---- a whole scan ------------------------------------------------------------------------------
-@dataclass
-class Placement:
-    """Where native voxels lie in a block of the working grid.
-
-    at           one array per axis: the fractional index of each native voxel in the block, nan for
-                 a voxel outside the body's box, which is background
-    first_plane  the native plane (index on the last axis) that at[2][0] belongs to
-    """
-    at: list[np.ndarray]
-    first_plane: int = 0
-
-    def planes_between(self, start: int, stop: int) -> Placement:
-        """Only the native planes with start <= at[2] < stop, counted from `start`."""
-        planes = np.flatnonzero((self.at[2] >= start) & (self.at[2] < stop))
-        first = self.first_plane + int(planes[0]) if len(planes) else self.first_plane
-        return Placement([self.at[0], self.at[1], self.at[2][planes] - start], first)
-
-
-def place(native_shape, working_shape, box, front) -> Placement:
-    """The placement of all native voxels in the cropped and padded working grid.
-
-    working_shape  of the whole resampled scan
-    box            three slices of it: what cropping leaves
-    front          voxels of padding put before each axis of the box
-    """
-    at = []
-    for n, m, b, f in zip(native_shape, working_shape, box, front, strict=True):
-        first, last = f, f + b.stop - b.start - 1           # of the body's box, in the padded grid
-        position = data.positions(m, n) - b.start + f
-        position[(position < first - 1e-6) | (position > last + 1e-6)] = np.nan
-        at.append(np.clip(position, first, last))           # nan stays nan
-    return Placement(at)
-
-
-class Segmentation:
-    """What is kept of a scan per native voxel: one bit per class and the winning class.
-
-    masks    PackedMasks, the classes whose probability is above THRESHOLD; they may overlap
-    winner   (D, H, W) index of the class with the highest probability; only meaningful where a mask
-             is set. The last axis is the slowest in memory, because slabs arrive along it.
-    midline  position of the body's mid-sagittal plane on the first axis, in native voxels; None
-             where it is not known
-    levels   None, or if asked for, (K, D, H, W) uint8: the probabilities of all classes in steps of
-             1 / LEVELS, rounded so that a level is above 127 exactly where the mask was set; 0
-             outside the body's box
-    """
-
-    def __init__(self, shape, K: int, probabilities: bool = False):
-        D, H, W = shape
-        self.levels = None
-        if probabilities:
-            self.levels = np.zeros((K, W, D, H), np.uint8).transpose(0, 2, 3, 1)
-        self.masks = postprocess.PackedMasks(shape, K)
-        self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
-        self.midline: float | None = None
-
-    def put(self, logits: Tensor, where: Placement) -> None:
-        """Fill some native planes: interpolate each class's probability, threshold, and vote.
-
-        logits  (K, d, h, n)  a slab of the working grid
-        where                 the native voxels of these planes in the slab
-
-        All of this happens on the device of the logits, from which a slab is fetched in one piece.
-        """
-        K, shape = len(logits), (*self.winner.shape[:2], len(where.at[2]))
-        keep_all = self.levels is not None
-        shapes = [(len(self.masks.words), *shape), shape, *((K, n) for n in shape)]
-        of_levels = (K, *shape) if keep_all else (0,)
-        size = 4 * sum(map(math.prod, shapes)) + math.prod(of_levels)          # bytes
-        fetched = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-        (words, winner, *planes_hit), levels = _views(fetched, shapes, of_levels)
-        best = torch.full(shape, THRESHOLD, device=logits.device)
-        for k, scores in enumerate(logits):
-            box = _reach(scores, where.at, everywhere=keep_all)
-            if box is None:
-                continue
-            prob = _native_probability(scores, where.at, box)
-            if keep_all:
-                levels[k][box] = (prob * LEVELS - 0.5).ceil_().to(torch.uint8)
-            words[k // 32][box].add_(prob > THRESHOLD, alpha=BITS[k % 32])
-            winner[box].masked_fill_(prob > best[box], k)
-            torch.maximum(best[box], prob, out=best[box])
-            for axis, hit in enumerate(planes_hit):
-                highest = prob.amax([a for a in range(3) if a != axis])
-                hit[k, box[axis]] = highest > THRESHOLD
-
-        (words, winner, *planes_hit), levels = _views(fetched.cpu(), shapes, of_levels)
-        planes = slice(where.first_plane, where.first_plane + shape[2])
-        self.winner[:, :, planes] = winner.numpy()
-        if keep_all:
-            self.levels[..., planes] = levels.numpy()
-        boxes = {}
-        for k in range(K):
-            box = [data.bounding_box(hit[k].numpy() > 0) for hit in planes_hit]
-            if None not in box:
-                x, y, z = (axis for axis, in box)
-                boxes[k] = (x, y, slice(z.start + planes.start, z.stop + planes.start))
-        self.masks.set_planes(planes, words.numpy().view(np.uint32), boxes)
-
-    def merge(self, classes) -> np.ndarray:
-        """One label map (D, H, W) of class numbers (index + 1), 0 for background.
-
-        Where several masks are set, a child (a tumor) is drawn over its parent; else the winner is
-        taken if its mask is still set after post-processing, else the first class in table order.
-        """
-        D, H, W = self.winner.shape
-        label = np.zeros((W, D, H), self.winner.dtype).transpose(1, 2, 0)
-        above = [labels.ancestors(k, classes) for k in range(len(classes))]
-        for z in range(W):
-            plane = label[:, :, z]
-            masks = {k: self.masks.get(k, np.s_[:, :, z]) for k, box in
-                     sorted(self.masks.boxes.items()) if box[2].start <= z < box[2].stop}
-            for k in reversed(masks):                # so that the first class is drawn last
-                plane[masks[k]] = k + 1
-            for k, mask in masks.items():
-                plane[mask & (self.winner[:, :, z] == k)] = k + 1
-            for k in sorted(masks, key=lambda k: len(above[k])):     # parents before children
-                if above[k]:
-                    plane[masks[k] & np.isin(plane, [a + 1 for a in above[k]])] = k + 1
-        return label
-
-
-def _views(memory: Tensor, shapes, last) -> tuple[list[Tensor], Tensor]:
-    """Views of a uint8 tensor that lie in it one after the other: int32 ones of these shapes, then
-    a uint8 one of the shape `last`."""
-    sizes = [math.prod(shape) for shape in shapes]
-    numbers, levels = memory.split([4 * sum(sizes), math.prod(last)])
-    parts = numbers.view(torch.int32).split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], levels.view(last)
-
-
-def _reach(scores: Tensor, at: list[np.ndarray], everywhere: bool) -> tuple[slice, ...] | None:
-    """The box of native voxels that one class can reach in a slab; None if there are none.
-
-    everywhere  take all native voxels of the slab, whatever the logits
-
-    A linear interpolation never exceeds its corners. So a probability above one half needs a corner
-    with a logit above 0, which is less than one voxel away along every axis. Logits that lie on
-    another device than the CPU are not looked at, because that would wait for the device; there,
-    all native voxels of the slab are taken.
-    """
-    positive = tuple(slice(0, n) for n in scores.shape)
-    if scores.device.type == "cpu" and not everywhere:
-        positive = data.bounding_box((scores > 0).numpy())
-    if positive is None:
-        return None
-    box = []
-    for axis, s in enumerate(positive):
-        near = (at[axis] > s.start - 1) & (at[axis] < s.stop)
-        in_slab = (at[axis] >= 0) & (at[axis] <= scores.shape[axis] - 1)
-        found = np.flatnonzero(near & in_slab)
-        if len(found) == 0:
-            return None
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return tuple(box)
-
-
-def _native_probability(scores: Tensor, at: list[np.ndarray], box) -> Tensor:
-    """Probability of one class at the native voxels of a box: sigmoid, then interpolation."""
-    prob = scores.sigmoid()
-    for axis in (2, 1, 0):
-        prob = data.interpolate(prob, at[axis][box[axis]], axis)
-    return prob
+    logits = logit_sum.div_(weight_sum)
+    x, y, z = (slice(f, f + n) for f, n in zip(front, volume.shape, strict=True))
+    return logits[:, x, y, z]
 
 
 def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
-            patch: int = data.PATCH, overlap: float = OVERLAP, batch: int = 1, amp: bool = False,
-            probabilities: bool = False, progress: bool = False) -> Segmentation:
+            patch: int = data.PATCH, overlap: float = data.OVERLAP, batch: int = 1,
+            amp: bool = False) -> streaming.Segmentation:
     """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings.
 
-    probabilities  also keep the probabilities: one byte per class and voxel
+    All probabilities are in memory at once, four bytes per class and voxel. The command uses
+    streaming.segment, which computes the same slab by slab.
     """
-    image, working_shape, box = data.preprocess(volume, spacing_mm)
-    image, front = pad_to(image, patch)
-    native_shape = volume.array.shape
-    where = place(native_shape, working_shape, box, front)
-    seg = Segmentation(native_shape, len(w), probabilities)
-    midline = data.body_midline(image)
-    if midline is not None:
-        midline += box[0].start - front[0]                            # in the uncropped scan
-        seg.midline = midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
+    image, working_shape, body = data.preprocess(volume, spacing_mm)
+    image, front = data.pad_to(image, patch)
+    logits = sliding_window(image, model, w, patch=patch, overlap=overlap, batch=batch, amp=amp)
+    prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
+    where = data.place(volume.array.shape, working_shape, body, front)
+    for axis in (2, 1, 0):
+        prob = data.interpolate(prob, where.at[axis], axis + 1)
+    prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
 
-    planes = image.shape[2]
-    carry = None            # last plane of the slab before: native planes may lie between two slabs
-    with tqdm(total=count_windows(image.shape, patch, overlap), desc="windows", unit="window",
-              leave=False, disable=not progress) as bar:
-        for start, logits in slabs(torch.from_numpy(image), model, w, patch=patch, overlap=overlap,
-                                   batch=batch, amp=amp, bar=bar):
-            stop = start + logits.shape[3]
-            if carry is not None:
-                logits, start = torch.cat([carry, logits], 3), start - 1
-            slab = where.planes_between(start, stop if stop == planes else stop - 1)
-            if len(slab.at[2]):
-                seg.put(logits, slab)
-            carry = logits[..., -1:].clone()
+    masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
+    masks[:, *where.box] = prob > streaming.THRESHOLD
+    seg = streaming.Segmentation(volume.array.shape, len(w))
+    seg.masks = postprocess.PackedMasks.from_array(masks)
+    seg.winner[where.box] = prob.argmax(0)
+    seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
     return seg
 
 
 # ---- results -----------------------------------------------------------------------------------
-def _colour(k: int) -> tuple[int, int, int]:
-    """RGB of class k. Steps of the golden ratio spread the hues of any number of classes evenly."""
-    hue = k * 0.618034 % 1
-    saturation = 0.9 - 0.35 * (k % 2)
-    value = 1.0 - 0.3 * (k // 2 % 2)
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return int(255 * red), int(255 * green), int(255 * blue)
-
-
-COLOURS = [_colour(k) for k in range(1024)]
+DESCRIPTION = "CLIP-Driven Universal Model"     # in the headers of all NIfTI files and pictures
+                                                # that infer.py writes; tells them from others
 LONGEST_FILE_NAME = 200     # bytes; file systems allow 255, and unfinished files have longer names
 
 
@@ -570,96 +281,72 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
     return files
 
 
-@dataclass(frozen=True)
-class Record:
-    """What infer.py noted about one result in an output folder."""
-    scan: str                # path of the scan, links resolved
-    files: frozenset[str]    # that belong to the result, relative to the output folder
-    made_with: dict | None   # the settings and the identity of the scan
-    finished: bool           # False while files are being written, or after a killed run
-
-
-def _unfinished_file(name: str) -> str:
-    """The hidden JSON that stands for the result NAME while its files are being written."""
-    return f".{name}.unfinished.json"
-
-
-def read_record(out_dir: Path, name: str) -> Record | None:
-    """What infer.py noted about the result NAME in a folder; None if it never wrote one there.
-
-    Other programs write NAME.json beside a scan, too (BIDS); theirs has no "made_with".
-    """
-    for file in (_unfinished_file(name), f"{name}.json"):
-        try:
-            content = json.loads((out_dir / file).read_text(encoding="utf-8"))
-            made_with = content["made_with"]
-            scan = made_with["scan"]["path"] if made_with else content["scan"]
-            files = {f"{name}.nii.gz", f"{name}.json", *content.get("files", [f"{name}.png"])}
-            files = {f for f in files if Path(f).parent == Path(name) or f.startswith(f"{name}.")}
-            return Record(os.path.realpath(scan), frozenset(files), made_with, file[0] != ".")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue                             # no such file, or not one of ours
-    return None
-
-
 def is_result(path: Path) -> bool:
-    """Whether an earlier run of infer.py wrote this file: a label map, mask or probabilities."""
-    for file in (Path(os.path.realpath(path.parent)) / path.name, Path(os.path.realpath(path))):
-        folder = file.parent
-        beside = read_record(folder, file.name.removesuffix(".nii.gz"))   # of OUT/NAME.nii.gz
-        above = read_record(folder.parent, folder.name)                   # of OUT/NAME/FILE
-        if beside and file.name in beside.files:
-            return True
-        if above and f"{folder.name}/{file.name}" in above.files:
-            return True
-    return False
+    """Whether infer.py wrote this NIfTI file: a label map, a mask or probabilities. Its header says
+    so."""
+    try:
+        return nib.load(path).header["descrip"].item() == DESCRIPTION.encode()
+    except Exception:                            # no such file, or not a readable NIfTI
+        return False
 
 
-def _write_json(path: Path, content: dict) -> None:
-    with data.atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def is_own_file(path: Path) -> bool:
+    """Whether infer.py wrote this file, of any kind."""
+    if path.name.endswith(data.ENDINGS):
+        return is_result(path)
+    if path.suffix == ".json":
+        return read_record(path) is not None
+    return path.is_file() and DESCRIPTION.encode() in path.read_bytes()[:1000]
 
 
-def begin_result(out_dir: Path, name: str, content: dict) -> None:
-    """Note in a hidden file which files will be written, and remove an earlier result's JSON and
-    those of its files that would not be replaced.
+def read_record(path: Path) -> dict | None:
+    """The JSON of a result; None if there is none, or another program wrote it (as BIDS does).
 
-    Without this, a killed run could leave the JSON of one result beside the label map of another,
-    and masks of an earlier result would seem to belong to the new one.
+    "made_with" holds the settings and the identity of the scan, "files" the names of the result's
+    files, relative to the output folder.
     """
-    earlier, new = read_record(out_dir, name), set(content["files"])
-    files = new | earlier.files if earlier else new
-    _write_json(out_dir / _unfinished_file(name), {**content, "files": sorted(files)})
-    if earlier:
-        for file in [f"{name}.json", *sorted(earlier.files - new)]:
-            (out_dir / file).unlink(missing_ok=True)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = isinstance(record["made_with"]["scan"]["path"], str)
+        return record if is_ours and isinstance(record["files"], list) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
-def finish_result(out_dir: Path, name: str, content: dict) -> None:
-    """Write a result's JSON, which makes it complete."""
-    _write_json(out_dir / f"{name}.json", content)
-    (out_dir / _unfinished_file(name)).unlink(missing_ok=True)
+def remove_result(out_dir: Path, name: str, *, keep: list[str]) -> None:
+    """Remove the JSON of an earlier result, which makes it unfinished, and then those of its files
+    that the new result does not replace.
+
+    keep  the files of the new result
+    """
+    record = read_record(out_dir / f"{name}.json")
+    if record is None:
+        return
+    (out_dir / f"{name}.json").unlink()
+    for file in set(record["files"]) - set(keep):
+        if is_own_file(out_dir / file):
+            (out_dir / file).unlink()
 
 
-def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, classes,
-                  indices: list[int], made_with: dict | None = None, *, masks: bool, preview: bool,
+def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentation, classes,
+                  indices: list[int], made_with: dict, *, masks: bool, preview: bool,
                   volume: data.Volume, seen: str = "") -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
 
     classes    the class table; a label map's value is a class's index in it plus 1
     indices    the classes that `seg` holds, in its order
-    made_with  the settings that the JSON records
+    made_with  the settings that the JSON records, and the identity of the scan
     seen       whether the model was made with this scan; see data.look_up
     returns    results: value, name and volume in ml of each class
 
-    Probabilities are written if `seg` holds them. The JSON is written last: a scan whose JSON
-    exists is complete.
+    Probabilities are written if `seg` holds them. The JSON of an earlier result is removed first
+    and that of the new one is written last: a result with a JSON is complete.
     """
     names = [classes[k].name for k in indices]
     content = {"scan": str(scan), "seen": seen, "classes": [], "made_with": made_with}
     content["files"] = result_files(name, names, masks=masks, preview=preview,
                                     probabilities=seg.levels is not None)
-    begin_result(out_dir, name, content)
+    remove_result(out_dir, name, keep=content["files"])
     value = np.array([0, *(k + 1 for k in indices)], np.uint8 if len(classes) < 256 else np.uint16)
     label = value[seg.merge([classes[k] for k in indices])]
     voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
@@ -668,15 +355,18 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: Segmentation, class
         volume_ml = round(float(np.count_nonzero(mask)) * voxel_ml, 3)
         content["classes"].append({"value": k + 1, "name": names[i], "volume_ml": volume_ml})
         if masks:
-            data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan)
+            data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
+                           description=DESCRIPTION)
         if seg.levels is not None:
             data.save_like(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
-                           slope=STEP)
+                           slope=STEP, description=DESCRIPTION)
     if preview:
-        draw(out_dir / f"{name}.png", volume, label, classes, title=name)
-    data.save_like(out_dir / f"{name}.nii.gz", label, scan)
+        pictures.draw(out_dir / f"{name}.png", volume, label, classes, title=name,
+                      software=DESCRIPTION)
+    data.save_like(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
-    finish_result(out_dir, name, content)
+    with data.atomic_write(out_dir / f"{name}.json") as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content["classes"]
 
 
@@ -687,96 +377,11 @@ def write_itksnap_labels(path: Path, classes) -> None:
     """The label description file of ITK-SNAP: value, colour, visibility and name of every class."""
     lines = [CLEAR_LABEL]
     for k, c in enumerate(classes):
-        red, green, blue = COLOURS[k % len(COLOURS)]
+        red, green, blue = pictures.COLOURS[k % len(pictures.COLOURS)]
         name = c.name.replace('"', "'")
         lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{name}"')
     with data.atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class View:
-    """A plane through the scan, as radiologists show it: the patient's right on the left."""
-    name: str
-    axis: int        # the axis that the plane is perpendicular to
-    letters: str     # orientation letters at the left, right, upper and lower edge of the picture
-    mirrored: bool   # whether the first axis of the plane runs from right to left in the picture
-
-
-VIEWS = (View("axial", 2, "RLAP", True), View("coronal", 1, "RLSI", True),
-         View("sagittal", 0, "PASI", False))
-
-
-def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str = "",
-         reference: np.ndarray | None = None) -> None:
-    """Write a PNG of the axial, coronal and sagittal planes with the most labelled voxels.
-
-    Each plane is shown without and with the segmentation, with orientation letters, a bar of 5 cm
-    and a legend. With a reference, a label map too, the upper row shows it instead of the bare
-    scan, in the planes where it has the most labelled voxels.
-
-    raises ValueError  where matplotlib is not installed
-    """
-    fig = data.new_figure(12, 8, facecolor="black")
-    from matplotlib.patches import Patch
-
-    grey_range = data.grey_range(volume)
-    box = data.bounding_box(volume.array > grey_range[0])      # without the air around a body
-    if box is None:
-        box = ...
-    array, label = volume.array[box], label[box]
-    shown, chosen = np.unique(label), label
-    if reference is not None:
-        reference = reference[box]
-        shown, chosen = np.union1d(shown, np.unique(reference)), reference
-    colours = np.array([(0, 0, 0), *COLOURS[:len(classes)]]) / 255
-    for column, view in enumerate(VIEWS):
-        index = _most_labelled_plane(chosen, view.axis)
-        grey = _grey_plane(np.take(array, index, view.axis), *grey_range)
-        upper = fig.add_axes([column / 3, 0.52, 0.325, 0.4])
-        lower = fig.add_axes([column / 3, 0.12, 0.325, 0.4])
-        for ax, label_map in ((upper, reference), (lower, label)):
-            picture = grey
-            if label_map is not None:
-                values = np.take(label_map, index, view.axis)
-                picture = np.where(values[..., None] > 0, 0.5 * grey + 0.5 * colours[values], grey)
-            _show(ax, picture, view, volume.spacing_mm)
-        upper.set_title(view.name, color="white", fontsize=10)
-    fig.text(0.01, 0.97, f"{title}, bar 5 cm" if title else "bar 5 cm", color="white", fontsize=10)
-    names = [Patch(color=colours[v], label=classes[v - 1].name) for v in shown[shown > 0][:40]]
-    fig.legend(handles=names, ncols=5, loc="lower center", fontsize=9, labelcolor="white",
-               frameon=False)
-    with data.atomic_write(path) as part:
-        fig.savefig(part, dpi=80, facecolor="black")
-
-
-def _most_labelled_plane(label: np.ndarray, axis: int) -> int:
-    """The plane with the most labelled voxels along an axis; the middle one if there are none."""
-    counts = np.count_nonzero(label, axis=tuple(a for a in range(3) if a != axis))
-    return int(counts.argmax()) if counts.any() else len(counts) // 2
-
-
-def _grey_plane(plane: np.ndarray, low: float, high: float) -> np.ndarray:
-    """A plane of intensities as an RGB picture (width, height, 3), from low, 0, to high, 1."""
-    grey = np.clip((plane.astype(np.float32) - low) / (high - low), 0, 1)
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _show(ax, rgb: np.ndarray, view: View, spacing_mm) -> None:
-    """Show one plane with its orientation letters and a bar of 5 cm."""
-    horizontal, vertical = (a for a in range(3) if a != view.axis)
-    if view.mirrored:
-        rgb = rgb[::-1]
-    width, height = rgb.shape[:2]
-    ax.imshow(rgb.transpose(1, 0, 2), origin="lower",
-              aspect=spacing_mm[vertical] / spacing_mm[horizontal])
-    ax.set_axis_off()
-    edges = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
-    for letter, (x, y) in zip(view.letters, edges, strict=True):
-        ax.text(x, y, letter, color="yellow", fontsize=9, ha="center", va="center",
-                transform=ax.transAxes)
-    start, bar = 0.04 * width, 50 / spacing_mm[horizontal]
-    ax.plot([start, start + bar], [0.04 * height] * 2, color="yellow")
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -810,9 +415,11 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--checkpoint", required=True, metavar="FILE",
                     help="a checkpoint of train.py, or one of the authors' released models")
     ap.add_argument("--input", required=True, metavar="PATH", type=Path,
-                    help="a scan (NIfTI), or a folder whose scans are all segmented; one without "
-                         "scans of its own is searched for folders with scans, such as one per "
-                         "patient, after which the results are named")
+                    help="a scan (NIfTI), or a folder whose scans are all segmented; without scans "
+                         "of its own, those of the folders in it, such as one per patient, after "
+                         "which the results are named. In a folder imagesTr or imagesTs, and with "
+                         "a dataset.json beside or above, CASE_0000 is called CASE, and CASE_0001 "
+                         "and higher beside it are other channels; elsewhere names are kept")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", metavar="NAME",
@@ -846,13 +453,13 @@ def parse(argv=None) -> argparse.Namespace:
                     help="segment scans again whose result is there already, and replace results "
                          "of other scans")
     ap.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
-                    help="compute in bf16 (default: where the hardware supports it)")
+                    help="compute in bf16 (default: only on CUDA, from compute capability 8.0 on)")
     ap.add_argument("--plain", action="store_true",
                     help="use the plain model code of model.py instead of its faster equivalents "
                          "in support/fast.py")
     ap.add_argument("--batch", type=int, default=1, metavar="N",
                     help="number of windows per call of the model (default: 1)")
-    ap.add_argument("--overlap", type=float, default=OVERLAP, metavar="X",
+    ap.add_argument("--overlap", type=float, default=data.OVERLAP, metavar="X",
                     help="overlap of neighbouring windows, at least 0 and below 1 (default: "
                          "%(default)s; 0.25 takes about half the time)")
     ap.add_argument("--device", default=best_device(),
@@ -876,22 +483,24 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--clip-weights encodes prompts; give them with --prompt or --text "
                          "FILE.json")
     if args.preview:
-        data.new_figure(1, 1)                # needs matplotlib
+        pictures.new_figure(1, 1)                # needs matplotlib
 
 
-LABEL_WORD = re.compile(r"(?<![a-z])(labels?|labelst[rs]|masks?|seg|segmentations?)(?![a-z])", re.I)
+# In the path of a label map below --input, such as case_seg.nii.gz or labelsTr/x.nii
+LABEL_WORD = re.compile(r"(?<![a-z])(label|mask|seg(mentation)?)(s|s?t[rs])?(?![a-z])", re.I)
+CHANNEL = re.compile(r"(.+_)\d{4}(\.nii(\.gz)?)")        # the name of a file of an nnU-Net dataset
 
 
 def find_scans(path: Path) -> list[Path]:
-    """A scan, or all scans of a folder (imagesTs of nnU-Net included).
+    """A scan, or all scans of a folder: its own *.nii.gz and *.nii files, or else those of the
+    folders in it.
 
-    A folder without scans of its own is searched for folders with scans, at any depth:
-
-        study/patient1/ct.nii.gz, study/patient1/segmentations/liver.nii.gz, study/patient2/ct.nii
+        study/patient1/ct.nii.gz, study/segmentations/liver.nii.gz, study/patient2/ct.nii
         find_scans(study) -> [study/patient1/ct.nii.gz, study/patient2/ct.nii]
 
-    Hidden files and results of infer.py are not scans. Files and folders called label, mask or
-    segmentation are passed over, which is printed, unless the folder itself holds such files only.
+    Hidden files, results of infer.py and further channels of an nnU-Net case are not scans. Files
+    whose path below the folder contains a word for label maps are passed over, and counted in a
+    note.
 
     raises ValueError  if the file is a result, or the folder holds no scan
     """
@@ -899,105 +508,111 @@ def find_scans(path: Path) -> list[Path]:
         if is_result(path):
             raise ValueError(f"{path}: is a result of infer.py, not a scan")
         return [path]
-    own = _scan_files(path)
-    if own and all(_is_called_label(p) for p in own):
-        return own
+    inner = [folder for folder in sorted(path.iterdir())
+             if folder.is_dir() and not data.is_hidden(folder)]
     passed: list[Path] = []
-    scans = _scans_below(path, passed, set())
+    for folders in ([path], inner):
+        found = [file for folder in folders for file in _scan_files(folder)]
+        labelled = [file for file in found if LABEL_WORD.search(str(file.relative_to(path)))]
+        scans = [file for file in found if file not in labelled]
+        passed += labelled
+        if scans:
+            break
+    note = (f"{len(passed)} files passed over because their names are those of label maps, the "
+            f"first {passed[0]}; to segment one, name it with --input") if passed else ""
     if not scans:
-        named = f"; {passed[0]} was passed over because of its name" if passed else ""
-        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or below it; results "
-                         f"of infer.py are not scans{named}")
-    if passed and process_rank() == 0:
-        print(f"note: {len(passed)} files or folders passed over because their names are those of "
-              f"label maps, the first {passed[0]}; to segment it, name it with --input")
+        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or in the folders in "
+                         f"it; results of infer.py are not scans{'; ' * bool(note)}{note}")
+    if note and process_rank() == 0:
+        print(f"note: {note}")
     return scans
 
 
 def _scan_files(folder: Path) -> list[Path]:
-    """The files of a folder, but not below it, that may be scans."""
-    return [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
-            and not data.is_hidden(p) and not p.is_dir() and not is_result(p)]
+    """The files of a folder that may be scans; of an nnU-Net case its first channel only."""
+    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
+             and not data.is_hidden(p) and not p.is_dir() and not is_result(p)]
+    if _is_nnunet(folder):
+        files = [p for p in files if not _is_further_channel(p)]
+    return files
 
 
-def _scans_below(folder: Path, passed: list[Path], seen: set[str]) -> list[Path]:
-    """The scans of a folder; if there are none, those of the folders in it.
-
-    passed  is extended by what was passed over because of its name
-    seen    folders that were looked at, so that a link to a folder above ends the search
-    """
-    if os.path.realpath(folder) in seen:
-        return []
-    seen.add(os.path.realpath(folder))
-    files = _scan_files(folder)
-    scans = [p for p in files if not _is_called_label(p)]
-    passed += [p for p in files if _is_called_label(p)]
-    if scans:
-        return scans
-    for inner in sorted(folder.iterdir()):
-        if not inner.is_dir() or data.is_hidden(inner):
-            continue
-        if _is_called_label(inner):
-            passed.append(inner)
-        else:
-            scans += _scans_below(inner, passed, seen)
-    return scans
+def _is_nnunet(folder: Path) -> bool:
+    """Whether file names end with the number of a channel, as in nnU-Net's datasets: the folder is
+    called imagesTr or imagesTs, or dataset.json lies in it or in the folder above."""
+    return (folder.name in ("imagesTr", "imagesTs") or (folder / "dataset.json").is_file()
+            or (folder.parent / "dataset.json").is_file())
 
 
-def _is_called_label(path: Path) -> bool:
-    """segmentation-3.nii, case_seg.nii.gz, labelsTr/ -> True; ct.nii.gz -> False"""
-    return LABEL_WORD.search(path.name) is not None
+def _is_further_channel(file: Path) -> bool:
+    """Whether a file is called CASE_0001 or higher and CASE_0000 lies beside it."""
+    found = CHANNEL.fullmatch(file.name)
+    if found is None:
+        return False
+    first = file.with_name(f"{found[1]}0000{found[2]}")
+    return first != file and first.exists()
 
 
 def name_scans(scans: list[Path], folder: Path) -> dict[str, Path]:
     """The name of each scan's result.
 
     scans   find_scans(folder)
-    returns {name: scan}; no two results share a file, also where case makes no difference
+    returns {name: scan}
 
-        folder/liver_1_0000.nii.gz                                 -> liver_1
+        folder/ct_2.nii.gz                                         -> ct_2
+        folder/imagesTr/liver_1_0000.nii.gz, as nnU-Net names it   -> liver_1
         folder/patient1/ct.nii.gz, the only scan in its folder     -> patient1
         folder/patient1/ct.nii.gz, beside folder/patient1/pet.nii  -> patient1_ct, patient1_pet
 
-    raises ValueError  if two scans would write one result
+    raises ValueError  if two scans would write one result, also where case makes no difference
     """
     in_folder = Counter(scan.parent for scan in scans)
-    named, taken = {}, {}
+    named: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
     for scan in scans:
-        parts = list(scan.parent.relative_to(folder).parts) if scan != folder else []
-        if not parts or in_folder[scan.parent] > 1:
-            parts.append(data.case_name(scan))
-        name = "_".join(parts)
-        for file in (name, *result_files(name, [], preview=True)):       # `name`: folder of masks
-            key = unicodedata.normalize("NFC", file).casefold()
-            if key in taken and taken[key] != scan:
-                raise ValueError(f"{taken[key]} and {scan} would write the same result {file}; "
-                                 "rename one of them, or segment one at a time with --input FILE "
-                                 "and another --output each")
-            taken[key] = scan
+        parent = scan.parent
+        case = scan.name.removesuffix(".gz").removesuffix(".nii")
+        if _is_nnunet(parent):
+            case = case.removesuffix("_0000")
+        if parent == folder or scan == folder or parent.name in ("imagesTr", "imagesTs"):
+            name = case
+        else:
+            name = parent.name if in_folder[parent] == 1 else f"{parent.name}_{case}"
+        other = taken.setdefault(name.casefold(), scan)
+        if other != scan:
+            raise ValueError(f"{other} and {scan} would write the same result {name}.nii.gz; "
+                             "rename one of them, or segment one at a time with --input FILE and "
+                             "another --output each")
         named[name] = scan
     return named
 
 
 def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> None:
     """raises ValueError  if the results would replace a file that infer.py did not write, or, but
-    for --overwrite, the result of another scan
+    for --overwrite, the result of another scan; or if masks of an unfinished result would seem to
+    belong to the new one
     """
     shared = args.output / "itksnap_labels.txt"
     if os.path.lexists(shared) and not shared.read_bytes().startswith(CLEAR_LABEL.encode()):
         raise ValueError(f"{shared}: exists and was not written by infer.py; choose another folder "
                          "with --output, or move this file away")
     for name, scan in scans.items():
-        record = read_record(args.output, name)
-        own = record.files if record else ()
-        for file in planned_files(name, job, args):
-            if file not in own and os.path.lexists(args.output / file):
-                raise ValueError(f"{args.output / file}: exists and was not written by infer.py; "
-                                 "choose another folder with --output, or move this file away")
-        if record and record.scan != os.path.realpath(scan) and not args.overwrite:
+        planned = [args.output / file for file in planned_files(name, job, args)]
+        for path in planned:
+            if os.path.lexists(path) and not is_own_file(path):
+                raise ValueError(f"{path}: exists and was not written by infer.py; choose another "
+                                 "folder with --output, or move this file away")
+        record = read_record(args.output / f"{name}.json")
+        if record is None:
+            masks = (args.output / name).glob("*.nii.gz")
+            for path in sorted({args.output / f"{name}.png", *masks} - set(planned)):
+                if is_own_file(path):
+                    raise ValueError(f"{path}: is not of the result that would be written beside "
+                                     "it, but of another or an unfinished one; move it away")
+        elif record["made_with"]["scan"]["path"] != os.path.realpath(scan) and not args.overwrite:
             raise ValueError(f"{args.output / name}.nii.gz: is the result of another scan, "
-                             f"{record.scan}, not of {scan}; choose another folder with --output, "
-                             "or --overwrite to replace it")
+                             f"{record['made_with']['scan']['path']}, not of {scan}; choose "
+                             "another folder with --output, or --overwrite to replace it")
 
 
 def planned_files(name: str, job: Job, args: argparse.Namespace) -> list[str]:
@@ -1152,7 +767,7 @@ def load_job(args: argparse.Namespace) -> Job:
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
-    amp = use_amp(args.device) if args.amp is None else args.amp
+    amp = choose_amp(args.device, args.amp)
     flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain,
              args.probabilities]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
@@ -1173,9 +788,10 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
-        seg = segment(volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
-                      overlap=args.overlap, batch=args.batch, amp=job.amp,
-                      probabilities=args.probabilities, progress=process_rank() == 0)
+        seg = streaming.segment(
+            volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
+            overlap=args.overlap, batch=args.batch, amp=job.amp,
+            probabilities=args.probabilities, progress=process_rank() == 0)
     if args.postprocess:
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
@@ -1195,9 +811,10 @@ def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> S
         for name, scan in bar:
             bar.set_postfix_str(name)
             made_with = {"scan": file_identity(scan), **job.settings}
-            record = read_record(args.output, name)
-            there = record and record.finished and record.made_with == made_with
-            if there and not args.overwrite:
+            record = read_record(args.output / f"{name}.json")
+            is_there = (record is not None and record["made_with"] == made_with
+                        and all((args.output / file).exists() for file in record["files"]))
+            if is_there and not args.overwrite:
                 summary.kept.append(name)
                 continue
             try:

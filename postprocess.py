@@ -86,17 +86,19 @@ class PackedMasks:
         word = self.words[k // 32][box]           # a view: changes go into self.words
         word[voxels] &= ~np.uint32(1 << (k % 32))
 
-    def set_planes(self, planes: slice, words: np.ndarray, boxes: dict) -> None:
-        """Replace all masks in some planes of the last axis.
-
-        planes  which planes
-        words   (ceil(K / 32), D, H, planes) uint32  their bits
-        boxes   {k: box} encloses the mask of class k in these planes; a class without a box is
-                empty there
-        """
-        self.words[..., planes] = words
-        for k, box in boxes.items():
-            self.boxes[k] = _enclose([box, self.boxes.get(k, box)])
+    def set_words(self, box: tuple[slice, ...], words: np.ndarray) -> None:
+        """Replace all masks inside a box by words (ceil(K / 32), D, H, W) uint32 of its shape."""
+        self.words[:, *box] = words
+        hits = []            # per axis (ceil(K / 32), n): the bits that are set in each plane
+        for axis in (1, 2, 3):
+            others = tuple(a for a in (1, 2, 3) if a != axis)
+            hits.append(np.bitwise_or.reduce(words, others))
+        for k in range(self.K):
+            planes = [np.flatnonzero(hit[k // 32] >> np.uint32(k % 32) & 1) for hit in hits]
+            if len(planes[0]):
+                found = tuple(slice(b.start + int(p[0]), b.start + int(p[-1]) + 1)
+                              for b, p in zip(box, planes, strict=True))
+                self.boxes[k] = _enclose([found, self.boxes.get(k, found)])
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:

@@ -17,7 +17,7 @@ What differs from the release in training:
 | foreground crops   | drawn by volume: any labelled voxel | by class, then scan, then voxel |
 | tumour crops       | LiTS and three MSD tasks            | every MSD task                  |
 | Dice               | averaged over slices, or an error   | of the whole patch              |
-| precision          | float32                             | bf16 where the hardware has it  |
+| precision          | float32                             | bf16 on GPUs that have it       |
 | start of the heads | as any linear layer                 | as small networks that say "no" |
 
 As in the release every scan weighs the same in the loss, background crops are centred in the body,
@@ -26,6 +26,7 @@ and datasets are drawn uniformly.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -63,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import extension, fast
+from support import extension, fast, pictures
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -135,7 +136,8 @@ class Config:
     dry_run: bool = setting(False, "report what the data covers and stop")
     cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
     seed: int = setting(0, "seed of all random numbers")
-    amp: bool | None = setting(None, "compute in bf16 (default: where the hardware does)")
+    amp: bool | None = setting(None, "compute in bf16 (default: only on CUDA, from compute "
+                               "capability 8.0 on)")
     device: str = setting(infer.best_device(), "the device to compute on: cuda, cuda:N, mps or "
                           "cpu")
 
@@ -752,28 +754,6 @@ def start_log(path: Path, step: int) -> None:
                 write_record(file, record)
 
 
-def draw_curve(log: Path, png: Path) -> None:
-    """The loss curve, where matplotlib is installed."""
-    try:
-        fig = data.new_figure(8, 4, layout="constrained")
-    except ValueError:
-        return
-    records = read_log(log)
-    steps = [r for r in records if "bce" in r and "dice" in r]
-    validations = [r for r in records if "val" in r]
-    ax = fig.add_subplot(xlabel="step", ylabel="loss, Dice", ylim=(0, 1))
-    n = max(1, len(steps) // 100)                  # means of n steps: a hundred points
-    for key in ("bce", "dice"):
-        means = [np.mean([r[key] for r in steps[i:i + n]]) for i in range(0, len(steps), n)]
-        ax.plot([r["step"] for r in steps[::n]], means, label=f"{key} loss")
-    if validations:
-        ax.plot([r["step"] for r in validations], [r["val"] for r in validations], "o-",
-                label="validation Dice")
-    ax.legend()
-    with data.atomic_write(png) as part:
-        fig.savefig(part, dpi=100)
-
-
 # ---- the run -------------------------------------------------------------------------------------
 def check_settings(cfg: Config) -> None:
     """raises ValueError  if OUT holds a run that is not to be resumed or a file that is read (a dry
@@ -794,17 +774,6 @@ def check_settings(cfg: Config) -> None:
     if cfg.clip_weights and cfg.text != "clip":
         raise ValueError("--clip-weights encodes the prompts of --text clip; leave it out with "
                          f"--text {cfg.text}")
-
-
-def trains_in_bf16(cfg: Config) -> bool:
-    """Whether a run computes in bf16.
-
-    raises ValueError  if --amp asks for it where gradients would be wrong
-    """
-    if cfg.amp and infer.emulates_bf16(cfg.device):
-        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
-                         "PyTorch computes in emulated bf16 are wrong; train without --amp")
-    return infer.use_amp(cfg.device) if cfg.amp is None else cfg.amp
 
 
 def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
@@ -872,7 +841,7 @@ def prepare(cfg: Config) -> Prepared | None:
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
-    amp = trains_in_bf16(cfg)
+    amp = infer.choose_amp(device, cfg.amp)
     data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     task.w = task.w.to(device)
@@ -938,7 +907,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 raise KeyboardInterrupt
     infer.leave_processes()
     if first:
-        draw_curve(log, Path(cfg.out) / "curve.png")
+        with contextlib.suppress(ValueError):              # matplotlib is not installed
+            pictures.draw_curve(Path(cfg.out) / "curve.png", read_log(log))
         best = f", best validation Dice {run.best:.3f}" if ready.validation else ""
         print(f"done: {run.step} steps, {last}{best}")
     return scores

@@ -308,7 +308,7 @@ def segment(scan: Path, weights: Path, out_dir, *flags: str) -> float:
 
 def count_windows(scan: Path) -> int:
     image, *_ = data.preprocess(data.read_checked(scan))
-    return infer.count_windows(image.shape, FULL.side)
+    return data.count_windows(image.shape, FULL.side)
 
 
 def peak_gb() -> float:
@@ -318,7 +318,7 @@ def peak_gb() -> float:
 
 def bf16() -> bool:
     """Whether this processor computes in bf16; elsewhere it is not measured."""
-    return infer.use_amp("cpu")
+    return infer.has_bf16_instructions()
 
 
 # ---- calls of single rows ------------------------------------------------------------------------

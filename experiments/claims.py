@@ -44,7 +44,7 @@ import metrics
 import model
 import train
 from experiments import openkbp, phantom
-from support import fast
+from support import fast, pictures, streaming
 
 SCRATCH = "from scratch"
 
@@ -403,7 +403,7 @@ def draw_patients(folder: Path, study: Study, run: dict, out: Path) -> None:
         volume = data.load_volume(study.test / f"imagesTs/{patient}_0000.nii.gz")
         label, reference = (data.load_volume(path / f"{patient}.nii.gz").array
                             for path in (out, study.test / "labelsTs"))
-        infer.draw(folder / f"{study.name}_{name}.png", volume, label,
+        pictures.draw(folder / f"{study.name}_{name}.png", volume, label,
                    labels.load_classes(study.classes),
                    f"{patient}: contours above, prediction below, mean Dice {mean[patient]:.2f}",
                    reference)
@@ -456,8 +456,9 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
     thetas = []
     for scan in scans_of(test / "imagesTs").values():
         image, *_ = data.preprocess(data.load_volume(scan), content["config"]["spacing_mm"])
-        middle = [n // 2 for n in image.shape]
-        window = torch.from_numpy(data.cut_out(image, middle, content["config"]["patch"]))
+        patch = content["config"]["patch"]
+        corner = [(n - patch) // 2 for n in image.shape]
+        window = torch.from_numpy(data.cut_out(image, corner, patch))
         with torch.no_grad():
             deep, _ = network.backbone(window[None, None])
             f = network.pool(network.pool_norm(deep).mean((2, 3, 4)))          # (1, 256)
@@ -493,14 +494,14 @@ def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
 
 def draw_theta(png: Path, maps: dict) -> None:
     """theta_k on its first two principal axes: a point per class and scan, a plot per method."""
-    figure = data.new_figure(7 * len(maps), 7, layout="constrained")
+    figure = pictures.new_figure(7 * len(maps), 7, layout="constrained")
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for ax, (method, (names, theta)) in zip(axes, maps.items(), strict=True):
         points = theta.flatten(0, 1) - theta.mean((0, 1))
         u, s, _ = torch.linalg.svd(points, full_matrices=False)
         xy = (u * s)[:, :2].view(len(theta), len(names), 2).numpy()
         for k, name in enumerate(names):
-            ax.scatter(*xy[:, k].T, s=18, color=np.array(infer.COLOURS[k]) / 255)
+            ax.scatter(*xy[:, k].T, s=18, color=np.array(pictures.COLOURS[k]) / 255)
             ax.annotate(name, xy[:, k].mean(0), fontsize=9)
         ax.set(title=method, xlabel="first principal axis", ylabel="second principal axis")
     with data.atomic_write(png) as part:
@@ -602,7 +603,7 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
         label_rows = label_map.to_label_rows(data.load_volume(file).array, str(file))
         for first in range(0, len(pairs), ROWS_AT_ONCE):
             part = pairs[first:first + ROWS_AT_ONCE]
-            seg = infer.segment(volume, network, torch.stack([row for _, row in part]),
+            seg = streaming.segment(volume, network, torch.stack([row for _, row in part]),
                                 spacing_mm=config["spacing_mm"], patch=config["patch"],
                                 overlap=0.25)
             for i, (k, _) in enumerate(part):

@@ -45,8 +45,8 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import data
-import infer
 import labels
+from support import pictures
 
 # What a truth value means, as a set of classes: a lesion voxel also belongs to its host organ.
 TRUTH = {
@@ -985,7 +985,7 @@ def draw(path, seed, anatomy="abdomen"):
     volume = data.to_ras(image, affine)
     volume.modality = "ct" if kind.modality == "CT" else "mri"
     names = [" + ".join(sorted(names)) for names in kind.truth.values()]
-    infer.draw(path, volume, data.to_ras(truth, affine).array,
+    pictures.draw(path, volume, data.to_ras(truth, affine).array,
                [SimpleNamespace(name=name) for name in names])
 
 

@@ -11,6 +11,7 @@ import data
 import infer
 import labels
 from model import FORMAT, build_model
+from support import pictures, streaming
 
 
 def identity(x, w):
@@ -29,15 +30,15 @@ def test_identity_network_survives_the_sliding_window(shape, overlap):
 
 
 def test_window_starts_are_spread_evenly_and_cover_the_scan():
-    assert infer.window_starts(150, 64) == [0, 29, 57, 86]
-    assert infer.window_starts(64, 64, 0.9) == [0]
-    assert infer.window_starts(150, 64, 0.25) == [0, 43, 86]
+    assert data.window_starts(150, 64) == [0, 29, 57, 86]
+    assert data.window_starts(64, 64, 0.9) == [0]
+    assert data.window_starts(150, 64, 0.25) == [0, 43, 86]
 
 
 def test_window_weight_is_a_gaussian_with_a_lower_bound():
     """Beside the centre of 8 voxels, x = 0.5 on each axis and sigma = 1; in the corner, x = 3.5
     would give exp(-18.4), so that the bound holds. One voxel off along one axis, x = 1.5."""
-    weight = infer.window_weight(8)
+    weight = data.window_weight(8)
     assert weight.shape == (8, 8, 8) and weight.dtype == torch.float32
     assert weight[3, 4, 3].item() == weight.max().item() == pytest.approx(np.exp(-0.375))
     assert weight[5, 4, 3].item() == pytest.approx(np.exp(-(1.5 ** 2 + 0.25 + 0.25) / 2))
@@ -84,32 +85,31 @@ def test_windows_of_air_are_computed_once():
     def model(x, w):
         calls.append(len(x))
         return identity(x, w)
-    x = np.zeros((64, 64, 256), np.float32)
+    x = torch.zeros(64, 64, 256)
     x[:, :, :30] = 0.5
-    infer.sliding_window(x, model, torch.zeros(1, 1), patch=64)
+    parts = [logits.clone() for _, logits in streaming.slabs(x, model, torch.zeros(1, 1), patch=64)]
     assert len(calls) == 2                       # one window with tissue, one of air
+    assert torch.equal(torch.cat(parts, 3), x[None])
 
 
-def test_bf16_is_the_default_only_where_the_hardware_computes_in_it(monkeypatch):
-    """CUDA: from compute capability 8.0 (Ampere). CPU: where oneDNN is built in and the processor
-    has the instructions; oneDNN supports bf16 on every AVX-512, and emulates it without them."""
+def test_bf16_is_the_default_only_on_cuda_from_ampere_on(monkeypatch):
+    """Compute capability 8.0. On a CPU --amp is allowed where the processor has the instructions:
+    oneDNN emulates bf16 without them, and then computes wrong gradients."""
     for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert infer.use_amp("cuda") is expected
-    assert infer.use_amp("mps") is False
-    monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {}))
-    assert infer.use_amp("cpu") is infer.emulates_bf16("cpu") is False
-    monkeypatch.setattr(torch.ops, "mkldnn", type("Ops", (), {
-        "_is_mkldnn_bf16_supported": staticmethod(lambda: True)}))
-    processors = (
-        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}, False),
-        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
-        ({"architecture": "aarch64", "bf16": True}, True),
-    )
-    for processor, expected in processors:
+        assert infer.choose_amp("cuda", None) is expected
+        assert infer.choose_amp("cuda", True) and not infer.choose_amp("cuda", False)
+    processors = (({"avx512_f": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True),
+                  ({"amx_bf16": True}, True), ({"architecture": "aarch64", "bf16": True}, True))
+    for processor, allowed in processors:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda p=processor: p)
-        assert infer.use_amp(torch.device("cpu")) is expected
-        assert infer.emulates_bf16("cpu") is not expected
+        assert infer.choose_amp("cpu", None) is infer.choose_amp("cpu", False) is False
+        if allowed:
+            assert infer.choose_amp(torch.device("cpu"), True)
+        else:
+            with pytest.raises(ValueError, match="--amp: this processor has no instructions"):
+                infer.choose_amp("cpu", True)
+    assert infer.choose_amp("mps", None) is False
 
 
 def sphere_scan(tmp_path, codes="LPS", spacing=(2.0, 2.5, 3.0), shape=(70, 60, 52)):
@@ -131,9 +131,9 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
     def model(x, w):
         return torch.cat([(x - 0.647) * 50, (0.2 - x) * 0 - 9], 1)
     v = data.load_volume(path)
-    seg = infer.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
+    seg = streaming.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
     classes = labels.make_classes(["Ball", "Nothing"])
-    results = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1],
+    results = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
                                   masks=True, preview=False, volume=v)
     got = nib.load(tmp_path / "out/scan.nii.gz")
     assert np.array_equal(got.affine, nib.load(path).affine) and got.shape == expected.shape
@@ -151,12 +151,39 @@ def test_a_slab_has_at_most_half_a_window():
     Each slab begins where the one before ended."""
     image = torch.rand(32, 32, 56)
     found = [(start, logits.shape[3]) for start, logits in
-             infer.slabs(image, lambda x, w: x, torch.ones(1, 1), patch=32, overlap=0.25)]
+             streaming.slabs(image, lambda x, w: x, torch.ones(1, 1), patch=32, overlap=0.25)]
     assert found == [(0, 16), (16, 8), (24, 16), (40, 16)]
 
 
-def test_slabs_and_whole_volume_give_the_same_segmentation(tmp_path):
-    """Slab by slab gives what sigmoid, resampling and threshold of the whole logits give."""
+@pytest.mark.parametrize("codes, spacing, shape, K", [
+    ("RAS", (2, 2, 2), (66, 70, 120), 3),         # three slabs, all classes
+    ("LPS", (1, 2.5, 4), (50, 40, 20), 35),       # padded to a window; more than 32 classes
+    ("RAS", (9, 2, 2), (12, 70, 80), 2),          # fewer native planes than the network sees
+])
+def test_slab_by_slab_gives_the_segmentation_of_the_whole_volume(tmp_path, codes, spacing, shape,
+                                                                 K):
+    """Bit for bit, where the network says the same whatever is beside a window; class 1 is found
+    nowhere."""
+    path, _ = sphere_scan(tmp_path, codes, spacing, shape)
+    volume = data.load_volume(path)
+
+    def model(x, w):
+        smooth = torch.nn.functional.avg_pool3d(x, 5, 1, 2)
+        logits = [(smooth - t) * 20 for t in np.linspace(0.3, 0.8, len(w))]
+        logits[1] = smooth - 9
+        return torch.cat(logits, 1)
+    how = {"spacing_mm": 1.5, "patch": 64}
+    whole = infer.segment(volume, model, torch.zeros(K, 1), **how)
+    by_slab = streaming.segment(volume, model, torch.zeros(K, 1), **how)
+    found = whole.masks.to_array()
+    assert found.any((1, 2, 3)).sum() == K - 1 and not found[1].any()
+    assert np.array_equal(by_slab.masks.to_array(), found)
+    assert np.array_equal(by_slab.winner[found.any(0)], whole.winner[found.any(0)])
+    assert by_slab.midline == whole.midline and by_slab.masks.boxes == whole.masks.boxes
+
+
+def test_a_scan_is_segmented_as_its_resampled_probabilities_say(tmp_path):
+    """Computed once more in NumPy: sigmoid, resampling and threshold of the whole logits."""
     path, _ = sphere_scan(tmp_path, "RAS", (2, 2, 2), (66, 70, 120))
     v = data.load_volume(path)
 
@@ -187,7 +214,7 @@ def test_slabs_and_whole_volume_give_the_same_segmentation(tmp_path):
 
 def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
     classes = labels.make_classes(["Organ", {"name": "Tumor", "parents": ["Organ"]}, "Other"])
-    seg = infer.Segmentation((6, 1, 1), 3)
+    seg = streaming.Segmentation((6, 1, 1), 3)
     on = {0: [1, 1, 1, 0, 0, 1], 1: [0, 1, 0, 1, 0, 1], 2: [0, 0, 1, 0, 0, 1]}
     for k, mask in on.items():
         seg.masks.set(k, np.array(mask, bool).reshape(6, 1, 1))
@@ -199,7 +226,7 @@ def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
 def test_class_70_is_merged_like_any_other():
     """70 classes need three words per voxel, and 300 a 16-bit label map."""
     for K in (70, 300):
-        seg = infer.Segmentation((2, 1, 1), K)
+        seg = streaming.Segmentation((2, 1, 1), K)
         seg.masks.set(K - 1, np.array([True, False]).reshape(2, 1, 1))
         seg.winner[0] = K - 1
         classes = labels.make_classes([f"part {k}" for k in range(K)])
@@ -237,11 +264,11 @@ def test_a_picture_shows_the_reference_above_the_result_and_leaves_out_air(tmp_p
     label[30:34, 30:34, 30:34] = 1
     reference[30:34, 30:34, 30:34] = 2
     classes = [labels.Class("Liver"), labels.Class("Spleen")]
-    colours = np.array(infer.COLOURS[:2])
+    colours = np.array(pictures.COLOURS[:2])
     volume = data.Volume(array, np.diag([8., 8, 8, 1]))
     seen = {}
     for name, above in (("alone", None), ("beside", reference)):
-        infer.draw(tmp_path / f"{name}.png", volume, label, classes, "title", above)
+        pictures.draw(tmp_path / f"{name}.png", volume, label, classes, "title", above)
         picture = 255 * plt.imread(tmp_path / f"{name}.png")[..., :3]
         grey = 255 * (40 - data.HU_WINDOW[0]) / (data.HU_WINDOW[1] - data.HU_WINDOW[0])
         middle = len(picture) // 2
@@ -256,12 +283,40 @@ def test_a_picture_shows_the_reference_above_the_result_and_leaves_out_air(tmp_p
     assert seen["alone", "lower", 0] == seen["beside", "lower", 0] > 0.2 * 200 ** 2
 
 
+def test_a_picture_shows_the_patients_right_on_the_left_and_front_and_head_above(tmp_path):
+    """A cube of 40 mm, which has 10 x 20 x 40 voxels, at the patient's right, front and head. It is
+    a square in all three planes: left and above in the axial and the coronal one, right (front) and
+    above in the sagittal one. Of the letters at the edges, R has more ink than L."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    label = np.zeros((40, 80, 160), np.uint8)
+    label[26:36, 52:72, 104:144] = 1
+    volume = data.Volume(np.full(label.shape, 40, np.int16), np.diag([4.0, 2, 1, 1]))
+    pictures.draw(tmp_path / "a.png", volume, label, [labels.Class("Liver")])
+    picture = 255 * plt.imread(tmp_path / "a.png")[..., :3]
+    height, width = picture.shape[:2]
+    grey = 255 * (40 - data.HU_WINDOW[0]) / (data.HU_WINDOW[1] - data.HU_WINDOW[0])
+    lower = picture[round(0.48 * height):round(0.88 * height)]        # the row with the label
+    for column, on_the_left in enumerate((True, True, False)):
+        start = round(column * width / 3)
+        panel = lower[:, start:start + round(0.325 * width)]
+        red = abs(panel - (grey + np.array(pictures.COLOURS[0])) / 2).max(-1) < 3
+        rows, columns = np.nonzero(red)
+        assert 0.9 < np.ptp(columns) / np.ptp(rows) < 1.1
+        assert rows.mean() < 0.45 * len(panel)
+        assert bool(columns.mean() < 0.5 * panel.shape[1]) is on_the_left
+        yellow = (panel[..., :2].min(-1) > 200) & (panel[..., 2] < 100)
+        middle = slice(round(0.4 * len(panel)), round(0.6 * len(panel)))
+        edge = round(0.15 * panel.shape[1])
+        ink = yellow[middle, :edge].sum() - yellow[middle, -edge:].sum()
+        assert ink > 0 or not on_the_left
+
+
 def test_a_picture_of_more_classes_than_the_legend_holds(tmp_path):
     pytest.importorskip("matplotlib")
     n = 60
     label = np.arange(8 * 8 * 8).reshape(8, 8, 8) % (n + 1)
     volume = data.Volume(np.full((8, 8, 8), 40, np.int16), np.diag([30., 30, 30, 1]))
-    infer.draw(tmp_path / "a.png", volume, label, [labels.Class(f"c{k}") for k in range(n)])
+    pictures.draw(tmp_path / "a.png", volume, label, [labels.Class(f"c{k}") for k in range(n)])
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -296,8 +351,8 @@ def error_line(capsys) -> str:
 def no_model(monkeypatch):
     """infer.main without a model: every scan gets an empty result."""
     def segment(volume, model, w, *, probabilities, **how):
-        return infer.Segmentation(volume.array.shape, len(w), probabilities)
-    monkeypatch.setattr(infer, "segment", segment)
+        return streaming.Segmentation(volume.array.shape, len(w), probabilities)
+    monkeypatch.setattr(streaming, "segment", segment)
 
 
 def tiny_scan(path, value=0):
@@ -389,50 +444,67 @@ def test_results_beside_scans_are_not_scans(tmp_path, checkpoint, capsys, no_mod
     assert "no scan" in error_line(capsys) and not (tmp_path / "other").exists()
 
 
-def test_a_result_that_a_killed_run_left_is_not_a_scan_and_is_finished(tmp_path, checkpoint,
-                                                                       capsys, no_model,
-                                                                       monkeypatch):
-    """The run ends after the masks and the label map, before the JSON, or just after it. Masks that
-    were not asked for again do not stay."""
+def test_a_result_without_json_is_unfinished(tmp_path, checkpoint, capsys, no_model, monkeypatch):
+    """The run is killed after the masks, before the label map: what it wrote is not a scan and is
+    replaced, but masks that were not asked for again do not stay beside the new result."""
     scan, out = tiny_scan(tmp_path / "in/x.nii"), tmp_path / "out"
+    save_like = data.save_like
 
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    def finish(step):
-        with monkeypatch.context() as patch:
-            patch.setattr(infer, *step)
-            assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
-    real = infer._write_json
-
-    def killed_after_json(path, content):
-        real(path, content)
-        if path.name == "x.json":
+    def killed(path, *args, **kwargs):
+        if path.name == "x.nii.gz":
             raise KeyboardInterrupt
-    for step in (("finish_result", killed), ("_write_json", killed_after_json)):
-        finish(step)
-        assert (out / "x.nii.gz").exists() and (out / "x.json").exists() == (step[0][0] == "_")
-        assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
-        assert command(checkpoint, scan, out, "--masks") == 0
-        assert "1 scan(s)" in capsys.readouterr().out and len(content_of(out)) == 5
-        finish(step)
-        assert command(checkpoint, scan, out) == 0
-        assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.json", "x.nii.gz"]
+        save_like(path, *args, **kwargs)
+    assert command(checkpoint, scan, out) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_like", killed)
+        assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
+    assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.nii.gz", "x/liver.nii.gz",
+                                       "x/spleen.nii.gz"]
+    assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
+    capsys.readouterr()
+    assert command(checkpoint, scan, out) == 2
+    assert "x/liver.nii.gz: is not of the result that would be written" in error_line(capsys)
+    assert command(checkpoint, scan, out, "--masks") == 0
+    assert "1 scan(s)" in capsys.readouterr().out and len(content_of(out)) == 5
+    (out / "x/liver.nii.gz").unlink()                  # a result is there only with all its files
+    assert command(checkpoint, scan, out, "--masks") == 0
+    assert "there already" not in capsys.readouterr().out and len(content_of(out)) == 5
+    assert command(checkpoint, scan, out) == 0
+    assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.json", "x.nii.gz"]
+
+
+def test_every_nifti_file_of_a_result_says_who_wrote_it(tmp_path, checkpoint, no_model):
+    """Also where the scan's own header has another description. A copy is a result, too; what is
+    drawn by hand under the name of a mask is neither replaced nor removed."""
+    scan, out = tmp_path / "x.nii", tmp_path / "out"
+    img = nib.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), np.eye(4))
+    img.header["descrip"] = b"my scanner"
+    nib.save(img, scan)
+    assert not infer.is_result(scan)
+    assert command(checkpoint, scan, out, "--masks", "--probabilities") == 0
+    files = list(out.rglob("*.nii.gz"))
+    assert len(files) == 5 and all(map(infer.is_result, files))
+    (tmp_path / "copy.nii.gz").write_bytes(files[0].read_bytes())
+    assert infer.is_result(tmp_path / "copy.nii.gz")
+    drawn = tiny_scan(out / "x/liver.nii.gz").read_bytes()
+    assert command(checkpoint, scan, out, "--masks", "--overwrite") == 2
+    assert command(checkpoint, scan, out, "--classes", "spleen") == 0
+    assert sorted(p.name for p in out.rglob("*.nii.gz")) == ["liver.nii.gz", "x.nii.gz"]
+    assert (out / "x/liver.nii.gz").read_bytes() == drawn
 
 
 def test_a_json_of_another_program_is_no_record(tmp_path):
-    for text in ("", "{}", "[1]", '{"made_with": 3, "scan": "x"}', '{"made_with": null}',
-                 '{"made_with": {"scan": null}}', '{"made_with": null, "scan": "x", "files": 4}'):
+    for text in ("", "{}", "[1]", '{"made_with": 3}', '{"made_with": {"scan": null}}',
+                 '{"made_with": {"scan": {"path": "x"}}, "files": 4}'):
         (tmp_path / "x.json").write_text(text)
-        assert infer.read_record(tmp_path, "x") is None, text
-    (tmp_path / "x.json").write_text(json.dumps(
-        {"made_with": None, "scan": "x", "files": ["../y", "y.nii.gz", "x/../../y", "x/a.nii.gz"]}))
-    assert infer.read_record(tmp_path, "x").files == {"x.nii.gz", "x.json", "x/a.nii.gz"}
+        assert infer.read_record(tmp_path / "x.json") is None, text
+    assert infer.read_record(tmp_path / "y.json") is None
 
 
 @pytest.mark.parametrize("first, second", [
-    ("a.nii", "a.nii.gz"), ("x.nii.gz", "x_0000.nii.gz"), ("Case.nii.gz", "case.nii.gz"),
-    ("\u00e4.nii", "a\u0308.nii"), ("p/q_r/c.nii", "p_q/r/c.nii"), ("p/q.nii", "P/q.nii")])
+    ("a.nii", "a.nii.gz"), ("imagesTr/x.nii.gz", "imagesTr/x_0000.nii.gz"),
+    ("imagesTr/x_0000.nii.gz", "imagesTs/x_0000.nii.gz"), ("Case.nii.gz", "case.nii.gz"),
+    ("p/q.nii", "P/q.nii")])
 def test_two_scans_that_would_write_one_result_are_refused(tmp_path, checkpoint, capsys, first,
                                                            second):
     paths = [tiny_scan(tmp_path / "in" / first), tiny_scan(tmp_path / "in" / second)]
@@ -444,63 +516,76 @@ def test_two_scans_that_would_write_one_result_are_refused(tmp_path, checkpoint,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_different_scans_of_one_run_never_write_the_same_file(tmp_path, seed):
-    """Names and folders that are easily mixed up: either refused, or no file in common."""
-    rng = np.random.default_rng(seed)
-    words = ["a", "A", "a_b", "b", "a_0000", "a.nii.gz", "a.json", "b_c"]
-    for _ in range(6):
-        folders = [words[i] + "_" for i in rng.integers(0, 3, rng.integers(0, 3))]
-        file = tmp_path.joinpath(*folders, words[rng.integers(len(words))] + ".nii.gz")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.is_dir():
-            file.touch()
-    scans = infer.find_scans(tmp_path)
-    assert len(set(scans)) == len(scans) > 0
-    try:
-        named = infer.name_scans(scans, tmp_path)
-    except ValueError:
-        return
-    assert sorted(named.values()) == scans
-    files = [f.casefold() for name in named for f in
-             {name, *infer.result_files(name, ["Liver"], masks=True, preview=True)}]
-    assert len(set(files)) == len(files)
+def names_found(folder) -> list[str]:
+    return list(infer.name_scans(infer.find_scans(folder), folder))
+
+
+@pytest.mark.parametrize("files, names", [
+    # numbers are channels in nnU-Net's folders only, and only beside the first channel
+    (["vol_0000.nii", "vol_0001.nii"], ["vol_0000", "vol_0001"]),
+    (["dataset.json", "p_0000.nii", "p_0001.nii", "q_0001.nii"], ["p", "q_0001"]),
+    (["dataset.json", "imagesTr/p_0000.nii", "imagesTr/p_0001.nii", "imagesTs/q_0000.nii",
+      "labelsTr/p.nii"], ["p", "q"]),
+    # the folders in a folder, but not those further down, and only without scans above
+    (["a/ct.nii", "b/ct.nii", "b/pet.nii", "c/d/ct.nii"], ["a", "b_ct", "b_pet"]),
+    (["ct.nii", "a/ct.nii"], ["ct"]),
+])
+def test_results_are_named_after_folder_and_file(tmp_path, files, names):
+    for file in files:
+        path = tmp_path / "in" / file
+        if path.suffix == ".json":
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("{}")
+        else:
+            tiny_scan(path)
+    assert names_found(tmp_path / "in") == names
+
+
+def test_a_single_file_of_a_dataset_is_called_like_its_case(tmp_path):
+    for file, name in (("imagesTs/p_0000.nii.gz", "p"), ("other/p_0000.nii.gz", "p_0000")):
+        scan = tiny_scan(tmp_path / file)
+        assert infer.name_scans(infer.find_scans(scan), scan) == {name: scan}
 
 
 def test_a_study_with_one_folder_per_patient(tmp_path, checkpoint, capsys, no_model):
     """Results are called after the folders; what is hidden, a label or a result is passed over."""
     study = tmp_path / "study"
-    for file in ("patient1/ct.nii.gz", "patient1/segmentations/liver.nii.gz", "patient2/ct.nii.gz",
-                 "patient2/pet.nii", "patient2/ct_mask.nii.gz", "deep/2020/imaging.nii.gz",
-                 "deep/2020/segmentation.nii.gz", "deep/2021/imaging.nii.gz"):
+    for file in ("patient1/ct.nii.gz", "segmentations/liver.nii.gz", "patient2/ct.nii.gz",
+                 "patient2/pet.nii", "patient2/ct_mask.nii.gz"):
         tiny_scan(study / file)
     for file in ("patient1/._ct.nii.gz", "._x.nii.gz", ".hidden/ct.nii.gz"):
         (study / file).parent.mkdir(exist_ok=True)
         (study / file).write_bytes(b"not a scan")
-    (study / "deep/loop").symlink_to(study)
+    (study / "loop").symlink_to(study)
     (study / "patient1/notes.txt").touch()
-    names = ["deep_2020", "deep_2021", "patient1", "patient2_ct", "patient2_pet"]
+    names = ["patient1", "patient2_ct", "patient2_pet"]
     for out in (tmp_path / "out", study):
         assert command(checkpoint, study, out, "--masks") == 0
         said = capsys.readouterr().out
-        assert "5 scan(s)" in said
-        assert "note: 2 files or folders passed over" in said
+        assert "3 scan(s)" in said
+        assert "note: 2 files passed over" in said
         assert sorted(p.name for p in out.glob("*.nii.gz") if p.name[0] != ".") == [
             f"{name}.nii.gz" for name in names]
         record = json.loads((out / "patient2_pet.json").read_text())
         assert record["scan"] == str(study / "patient2/pet.nii")
         assert command(checkpoint, study, out, "--masks") == 0     # also with results in the study
-        assert "0 scan(s)" in (said := capsys.readouterr().out) and "5 there already" in said
+        assert "0 scan(s)" in (said := capsys.readouterr().out) and "3 there already" in said
 
 
-def test_a_folder_of_label_maps_only_is_taken_as_it_is(tmp_path):
-    scan = tiny_scan(tmp_path / "mask_1.nii.gz")
-    assert infer.find_scans(tmp_path) == [scan]
-    tiny_scan(tmp_path / "below/label.nii")
-    assert infer.find_scans(tmp_path) == [scan]
-    scan.unlink()
-    with pytest.raises(ValueError, match="no scan.*label.nii was passed over"):
+@pytest.mark.parametrize("name", ["mask_1", "case_seg", "labels", "Segmentation-3", "labelsTr/x",
+                                  "x/maskTs", "liver label"])
+def test_label_maps_in_a_folder_are_not_segmented(tmp_path, name):
+    """Only a file that is named with --input."""
+    scan = tiny_scan(tmp_path / f"{name}.nii.gz")
+    with pytest.raises(ValueError, match="no scan.*1 files passed over.*name it with --input"):
         infer.find_scans(tmp_path)
+    assert infer.find_scans(scan) == [scan]
+
+
+@pytest.mark.parametrize("name", ["ct", "segovia", "unlabelled", "damask"])
+def test_words_that_only_contain_a_word_for_label_maps(tmp_path, name):
+    scan = tiny_scan(tmp_path / f"{name}.nii.gz")
+    assert infer.find_scans(tmp_path) == [scan]
 
 
 def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
@@ -513,8 +598,8 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         smooth = torch.nn.functional.avg_pool3d(x, 5, 1, 2)
         return torch.cat([(smooth - t) * 9 for t in (0.3, 0.5, 0.9)], 1)
     how = {"spacing_mm": 1.5, "patch": 64}
-    seg = infer.segment(v, model, torch.zeros(3, 1), probabilities=True, **how)
-    plain = infer.segment(v, model, torch.zeros(3, 1), **how)
+    seg = streaming.segment(v, model, torch.zeros(3, 1), probabilities=True, **how)
+    plain = streaming.segment(v, model, torch.zeros(3, 1), **how)
     assert plain.levels is None and np.array_equal(seg.winner, plain.winner)
     assert np.array_equal(seg.masks.to_array(), plain.masks.to_array())
     assert np.array_equal(seg.levels > 127, seg.masks.to_array())
@@ -533,7 +618,7 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
     seg.levels[1, 0, 0, 0] = 255
     infer.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
-                        [0, 1, 2], masks=False, preview=False, volume=v)
+                        [0, 1, 2], {}, masks=False, preview=False, volume=v)
     assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [
         "a_probability.nii.gz", "b_probability.nii.gz", "c_d_probability.nii.gz"]
     img = nib.load(tmp_path / "out/scan/b_probability.nii.gz")
@@ -545,9 +630,10 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
 
 def test_probability_one_half_is_rounded_down_and_one_is_255():
     """Logits 0, 0.01, -100, 100 -> probabilities 0.5 (no mask), 0.5025 (mask), 0 and 1."""
-    seg = infer.Segmentation((4, 1, 1), 1, probabilities=True)
+    seg = streaming.Segmentation((4, 1, 1), 1, probabilities=True)
     at = [np.arange(4.0), np.zeros(1), np.zeros(1)]
-    seg.put(torch.tensor([0, 0.01, -100, 100]).view(1, 4, 1, 1), infer.Placement(at))
+    box = (slice(0, 4), slice(0, 1), slice(0, 1))
+    seg.put(torch.tensor([0, 0.01, -100, 100]).view(1, 4, 1, 1), data.Placement(box, at))
     assert seg.levels.ravel().tolist() == [127, 128, 0, 255]
     assert seg.masks.get(0).ravel().tolist() == [False, True, False, True]
 
@@ -604,7 +690,7 @@ def test_plain_gives_the_same_result_files_and_is_a_setting_of_a_result(tmp_path
     content = torch.load(checkpoint, weights_only=True)
     model = build_model(content["spec"])
     model.load_state_dict(content["model"])
-    image = torch.from_numpy(infer.pad_to(data.preprocess(data.load_volume(scan), 4.0)[0], 64)[0])
+    image = torch.from_numpy(data.pad_to(data.preprocess(data.load_volume(scan), 4.0)[0], 64)[0])
     bias, = (p for p in model.parameters() if p.shape == (153,))
     with torch.no_grad():
         bias[-1] -= model(image[None, None], content["w"])[:, :, image > 0].median()

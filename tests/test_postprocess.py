@@ -7,10 +7,10 @@ from scipy import ndimage
 from scipy.ndimage import gaussian_filter
 
 import data
-import infer
 import labels
 import postprocess
 from postprocess import PackedMasks, Pieces
+from support import streaming
 
 NAMES = ["Right Kidney", "Left Kidney", "Liver", "Pancreas", "Colon", "Right Lung", "Left Lung",
          "Kidney Tumor", "Liver Tumor", "Kidney Cyst"]
@@ -379,7 +379,7 @@ def test_a_scan_of_half_a_body_is_segmented_without_a_midline(view):
     """A right kidney at the low end of the view stays the right one."""
     hu, _ = body(0)
     volume = data.Volume(hu[view], np.diag([4.0, 4.5, 5.0, 1.0]))
-    seg = infer.segment(volume, lambda x, w: x.expand(-1, 2, -1, -1, -1) - 2, torch.zeros(2, 1),
+    seg = streaming.segment(volume, lambda x, w: x.expand(-1, 2, -1, -1, -1) - 2, torch.zeros(2, 1),
                         spacing_mm=4.0, patch=64)
     whole = view == slice(0, 40)
     assert (seg.midline is None) is not whole and (not whole or abs(seg.midline - 19.5) < 1)

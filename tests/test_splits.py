@@ -16,7 +16,7 @@ import labels
 import metrics
 import model
 import train
-from support import public
+from support import public, streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ def untrained():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "update", lambda *_: ({"loss": 0.0, "bce": 0.0, "dice": 0.0}, False))
         patch.setattr(train, "validate", lambda *_: {"D": {"Liver": 0.5}})
-        patch.setattr(train, "draw_curve", lambda *_: None)
-        patch.setattr(infer, "segment", lambda volume, _, w, **__:
-                      infer.Segmentation(volume.array.shape, len(w)))
+        patch.setattr(train.pictures, "draw_curve", lambda *_: None)
+        patch.setattr(streaming, "segment", lambda volume, _, w, **__:
+                      streaming.Segmentation(volume.array.shape, len(w)))
         yield
 
 

@@ -12,8 +12,8 @@ import torch
 from conftest import SHARED, needs_shared
 
 import clip_text
-from support import fast
 import model
+from support import fast
 
 FORMS = {"plain": lambda network: network, "fast": fast.accelerate}
 EVERY = 37                      # of the 512 numbers of a text embedding, every 37th is stored
