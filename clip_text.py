@@ -580,8 +580,8 @@ def encode_for(path: str | Path, trained_names: list[str], trained_w: Tensor,
 # ---- files of text embeddings --------------------------------------------------------------------
 def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
     """Write the text embeddings w (K, E) of the classes with these names; see read_text."""
-    import data
-    with data.atomic_write(path) as part:
+    from support import files
+    with files.atomic_write(path) as part:
         torch.save({"names": list(names), "w": w.clone()}, part)
 
 

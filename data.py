@@ -47,7 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from support import sides
+from support import files, sides
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 VOXEL_SIDE_MM = (0.02, 50)      # plausible sides of a voxel; others are refused, mm
@@ -75,7 +75,6 @@ CT_NAMES = frozenset({"ct", "cta"})                  # names of a channel, in lo
 MRI_NAMES = frozenset({"mr", "mri", "t1", "t1w", "t2", "t2w", "flair"})
 AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
-ENDINGS = (".nii.gz", ".nii")
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
 FINE_LEVELS = 1 << 12                        # see fingerprint
@@ -176,7 +175,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
     voxels = from_ras(array, img.affine).reshape(img.shape)
     out = type(img)(voxels, None, header)
     out.header.set_slope_inter(slope, 0)
-    with atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         out.to_filename(part)
 
 
@@ -296,26 +295,6 @@ def _note(text: str) -> None:
 
 
 # ---- files that are written ---------------------------------------------------------------------
-@contextlib.contextmanager
-def atomic_write(path: str | Path):
-    """Write a file completely or not at all: `with atomic_write(path) as part:` writes to `part`,
-    which is renamed to `path` if the block succeeds and deleted if it fails."""
-    path = Path(path)
-    ending = path.suffix
-    for known in ENDINGS:
-        if path.name.endswith(known):
-            ending = known
-            break
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{ending}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield part
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):    # torch.save raises RuntimeError
-            raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from None
-        raise
 
 
 def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
@@ -403,32 +382,6 @@ def core_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
-    """The JSON object in a file.
-
-    kinds  what the file may hold: dict, an object, or list, a list
-
-    raises ValueError  if the file cannot be read or holds anything else
-    """
-    try:
-        content = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(content, kinds):
-        raise ValueError(f"{path}: expected a JSON {'list or ' * (list in kinds)}object")
-    return content
-
-
-def case_name(path: Path) -> str:
-    """imagesTr/liver_1_0000.nii.gz -> liver_1"""
-    name = path.stem
-    for ending in ENDINGS:
-        if path.name.endswith(ending):
-            name = path.name.removesuffix(ending)
-            break
-    return name.removesuffix("_0000")
 
 
 # ---- geometry ----------------------------------------------------------------------------------
@@ -657,9 +610,9 @@ def _datasets_inside(root: Path) -> list[Path]:
     """The dataset folders directly inside a folder. Those one folder deeper are named as not used.
     """
     inside = sorted(path.parent for path in root.glob("*/dataset.json")
-                    if not is_hidden(path.parent) and _has_training_images(path))
+                    if not files.is_hidden(path.parent) and _has_training_images(path))
     deeper = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/dataset.json")
-                    if not any(is_hidden(folder) for folder in path.parents[:2])
+                    if not any(files.is_hidden(folder) for folder in path.parents[:2])
                     and path.parents[1] not in inside)
     _report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
                  "them", deeper)
@@ -667,12 +620,7 @@ def _datasets_inside(root: Path) -> list[Path]:
 
 
 def _has_training_images(dataset_json: Path) -> bool:
-    return (dataset_json.parent / "imagesTr").is_dir() or "training" in read_json(dataset_json)
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is hidden, such as "._ct.nii.gz" in an archive made on a Mac."""
-    return path.name.startswith(".")
+    return (dataset_json.parent / "imagesTr").is_dir() or "training" in files.read_json(dataset_json)
 
 
 def dataset_name(folder: Path) -> str:
@@ -686,7 +634,7 @@ def case_of(image: Path) -> str:
 
     imagesTr/liver_1_0000.nii.gz -> liver_1   s0011/ct.nii.gz -> s0011
     """
-    name = case_name(image)
+    name = files.case_name(image)
     return image.absolute().parent.name if name in COMMON_NAMES else name
 
 
@@ -722,20 +670,20 @@ def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
         except (KeyError, TypeError):
             raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
                              '{"image": FILE, "label": FILE}') from None
-        return [pair for pair in pairs if not is_hidden(pair[0])]
-    images = [path for path in (folder / "imagesTr").glob("*.nii*") if not is_hidden(path)]
+        return [pair for pair in pairs if not files.is_hidden(pair[0])]
+    images = [path for path in (folder / "imagesTr").glob("*.nii*") if not files.is_hidden(path)]
     _report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
                  "not used", sorted(path.name for path in images
                                     if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)))
-    return [(image, folder / "labelsTr" / f"{case_name(image)}{ending}") for ending in ENDINGS
+    return [(image, folder / "labelsTr" / f"{files.case_name(image)}{ending}") for ending in files.ENDINGS
             for image in sorted(images) if image.name.endswith(f"_0000{ending}")]
 
 
 def _listed_image(image: Path) -> Path:
     """The image that dataset.json lists. Version 1 of nnU-Net leaves "_0000" out of the list."""
     if not image.is_file():
-        for ending in ENDINGS:
-            with_channel = image.parent / f"{case_name(image)}_0000{ending}"
+        for ending in files.ENDINGS:
+            with_channel = image.parent / f"{files.case_name(image)}_0000{ending}"
             if with_channel.is_file():
                 return with_channel
     return image
@@ -770,7 +718,7 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
                                           class, or a file is missing
     """
     where = folder / "dataset.json"
-    info = read_json(where)
+    info = files.read_json(where)
     name = dataset_name(folder)
     label_map = labels.label_map(info.get("labels"), classes, str(where),
                                  context=str(info.get("name") or name))
@@ -1175,7 +1123,7 @@ def read_split(paths, fold: str = "") -> list[SplitEntry]:
     entries, has_folds = [], False
     for path in map(Path, paths):
         if path.suffix.lower() == ".json":
-            content = read_json(path, (dict, list))
+            content = files.read_json(path, (dict, list))
             if isinstance(content, list):
                 content, has_folds = _choose_fold(path, content, fold), True
             entries += _entries_of_json(path, content)

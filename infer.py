@@ -37,7 +37,7 @@ import data
 import labels
 import postprocess
 from model import load_checkpoint
-from support import extension, fast, pictures, streaming
+from support import extension, fast, files, pictures, streaming
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
@@ -292,7 +292,7 @@ def is_result(path: Path) -> bool:
 
 def is_own_file(path: Path) -> bool:
     """Whether infer.py wrote this file, of any kind."""
-    if path.name.endswith(data.ENDINGS):
+    if path.name.endswith(files.ENDINGS):
         return is_result(path)
     if path.suffix == ".json":
         return read_record(path) is not None
@@ -365,7 +365,7 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
                       software=DESCRIPTION)
     data.save_like(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
-    with data.atomic_write(out_dir / f"{name}.json") as part:
+    with files.atomic_write(out_dir / f"{name}.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content["classes"]
 
@@ -380,7 +380,7 @@ def write_itksnap_labels(path: Path, classes) -> None:
         red, green, blue = pictures.COLOURS[k % len(pictures.COLOURS)]
         name = c.name.replace('"', "'")
         lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{name}"')
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -509,7 +509,7 @@ def find_scans(path: Path) -> list[Path]:
             raise ValueError(f"{path}: is a result of infer.py, not a scan")
         return [path]
     inner = [folder for folder in sorted(path.iterdir())
-             if folder.is_dir() and not data.is_hidden(folder)]
+             if folder.is_dir() and not files.is_hidden(folder)]
     passed: list[Path] = []
     for folders in ([path], inner):
         found = [file for folder in folders for file in _scan_files(folder)]
@@ -530,8 +530,8 @@ def find_scans(path: Path) -> list[Path]:
 
 def _scan_files(folder: Path) -> list[Path]:
     """The files of a folder that may be scans; of an nnU-Net case its first channel only."""
-    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(data.ENDINGS)
-             and not data.is_hidden(p) and not p.is_dir() and not is_result(p)]
+    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(files.ENDINGS)
+             and not files.is_hidden(p) and not p.is_dir() and not is_result(p)]
     if _is_nnunet(folder):
         files = [p for p in files if not _is_further_channel(p)]
     return files
@@ -634,7 +634,7 @@ def read_prompts(path: Path, classes) -> dict[str, str]:
 
     raises ValueError  in one line with the path
     """
-    content = data.read_json(path)
+    content = files.read_json(path)
     if not content:
         raise ValueError(f'{path}: expected prompts such as {{"Liver": "A CT of a liver"}}')
     prompts: dict[str, str] = {}

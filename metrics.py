@@ -470,9 +470,9 @@ def score_case(pred_path: Path, ref_path: Path, classes, indices: list[int],
 def _seen(folder: Path, case: str) -> str:
     """What infer.py noted about a case: whether its model has seen the scan in "training" or
     "validation", "no", or "unknown"; "" for the prediction of another tool."""
-    import data
+    from support import files
     path = folder / f"{case}.json"
-    seen = data.read_json(path).get("seen") if path.is_file() else ""
+    seen = files.read_json(path).get("seen") if path.is_file() else ""
     return seen if seen in SEEN else ""
 
 
@@ -493,10 +493,10 @@ def _table_of(folder: Path, case: str) -> tuple[Path | None, dict]:
     It is the case's own JSON, as infer.py writes it, or dataset.json here or one folder up.
     returns  (None, {}) if there is none
     """
-    import data
+    from support import files
     for path in (folder / f"{case}.json", folder / "dataset.json", folder.parent / "dataset.json"):
         if path.is_file():
-            content = data.read_json(path)
+            content = files.read_json(path)
             if "labels" in content:
                 return path, content["labels"]
             if "classes" in content:
@@ -514,8 +514,8 @@ def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
     Without a table beside it the values are taken for class numbers, 1 for the first class.
     raises  ValueError  if there is no table and a value is no class number
     """
-    import data
     import labels
+    from support import files
     where, table = _table_of(path.parent, case)
     if where is None:
         if raw.max() > len(classes):
@@ -525,7 +525,7 @@ def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
         table = {c.name: number for number, c in enumerate(classes, 1)}
     context = ""
     if where is not None and where.name == "dataset.json":
-        context = str(data.read_json(where).get("name") or where.resolve().parent.name)
+        context = str(files.read_json(where).get("name") or where.resolve().parent.name)
     return labels.label_map(table, classes, str(where or path.parent), context=context)
 
 
@@ -533,10 +533,11 @@ def _annotated_in(ref_path: Path, case: str, classes) -> np.ndarray:
     """(K,) bool: the classes that the reference annotates in this case, by "annotated" in its
     dataset.json, as in training. All of them where that does not list the case."""
     import data
+    from support import files
     where, _ = _table_of(ref_path.parent, case)
     if where is None:
         return np.ones(len(classes), bool)
-    listed = data.annotated_per_case(data.read_json(where), classes, where, only=case)
+    listed = data.annotated_per_case(files.read_json(where), classes, where, only=case)
     return listed.get(case, np.ones(len(classes), bool))
 
 
@@ -797,8 +798,8 @@ def _write_results(folder: Path, protocol: str, results: list[dict], summary: di
     import csv
     import json
 
-    import data
-    with data.atomic_write(folder / "metrics.csv") as part:
+    from support import files
+    with files.atomic_write(folder / "metrics.csv") as part:
         with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, results[0])
             writer.writeheader()
@@ -806,7 +807,7 @@ def _write_results(folder: Path, protocol: str, results: list[dict], summary: di
     content = {"protocol": protocol, **summary, "cases": results}
     # JSON has no nan and no inf: null instead
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    with data.atomic_write(folder / "metrics.json") as part:
+    with files.atomic_write(folder / "metrics.json") as part:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"written: {folder / 'metrics.csv'}, {folder / 'metrics.json'}")
 

@@ -64,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import extension, fast, pictures
+from support import extension, fast, files, pictures
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -546,7 +546,7 @@ def save(path: Path, run: Run, cfg: Config) -> None:
     """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
     content = {**describe_run(run, cfg), "model": run.network.state_dict(),
                "optimizer": run.optimiser.state_dict()}
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         torch.save(content, part)
 
 
@@ -748,7 +748,7 @@ def read_log(path: Path) -> list[dict]:
 def start_log(path: Path, step: int) -> None:
     """Cut the log back to the steps before `step`."""
     records = [record for record in read_log(path) if record["step"] < step]
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         with open(part, "w", encoding="utf-8") as file:
             for record in records:
                 write_record(file, record)
@@ -789,7 +789,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     out.mkdir(parents=True, exist_ok=True)
     if process_rank() == 0:
         start_log(out / "log.jsonl", run.step)
-        with data.atomic_write(out / "config.json") as part:
+        with files.atomic_write(out / "config.json") as part:
             text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
             part.write_text(text, encoding="utf-8")
     return run

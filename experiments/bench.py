@@ -55,7 +55,7 @@ import losses
 import metrics
 import model as plain_form
 import postprocess
-from support import fast
+from support import fast, files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -817,9 +817,9 @@ def pieces_table(entries: list[dict]) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 def write(content: dict, out: Path) -> None:
     """The JSON, and its tables beside it."""
-    with data.atomic_write(out) as part:
+    with files.atomic_write(out) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
-    with data.atomic_write(out.with_suffix(".md")) as part:
+    with files.atomic_write(out.with_suffix(".md")) as part:
         part.write_text(markdown(content), encoding="utf-8")
 
 

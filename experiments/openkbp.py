@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import labels
 from experiments.phantom import write_nifti
+from support import files
 
 GRID = 128                      # voxels along each axis of every scan of the source
 AIR_HU = -1024                  # HU of a voxel that ct.csv does not list, and of the value 0 in it
@@ -199,7 +200,7 @@ def _write_dataset_json(path: Path, annotated: dict[str, list[str]]) -> None:
     by_number = {case: annotated[case] for case in sorted(annotated, key=_by_number)}
     content = {"channel_names": {"0": "CT"}, "labels": LABELS, "annotated": by_number,
                "file_ending": ".nii.gz", "numTraining": len(annotated), "source": SOURCE}
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -208,7 +209,7 @@ def write_class_table(path: Path) -> None:
     largest piece."""
     entries = [{"name": name, "solid": 1.0} | ({"side": SIDES[name]} if name in SIDES else {})
                for name in STRUCTURES.values()]
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import data
+from support import files
 
 
 def new_figure(width: float, height: float, **kwargs):
@@ -99,7 +100,7 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     names = [Patch(color=colours[v], label=classes[v - 1].name) for v in shown[shown > 0][:40]]
     fig.legend(handles=names, ncols=5, loc="lower center", fontsize=9, labelcolor="white",
                frameon=False)
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         fig.savefig(part, dpi=80, facecolor="black", metadata={"Software": software})
 
 
@@ -152,7 +153,7 @@ def draw_curve(path: Path, records: list[dict]) -> None:
         ax.plot([r["step"] for r in validations], [r["val"] for r in validations], "o-",
                 label="validation Dice")
     ax.legend()
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         fig.savefig(part, dpi=100)
 
 

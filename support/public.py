@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import data
 import labels
+from support import files
 
 
 class PublicDataset(NamedTuple):
@@ -152,13 +153,13 @@ def prepare(name: str, folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: no such folder")
     path, original_path = folder / "dataset.json", folder / ORIGINAL
     if path.is_file():
-        if "prepared_by" in data.read_json(path):
+        if "prepared_by" in files.read_json(path):
             print(f"{path}: prepared already; remove it to have it written again")
             return
         raise ValueError(f"{path}: it came with the dataset and is not overwritten; rename it (`mv "
                          f"{path} {original_path}`), and its modality and its list of scans are "
                          "taken over")
-    original = data.read_json(original_path) if original_path.is_file() else {}
+    original = files.read_json(original_path) if original_path.is_file() else {}
     channels = original.get("channel_names") or original.get("modality")
     if channels and name != "amos":                      # of which only the CT scans are listed
         content["channel_names"] = channels
@@ -177,7 +178,7 @@ def prepare(name: str, folder: Path) -> None:
     content["training"] = [{"image": PUBLIC[name].image.format(case),
                             "label": PUBLIC[name].label.format(case)} for case in cases]
     content["prepared_by"] = "support.public"
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {len(cases)} cases")
 
@@ -242,7 +243,7 @@ def merge_structures(name: str, folder: Path, cases: list[str]) -> tuple[dict, d
     for case in cases:
         masks = (folder / label.format(case)).parent.glob("segmentations/*.nii.gz")
         files[case] = {mask.name.removesuffix(".nii.gz"): mask for mask in masks
-                       if not data.is_hidden(mask)}
+                       if not files.is_hidden(mask)}
         _refuse_foreign(folder / label.format(case))
     found = {structure for files_of_case in files.values() for structure in files_of_case}
     class_of = dict(STRUCTURES[name])
@@ -324,9 +325,9 @@ def write_folds(folder: Path, k: int) -> None:
     for start, stop in zip(ends[:-1], ends[1:], strict=True):
         folds.append({"train": cases[:start] + cases[stop:], "val": cases[start:stop]})
     path = folder / FOLDS_FILE
-    if path.exists() and data.read_json(path, (dict, list)) != folds:
+    if path.exists() and files.read_json(path, (dict, list)) != folds:
         raise ValueError(f"{path}: exists and has other folds; move it away")
-    with data.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(folds, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {k} folds, for train.py --split {path} --fold 0 to {k - 1}")
 

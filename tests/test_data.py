@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import labels
-from support import pictures
+from support import files, pictures
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -835,7 +835,7 @@ TEXT = '{"name": "Säugetier 肝", "labels": {"liver": 1}}'
 def test_json_is_read_with_or_without_a_byte_order_mark(tmp_path, raw):
     """UTF-16 is what PowerShell writes for `python labels.py kits > dataset.json`."""
     (tmp_path / "a.json").write_bytes(raw)
-    assert data.read_json(tmp_path / "a.json") == json.loads(TEXT)
+    assert files.read_json(tmp_path / "a.json") == json.loads(TEXT)
     table = f'["Säugetier", {json.dumps("肝", ensure_ascii=False)}]'
     (tmp_path / "b.json").write_bytes(raw.replace(TEXT.encode(), table.encode())
                                       if TEXT.encode() in raw else table.encode("utf-16"))
@@ -846,7 +846,7 @@ def test_json_is_read_with_or_without_a_byte_order_mark(tmp_path, raw):
 def test_what_is_no_json_object_is_refused_with_the_path(tmp_path, raw):
     path = tmp_path / "a.json"
     path.write_bytes(raw)
-    for read in (data.read_json, labels.load_classes):
+    for read in (files.read_json, labels.load_classes):
         with pytest.raises(ValueError, match="a.json: ") as e:
             read(path)
         assert "\n" not in str(e.value)

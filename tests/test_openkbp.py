@@ -12,6 +12,7 @@ from conftest import SHARED, needs_shared
 import data
 import labels
 from experiments import openkbp
+from support import files
 
 SHARED_CASES = [("Dataset007_OpenKBP", "Tr", "pt_13"), ("Dataset007_OpenKBP", "Tr", "pt_38"),
                 ("Dataset008_OpenKBPTest", "Ts", "pt_242")]
@@ -239,9 +240,9 @@ def test_an_interrupted_run_is_resumed_and_ends_as_one_that_was_not(small, tmp_p
                 raise KeyboardInterrupt
         done.append(path)
 
-    atomic_write = data.atomic_write
+    atomic_write = files.atomic_write
     with monkeypatch.context() as patch:
-        patch.setattr(data, "atomic_write", interrupted)
+        patch.setattr(files, "atomic_write", interrupted)
         assert run(source, tmp_path / "kbp") == 130
     assert len(contents(tmp_path / "kbp")) == len(set(done))
     for image in (tmp_path / "kbp").rglob("*_0000.nii.gz"):
