@@ -697,5 +697,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    import labels
-    sys.exit(labels.run(main))
+    from support import processes
+    sys.exit(processes.run(main))

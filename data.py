@@ -14,7 +14,6 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import gzip
@@ -23,13 +22,9 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import sys
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from support import files, sides
+from support import files, processes, sides
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 VOXEL_SIDE_MM = (0.02, 50)      # plausible sides of a voxel; others are refused, mm
@@ -79,9 +74,6 @@ COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder 
 FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
 FINE_LEVELS = 1 << 12                        # see fingerprint
 CACHE_VERSION = 3
-DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
-CAN_FORK = sys.platform == "linux"                   # macOS can, but not safely
-PR_SET_PDEATHSIG = 1            # Linux's prctl: which signal a process gets when its parent ends
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -315,75 +307,6 @@ def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
                              f"choose another place with {flag}")
 
 
-@contextlib.contextmanager
-def exclusive_lock(path: Path):
-    """Hold a lock while the block runs, so that only one process at a time is in it.
-
-    path  a file that is made for the lock, and stays
-
-    The operating system releases the lock when its process ends, in whatever way; a forked worker
-    does not inherit it. Where there are no such locks (Windows, some network file systems),
-    several processes may be in the block.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
-def pool_map(function, items, workers: int = -1, *, desc: str, unit: str, quiet: bool = False):
-    """[function(item) for item in items], computed by several processes, with a progress bar.
-
-    function  a function of a module, or functools.partial of one: it is sent to the processes
-    workers   how many processes; 0 or 1: this one; -1: as many as cores, at most DEFAULT_WORKERS
-    quiet     no progress bar
-
-    A worker is a copy of this process, so that the user's script is not run again. Where a process
-    cannot be copied (macOS, Windows), this one does the work. What `function` raises for an item is
-    raised here; the remaining items are then left.
-    """
-    items = list(items)
-    if workers < 0:
-        workers = min(DEFAULT_WORKERS, core_count())
-    workers = min(workers, len(items))
-
-    def collect(results) -> list:
-        with tqdm(results, total=len(items), desc=desc, unit=unit, disable=quiet) as bar:
-            return list(bar)
-
-    if workers < 2 or not CAN_FORK:
-        return collect(map(function, items))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_worker,
-                             (os.getpid(),)) as pool:
-        try:
-            return collect(pool.map(function, items))
-        except BrokenExecutor:
-            raise OSError(f"{desc}: a worker process was killed; is the memory full? Use fewer "
-                          "--workers") from None
-        except BaseException:                            # Ctrl-C included: do not begin the rest
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _begin_worker(parent: int) -> None:
-    """What a worker process does first: it arranges to be killed when its parent ends, even by
-    SIGKILL, and to end without a word at Ctrl-C, which the parent reports."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:                           # it has ended before
-        os._exit(1)
-    torch.set_num_threads(1)                             # OpenMP's threads are not copied
-
-
-def core_count() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # ---- geometry ----------------------------------------------------------------------------------
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
     """The smallest box that holds every true voxel, widened by `margin` voxels where there is room.
@@ -614,7 +537,7 @@ def _datasets_inside(root: Path) -> list[Path]:
     deeper = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/dataset.json")
                     if not any(files.is_hidden(folder) for folder in path.parents[:2])
                     and path.parents[1] not in inside)
-    _report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
+    processes.report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
                  "them", deeper)
     return inside
 
@@ -672,7 +595,7 @@ def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
                              '{"image": FILE, "label": FILE}') from None
         return [pair for pair in pairs if not files.is_hidden(pair[0])]
     images = [path for path in (folder / "imagesTr").glob("*.nii*") if not files.is_hidden(path)]
-    _report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
+    processes.report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
                  "not used", sorted(path.name for path in images
                                     if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)))
     return [(image, folder / "labelsTr" / f"{files.case_name(image)}{ending}") for ending in files.ENDINGS
@@ -687,19 +610,6 @@ def _listed_image(image: Path) -> Path:
             if with_channel.is_file():
                 return with_channel
     return image
-
-
-def _report(text: str) -> None:
-    """Print one line; of several processes under torchrun, only the first does."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
-
-
-def _report_some(what: str, names: list[str]) -> None:
-    """Print how many there are, and the first five names; nothing if there are none."""
-    if names:
-        more = ", ..." if len(names) > 5 else ""
-        _report(f"note: {len(names)} {what}: {', '.join(names[:5])}{more}")
 
 
 def read_datasets(roots, classes, *, modality: str = "") -> list[Case]:
@@ -726,11 +636,11 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
     if not pairs:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     own_annotated = annotated_per_case(info, classes, where)
-    _report_some(f'cases that "annotated" in {where} names are not here',
+    processes.report_some(f'cases that "annotated" in {where} names are not here',
                  sorted(own_annotated.keys() - pairs.keys()))
     amos_mri = set() if modality else set(filter(is_amos_mri, pairs))
     if amos_mri:
-        _report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
+        processes.report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
     modality = modality or modality_of(info, where)
     if modality not in ("ct", "mri"):
         raise ValueError(f"the modality must be ct or mri, got {modality!r}")
@@ -808,7 +718,7 @@ def modality_of(info: dict, where: str | Path) -> str:
         channels = {"0": channels}
     first = str(channels.get("0", next(iter(channels.values()))))
     if len(channels) > 1:
-        _report(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+        processes.report(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
     if first.lower() in CT_NAMES:
         return "ct"
     if first.lower() in MRI_NAMES:
@@ -1078,10 +988,10 @@ def build_all(cases: list[Case], cache: Path, spacing_mm: float = SPACING_MM, *,
     with its workers, while the others wait, and then find the entries.
     """
     if any(find(case, cache, spacing_mm) is None for case in cases):
-        with exclusive_lock(cache / ".lock"):
+        with processes.exclusive_lock(cache / ".lock"):
             missing = [case for case in cases if find(case, cache, spacing_mm) is None]
             make = functools.partial(build, cache=cache, spacing_mm=spacing_mm)
-            pool_map(make, missing, workers, desc="preprocess", unit="scan", quiet=quiet)
+            processes.pool_map(make, missing, workers, desc="preprocess", unit="scan", quiet=quiet)
     return [build(case, cache, spacing_mm) for case in cases]
 
 
@@ -1199,8 +1109,8 @@ def match_split(entries: list[SplitEntry], cases: list[Case]) -> dict[str, str]:
             raise ValueError(f"{found[0]} is in two parts of the split: {parts[found[0]]!r} and "
                              f"{entry.part!r}")
     unnamed = [case.name for case in cases if case.name not in parts]
-    _report_some("scans of the split are not in --data", absent)
-    _report_some("scans of --data are not in the split and not used", unnamed)
+    processes.report_some("scans of the split are not in --data", absent)
+    processes.report_some("scans of --data are not in the split and not used", unnamed)
     return parts
 
 
@@ -1221,7 +1131,7 @@ def divide_scans(scans: list[Scan], parts: dict[str, str]) -> tuple[list[Scan], 
                 chosen[part].append(scan)
             else:
                 twins.append(f"{scan.case.name} = {copy}")
-        _report_some(f"scans were left out of {part!r}, because a copy of each is in a later part "
+        processes.report_some(f"scans were left out of {part!r}, because a copy of each is in a later part "
                      "of the split", twins)
         held_out |= {scan.meta["fingerprint"]: scan.case.name for scan in of_part}
     return chosen["train"], chosen["val"]

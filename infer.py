@@ -37,7 +37,7 @@ import data
 import labels
 import postprocess
 from model import load_checkpoint
-from support import extension, fast, files, pictures, streaming
+from support import extension, fast, files, pictures, processes, streaming
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
@@ -871,4 +871,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(labels.run(main))
+    sys.exit(processes.run(main))

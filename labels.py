@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support import processes
+
 TEMPLATES = {
     "V1": "A photo of a {}.",
     "V2": "There is {} in this computerized tomography.",
@@ -683,16 +685,6 @@ def describe_values(label_map: LabelMap, classes) -> list[str]:
 
 
 # ---- commands ----------------------------------------------------------------------------------
-def run(main, argv=None) -> int:
-    """Run a command. An error that a user can cause is printed as one line, with exit status 2."""
-    try:
-        return main(argv) or 0
-    except (ValueError, OSError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def main(argv=None) -> int:
@@ -715,4 +707,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(processes.run(main))

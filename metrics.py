@@ -680,9 +680,9 @@ def _case_name(path: Path) -> str:
 
 def _score_all(pairs: list[tuple[Path, Path]], classes, indices, tolerance) -> list[dict]:
     """`score_case` of every pair of files, in several processes."""
-    import data
+    from support import processes
     jobs = [(pred, ref, classes, indices, tolerance) for pred, ref in pairs]
-    return sum(data.pool_map(_score_job, jobs, desc="score", unit="case"), [])
+    return sum(processes.pool_map(_score_job, jobs, desc="score", unit="case"), [])
 
 
 def _score_job(job: tuple) -> list[dict]:
@@ -858,5 +858,5 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     import sys
 
-    import labels
-    sys.exit(labels.run(main))
+    from support import processes
+    sys.exit(processes.run(main))

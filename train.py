@@ -64,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import extension, fast, files, pictures
+from support import extension, fast, files, pictures, processes
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -948,4 +948,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(labels.run(main))
+    sys.exit(processes.run(main))

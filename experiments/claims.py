@@ -44,7 +44,7 @@ import metrics
 import model
 import train
 from experiments import openkbp, phantom
-from support import fast, files, pictures, streaming
+from support import fast, files, pictures, processes, streaming
 
 SCRATCH = "from scratch"
 
@@ -1034,4 +1034,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(labels.run(main))
+    sys.exit(processes.run(main))

@@ -29,9 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import labels
 from experiments.phantom import write_nifti
-from support import files
+from support import files, processes
 
 GRID = 128                      # voxels along each axis of every scan of the source
 AIR_HU = -1024                  # HU of a voxel that ct.csv does not list, and of the value 0 in it
@@ -231,4 +230,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(labels.run(main))
+    sys.exit(processes.run(main))

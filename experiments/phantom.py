@@ -45,8 +45,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import data
-import labels
-from support import files, pictures
+from support import files, pictures, processes
 
 # What a truth value means, as a set of classes: a lesion voxel also belongs to its host organ.
 TRUTH = {
@@ -1012,4 +1011,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(labels.run(main))
+    sys.exit(processes.run(main))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import labels
-from support import files
+from support import files, processes
 
 
 class PublicDataset(NamedTuple):
@@ -359,4 +359,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(labels.run(main))
+    sys.exit(processes.run(main))

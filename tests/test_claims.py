@@ -10,8 +10,8 @@ import torch
 from conftest import SHARED
 
 import data
-import labels
 from experiments import bench, claims, openkbp, phantom
+from support import processes
 
 ROOT = Path(__file__).parents[1]
 STORED = [file for file in sorted((ROOT / "experiments" / "results").glob("*.json"))
@@ -248,7 +248,7 @@ def test_a_phantom_of_another_size_in_the_same_folder_is_refused(tmp_path, monke
 def test_openkbp_without_its_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
     args = ["partial-labels", "--study", "openkbp", "--kbp", str(tmp_path / "no"),
             "--out", str(tmp_path / "out")]
-    assert labels.run(claims.main, args) == 2
+    assert processes.run(claims.main, args) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "--kbp" in error and str(tmp_path / "no") in error
 
@@ -272,7 +272,7 @@ def test_the_tables_of_results_md_are_those_of_the_stored_numbers(file):
 
 
 def test_real_scans_without_their_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
-    assert labels.run(claims.main, ["real-scans", "--out", str(tmp_path)]) == 2
+    assert processes.run(claims.main, ["real-scans", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "--real DIR" in error
 

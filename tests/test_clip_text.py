@@ -19,7 +19,7 @@ from conftest import SHARED, needs_shared
 from torch import nn
 
 import clip_text
-import labels
+from support import processes
 
 MERGES_FILE = SHARED / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 
@@ -481,9 +481,9 @@ def test_the_command_never_writes_over_a_file_that_it_reads(tmp_path, monkeypatc
     rows = tmp_path / "rows.pt"
     torch.save(torch.eye(32), rows)
     before = rows.read_bytes()
-    assert labels.run(clip_text.main, ["--text", str(rows), "--out", str(rows)]) == 2
+    assert processes.run(clip_text.main, ["--text", str(rows), "--out", str(rows)]) == 2
     (tmp_path / "similarity.png").symlink_to(rows)
     monkeypatch.chdir(tmp_path)
-    assert labels.run(clip_text.main, ["--text", str(rows), "--similarity"]) == 2
+    assert processes.run(clip_text.main, ["--text", str(rows), "--similarity"]) == 2
     assert capsys.readouterr().err.count("would overwrite the input file") == 2
     assert rows.read_bytes() == before

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import labels
-from support import files, pictures
+from support import files, pictures, processes
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ FAULTS = {"4D": "3D scan", "label shape": "label has shape", "unknown value": "[
 def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
     import train
     folder = broken(tmp_path, what)
-    status = labels.run(train.main, [
+    status = processes.run(train.main, [
         "--data", str(folder), "--out", str(tmp_path / "run"), "--text", "onehot", "--patch", "64",
         "--width", "8"])
     printed = capsys.readouterr().err.replace("\r", "\n").split("\n")

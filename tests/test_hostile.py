@@ -21,6 +21,7 @@ import labels
 import metrics
 import model
 import train
+from support import processes
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
 EYE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -209,7 +210,7 @@ def lines(text):
 def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, tmp_path, capsys):
     path, _ = make(name, tmp_path)
     out = tmp_path / "out"
-    assert labels.run(infer.main, ["--checkpoint", checkpoint, "--input", str(path), "--output",
+    assert processes.run(infer.main, ["--checkpoint", checkpoint, "--input", str(path), "--output",
                                    str(out)]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not list(out.glob("*.nii*"))
     root = tmp_path / "Dataset907_Bad"
@@ -220,13 +221,13 @@ def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, 
     if ending == ".nii":
         img = nib.load(root / "labelsTr" / "z.nii.gz")
         nib.save(nib.Nifti1Image(np.asarray(img.dataobj), img.affine), root / "labelsTr" / "z.nii")
-    assert labels.run(train.main, ["--data", str(root), "--out", str(tmp_path / "r2"), "--text",
+    assert processes.run(train.main, ["--data", str(root), "--out", str(tmp_path / "r2"), "--text",
                                    "onehot", "--cache", str(tmp_path / "c2")]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not (tmp_path / "r2").exists()
     for folder in ("pred", "ref"):
         (tmp_path / folder).mkdir()
         shutil.copy(path, tmp_path / folder / f"z{ending}")
-    assert labels.run(metrics.main, ["--pred", str(tmp_path / "pred"), "--ref",
+    assert processes.run(metrics.main, ["--pred", str(tmp_path / "pred"), "--ref",
                                      str(tmp_path / "ref")]) == 2
     assert len(lines(capsys.readouterr().err)) == 1
     assert not (tmp_path / "pred" / "metrics.json").exists()
@@ -239,18 +240,18 @@ def test_a_bad_scan_does_not_stop_a_folder_and_a_second_run_does_only_what_is_mi
         write_nifti(scans / f"s{i}.nii.gz", body(i)[0], affine_of("LPS", (4, 4, 5)))
     (scans / "bad.nii.gz").write_bytes(b"no scan")
     args = ["--checkpoint", checkpoint, "--input", str(scans), "--output", str(tmp_path / "out")]
-    assert labels.run(infer.main, args) == 1
+    assert processes.run(infer.main, args) == 1
     out = capsys.readouterr()
     assert "failed: " in out.err and "bad.nii.gz" in out.err and "2 scan(s)" in out.out
     stamp = (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns
     write_nifti(scans / "bad.nii.gz", body(5)[0], affine_of("RAS", (4, 4, 5)))
-    assert labels.run(infer.main, args) == 0 and "1 scan(s)" in (text := capsys.readouterr().out)
+    assert processes.run(infer.main, args) == 0 and "1 scan(s)" in (text := capsys.readouterr().out)
     assert "2 there already" in text and (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns == stamp
-    assert labels.run(infer.main, [*args, "--overwrite"]) == 0
+    assert processes.run(infer.main, [*args, "--overwrite"]) == 0
     assert (tmp_path / "out/s0.nii.gz").stat().st_mtime_ns != stamp
-    assert labels.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes
+    assert processes.run(infer.main, [*args, "--classes", "liver"]) == 0     # other classes
     assert "3 scan(s)" in capsys.readouterr().out.split("there already")[-1]
-    assert labels.run(infer.main, [*args, "--classes", "liver", "--modality", "mri"]) == 0
+    assert processes.run(infer.main, [*args, "--classes", "liver", "--modality", "mri"]) == 0
     assert "3 scan(s)" in capsys.readouterr().out               # another scaling of grey values
     assert not [p for p in (tmp_path / "out").rglob("*") if "part" in p.name]
 
@@ -349,7 +350,7 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused(tmp_path, capsys, checkpo
     write_nifti(tmp_path / "s.nii.gz", BOX, EYE)
     argv = ["--checkpoint", str(tmp_path / "evil.pt"), "--input", str(tmp_path / "s.nii.gz"),
             "--output", str(tmp_path / "o")]
-    assert labels.run(infer.main, argv) == 2
+    assert processes.run(infer.main, argv) == 2
     assert "evil.pt" in capsys.readouterr().err and not target.exists()
 
 
@@ -416,7 +417,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(left, disk, checkpoi
                           "--steps", "1"], 500_000),
             (train.main, [*size, "--out", str(tmp_path / "new"), "--cache", str(folder / "cache"),
                           "--dry-run"], 100_000)):
-        status = labels.run(main, argv)
+        status = processes.run(main, argv)
         err = lines(capsys.readouterr().err)
         assert (status, len(err)) in (((2, 1),) if needs > left else ((2, 1), (0, 0))), (argv, err)
         if status:

@@ -11,7 +11,7 @@ import data
 import infer
 import labels
 from model import FORMAT, build_model
-from support import pictures, streaming
+from support import pictures, processes, streaming
 
 
 def identity(x, w):
@@ -332,7 +332,7 @@ def test_a_derivative_with_other_classes_than_the_built_in_ones_is_refused(tmp_p
 
 
 def command(checkpoint, scan, output, *more):
-    return labels.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan),
+    return processes.run(infer.main, ["--checkpoint", str(checkpoint), "--input", str(scan),
                                    "--output", str(output), *more])
 
 

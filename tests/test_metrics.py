@@ -15,6 +15,7 @@ from conftest import affine_of, write_nifti
 
 import labels
 import metrics
+from support import processes
 
 
 def test_dice_by_hand():
@@ -423,7 +424,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, what):
         args[1] = str(tmp_path / "nowhere")
     if what == "nothing in common":
         args += ["--classes", "spleen"]
-    assert labels.run(metrics.main, args) == 2
+    assert processes.run(metrics.main, args) == 2
     assert capsys.readouterr().err.count("error:") == 1
     assert not (tmp_path / "pred/metrics.json").exists()
 
@@ -481,7 +482,7 @@ def test_a_small_distance_between_the_grids_is_a_note_as_in_training(tmp_path, c
     affine = img.affine.copy()
     affine[2, 3] += off_mm
     write_nifti(tmp_path / "pred/a.nii.gz", np.asarray(img.dataobj), affine)
-    assert labels.run(metrics.main, args) == (2 if outcome == "error" else 0)
+    assert processes.run(metrics.main, args) == (2 if outcome == "error" else 0)
     printed = capsys.readouterr()
     if outcome == "error":
         assert "pred/a.nii.gz" in printed.err and "1.0 mm apart" in printed.err
@@ -517,7 +518,7 @@ def test_a_value_that_is_no_class_number_is_refused_where_there_is_no_table(tmp_
     (tmp_path / "ref/dataset.json").unlink()
     img = nib.load(tmp_path / "ref/a.nii.gz")
     write_nifti(tmp_path / "ref/a.nii.gz", np.asarray(img.dataobj) * 58, img.affine)
-    assert labels.run(metrics.main, args) == 2
+    assert processes.run(metrics.main, args) == 2
     error = capsys.readouterr().err.split("error:")[1]
     assert "ref/a.nii.gz" in error and "116" in error and "ref/dataset.json" in error
 
@@ -556,7 +557,7 @@ def test_what_cannot_be_scored_is_one_line_and_no_input_changes(tmp_path, capsys
     if what == "classes":
         (tmp_path / "pred/a.json").write_text('{"classes": ["Liver"]}')
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert labels.run(metrics.main, args) == 2
+    assert processes.run(metrics.main, args) == 2
     error = capsys.readouterr().err
     assert error.count("error:") == 1 and wanted in error
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -12,7 +12,7 @@ from conftest import SHARED, needs_shared
 import data
 import labels
 from experiments import openkbp
-from support import files
+from support import files, processes
 
 SHARED_CASES = [("Dataset007_OpenKBP", "Tr", "pt_13"), ("Dataset007_OpenKBP", "Tr", "pt_38"),
                 ("Dataset008_OpenKBPTest", "Ts", "pt_242")]
@@ -51,7 +51,7 @@ def write_source(root, train=("pt_9", "pt_10"), test=("pt_241",)):
 
 
 def run(source, out):
-    return labels.run(openkbp.main, [str(source), "--out", str(out)])
+    return processes.run(openkbp.main, [str(source), "--out", str(out)])
 
 
 def contents(folder):

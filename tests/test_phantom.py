@@ -11,6 +11,7 @@ import data
 import labels
 from experiments import phantom
 from experiments.phantom import DATASETS, SPELLING, TEST, TRUTH, make_scan, values_for
+from support import processes
 
 SEEDS = (0, 1, 2, 3)
 HOSTS = {"Liver Tumor": {"Liver"},
@@ -183,7 +184,7 @@ def test_every_third_test_scan_of_the_abdomen_has_no_lesions(tmp_path):
 def test_a_users_mistake_is_one_line_and_status_two(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     args = ["--out", str(tmp_path / "file" / "data"), "--scans", "1"]
-    assert labels.run(phantom.main, args) == 2
+    assert processes.run(phantom.main, args) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -17,8 +17,8 @@ import torch
 
 import data
 import infer
-import labels
 import train
+from support import processes
 
 ROOT = Path(train.__file__).parent
 
@@ -76,7 +76,7 @@ def test_a_lock_is_held_by_one_process_and_a_killed_one_blocks_nobody(tmp_path):
 
 
 def test_a_lock_holds_within_a_process_that_leaves_it_by_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), data.exclusive_lock(tmp_path / ".lock"):
+    with pytest.raises(ZeroDivisionError), processes.exclusive_lock(tmp_path / ".lock"):
         _ = 1 / 0
     assert finish(start(tmp_path, HOLD, tmp_path / ".lock", 0)) == ["ready\nheld\nleft\n"]
 
@@ -100,20 +100,20 @@ def slow_square(x):
 
 
 def test_a_pool_keeps_the_order_of_its_items_and_raises_their_errors():
-    squares = data.pool_map(slow_square, range(4, 24), 3, desc="test", unit="item", quiet=True)
+    squares = processes.pool_map(slow_square, range(4, 24), 3, desc="test", unit="item", quiet=True)
     assert [square for square, _ in squares] == [x * x for x in range(4, 24)]
     assert os.getpid() not in {pid for _, pid in squares}
     for workers in (0, 3):
         with pytest.raises(ValueError, match="^three$"):
-            data.pool_map(slow_square, range(9), workers, desc="test", unit="item", quiet=True)
+            processes.pool_map(slow_square, range(9), workers, desc="test", unit="item", quiet=True)
 
 
 def test_one_item_or_one_worker_needs_no_other_process(monkeypatch):
-    here = data.pool_map(slow_square, [2], 4, desc="test", unit="item", quiet=True)
+    here = processes.pool_map(slow_square, [2], 4, desc="test", unit="item", quiet=True)
     assert here == [(4, os.getpid())]
-    assert data.pool_map(slow_square, [], desc="test", unit="item", quiet=True) == []
-    monkeypatch.setattr(data, "CAN_FORK", False)
-    both = data.pool_map(slow_square, [1, 2], 2, desc="test", unit="item", quiet=True)
+    assert processes.pool_map(slow_square, [], desc="test", unit="item", quiet=True) == []
+    monkeypatch.setattr(processes, "CAN_FORK", False)
+    both = processes.pool_map(slow_square, [1, 2], 2, desc="test", unit="item", quiet=True)
     assert both == [(1, os.getpid()), (4, os.getpid())]
 
 
@@ -123,7 +123,7 @@ def end_worker(x):
 
 def test_a_killed_worker_is_one_line():
     with pytest.raises(OSError, match="test: a worker process was killed; is the memory full"):
-        data.pool_map(end_worker, [1, 2], 2, desc="test", unit="item", quiet=True)
+        processes.pool_map(end_worker, [1, 2], 2, desc="test", unit="item", quiet=True)
 
 
 # ---- preprocessing -------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_a_cache_is_read_where_files_cannot_be_mapped(tiny_scans, monkeypatch):
 def test_an_unusable_device_is_one_line(tmp_path, capsys, command, name):
     arguments = ["--device", name, "--data", str(tmp_path)] if command is train.main else \
         ["--device", name, "--checkpoint", "x", "--input", "y", "--output", "z"]
-    assert labels.run(command, arguments) == 2
+    assert processes.run(command, arguments) == 2
     err = capsys.readouterr().err
     assert f"error: --device {name}: PyTorch cannot compute there" in err and err.count("\n") == 1
 
@@ -253,7 +253,7 @@ def test_a_lack_of_memory_names_the_flags_that_help(tiny, tmp_path, capsys, monk
         def fail(*arguments, error=error, **more):
             raise error
         monkeypatch.setattr(train, "step_loss", fail)
-        assert labels.run(train.main, dataclasses.replace(cfg, out=str(tmp_path / "new"))) == 2
+        assert processes.run(train.main, dataclasses.replace(cfg, out=str(tmp_path / "new"))) == 2
         err = capsys.readouterr().err.splitlines()[-1]
         assert "error: out of memory (--device cpu: " in err
         assert all(flag in err for flag in ("--batch", "--patch", "--recompute", "--device cpu"))
@@ -278,7 +278,7 @@ def test_a_world_size_without_a_launcher_is_one_line(tmp_path, capsys, monkeypat
     monkeypatch.setenv("RANK", "0")
     arguments = ["--data", str(tmp_path)] if command is train.main else \
         ["--checkpoint", "x", "--input", "y", "--output", "z"]
-    assert labels.run(command, [*arguments, "--device", "cpu"]) == 2
+    assert processes.run(command, [*arguments, "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
         "error: WORLD_SIZE=2 is set in the environment, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT "
         "not: start several processes with torchrun, or `unset WORLD_SIZE`\n")

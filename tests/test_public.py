@@ -10,7 +10,7 @@ from conftest import affine_of, write_nifti
 
 import data
 import labels
-from support import public
+from support import processes, public
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -131,7 +131,7 @@ def test_every_structure_means_its_class_and_is_painted_after_what_contains_it(n
                                         (["kits", "{tmp}"], "no pair"),
                                         (["msd-liver"], "needs no preparation")])
 def test_a_dataset_that_cannot_be_prepared_gives_one_line(tmp_path, capsys, args, what):
-    assert labels.run(public.main, [a.format(tmp=tmp_path) for a in args]) == 2
+    assert processes.run(public.main, [a.format(tmp=tmp_path) for a in args]) == 2
     assert what in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -147,7 +147,7 @@ def structures(case, masks, shape=(6, 5, 4), affine=EYE, ct="ct.nii.gz"):
 
 def merged_names(folder, case=0, name="totalsegmentator"):
     """Prepare the folder -> the structure at each plane of the first axis of one of its cases."""
-    assert labels.run(public.main, [name, str(folder)]) == 0
+    assert processes.run(public.main, [name, str(folder)]) == 0
     info = json.loads((folder / "dataset.json").read_text())
     names = {value: structure for structure, value in info["labels"].items()}
     label = data.load_volume(folder / info["training"][case]["label"]).array
@@ -212,7 +212,7 @@ def test_the_axes_of_a_mask_do_not_matter(seed, tmp_path):
     turned = nib.apply_orientation(mask, orientation)
     write_nifti(tmp_path / "s1/segmentations/spleen.nii.gz", np.ascontiguousarray(turned),
                 affine @ nib.orientations.inv_ornt_aff(orientation, shape))
-    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
+    assert processes.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
     merged = nib.load(tmp_path / "s1/labels.nii.gz")
     liver = np.zeros(shape, np.uint8)
     liver[:2] = 1
@@ -267,7 +267,7 @@ def test_a_case_that_cannot_be_merged_is_left_out_with_one_line(what, tmp_path, 
     assert not (tmp_path / "s1/labels.nii.gz").exists() and not list(tmp_path.rglob("*.part*"))
     shutil.rmtree(tmp_path / "s2")
     (tmp_path / "dataset.json").unlink()
-    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
+    assert processes.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
 
 
 def test_a_mask_within_a_millimetre_is_merged_with_a_note(tmp_path, capsys):
@@ -284,16 +284,16 @@ def test_a_label_map_of_somebody_else_is_never_overwritten(tmp_path, capsys):
         structures(tmp_path / case, {"liver": [0]})
     write_nifti(tmp_path / "s2/labels.nii.gz", np.ones((6, 5, 4), np.uint8), EYE)
     before = tree(tmp_path)
-    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
+    assert processes.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
     error, = capsys.readouterr().err.splitlines()
     assert "s2/labels.nii.gz" in error and "not overwritten" in error and tree(tmp_path) == before
     (tmp_path / "s2/labels.nii.gz").write_bytes(b"?")
-    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
+    assert processes.run(public.main, ["totalsegmentator", str(tmp_path)]) == 2
     (tmp_path / "s2/labels.nii.gz").unlink()
-    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
+    assert processes.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
     after = tree(tmp_path)
     (tmp_path / "dataset.json").unlink()                     # ours is, with the same content
-    assert labels.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
+    assert processes.run(public.main, ["totalsegmentator", str(tmp_path)]) == 0
     assert tree(tmp_path) == after
 
 
@@ -333,18 +333,18 @@ def test_a_distributors_dataset_json_is_refused_and_read_after_it_is_renamed(tmp
                   training=listed("amos_0001", "amos_0507", image="./imagesTr/{}.nii.gz",
                                   label="./labelsTr/{}.nii.gz"))
     before = tree(folder)
-    assert labels.run(public.main, ["amos", str(folder)]) == 2
+    assert processes.run(public.main, ["amos", str(folder)]) == 2
     error, = capsys.readouterr().err.splitlines()
     assert f"mv {folder}/dataset.json {folder}/dataset.original.json" in error
     assert tree(folder) == before
     (folder / "dataset.json").rename(folder / "dataset.original.json")
-    assert labels.run(public.main, ["amos", str(folder)]) == 0
+    assert processes.run(public.main, ["amos", str(folder)]) == 0
     assert "not listed in dataset.original.json: imagesTr/amos_0002.nii.gz" in \
         capsys.readouterr().out
     info = json.loads((folder / "dataset.json").read_text())
     assert info["training"] == listed("amos_0001") and info["channel_names"] == {"0": "CT"}
     after = tree(folder)
-    assert labels.run(public.main, ["amos", str(folder)]) == 0 and tree(folder) == after
+    assert processes.run(public.main, ["amos", str(folder)]) == 0 and tree(folder) == after
     assert "prepared already" in capsys.readouterr().out
 
 
@@ -353,7 +353,7 @@ def test_the_modality_of_a_distributors_dataset_json_is_taken_over(tmp_path):
         write_nifti(tmp_path / f"imagesTr/{case}.nii.gz", BOX, EYE)
         write_nifti(tmp_path / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
     (tmp_path / "dataset.original.json").write_text('{"modality": {"0": "MRI"}}')
-    assert labels.run(public.main, ["word", str(tmp_path)]) == 0
+    assert processes.run(public.main, ["word", str(tmp_path)]) == 0
     assert [case.modality for case in data.read_dataset(tmp_path, labels.CLASSES)] == ["mri", "mri"]
 
 
@@ -361,7 +361,7 @@ def test_an_unreadable_dataset_json_is_one_line_and_stays(tmp_path, capsys):
     folder = amos(tmp_path, ["amos_0001"])
     (folder / "dataset.json").write_text("{")
     before = tree(folder)
-    assert labels.run(public.main, ["amos", str(folder)]) == 2
+    assert processes.run(public.main, ["amos", str(folder)]) == 2
     assert "dataset.json" in capsys.readouterr().err and tree(folder) == before
 
 
@@ -370,7 +370,7 @@ def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path,
         write_nifti(tmp_path / f"imagesTr/{case}.nii.gz", BOX, EYE)
         write_nifti(tmp_path / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
     (tmp_path / "labelsTr/amos_0002.nii.gz").unlink()
-    assert labels.run(public.main, ["amos", str(tmp_path)]) == 0
+    assert processes.run(public.main, ["amos", str(tmp_path)]) == 0
     info = json.loads((tmp_path / "dataset.json").read_text())
     assert info["training"] == listed("amos_0001")
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
@@ -379,5 +379,5 @@ def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path,
     for case in ("0007", "0007 (1)", "x"):
         write_nifti(tmp_path / f"b/img/img{case}.nii.gz", BOX, EYE)
         write_nifti(tmp_path / f"b/label/label{case}.nii.gz", BOX % 2, EYE)
-    assert labels.run(public.main, ["btcv", str(tmp_path / "b")]) == 0
+    assert processes.run(public.main, ["btcv", str(tmp_path / "b")]) == 0
     assert len(data.read_dataset(tmp_path / "b", labels.CLASSES)) == 1

@@ -22,6 +22,7 @@ import metrics
 import model
 import train
 from experiments import bench, claims, openkbp, phantom
+from support import processes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -266,7 +267,7 @@ def test_every_command_runs_or_says_in_one_line_what_it_lacks(tmp_path, monkeypa
         args = [*args, *shortened(name)]
         kind = name, command.startswith(tuple(LACKING))
         if kind in started:
-            status = labels.run(mains[name], args)
+            status = processes.run(mains[name], args)
             printed = capsys.readouterr().err
         else:
             status, printed = run_as_script(name, args)

@@ -16,7 +16,7 @@ import labels
 import metrics
 import model
 import train
-from support import public, streaming
+from support import processes, public, streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
         == [f"BTCV/img00{i}" for i in range(35, 41)]
     assert list(parts.values()).count("train") == 24
     for k, message in ((3, "has other folds; move it away"), (31, "--folds 31: must be from 2")):
-        assert labels.run(public.main, ["btcv", str(folder), "--folds", str(k)]) == 2
+        assert processes.run(public.main, ["btcv", str(folder), "--folds", str(k)]) == 2
         assert message in capsys.readouterr().err
     assert [fold["val"] for fold in json.loads(path.read_text())] == held_out
     with pytest.raises(SystemExit):
@@ -259,7 +259,7 @@ def untrained():
 
 
 def refused(capsys, cfg):
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     return capsys.readouterr().err
 
 
@@ -413,7 +413,7 @@ def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_p
 
 def scored(tmp_path, capsys, seen, monkeypatch):
     """Score four cases of a liver, Dice 1, 2/3, 0.5 and 0 by hand; seen: what each JSON says."""
-    monkeypatch.setattr(data, "CAN_FORK", False)
+    monkeypatch.setattr(processes, "CAN_FORK", False)
     ref = np.zeros((4, 4, 4), np.uint8)
     ref[0, 0] = 6
     for name, voxels, where in zip("abcd", (4, 2, 12, 0), seen, strict=True):

@@ -12,6 +12,7 @@ import infer
 import labels
 import train
 from model import FORMAT, build_model
+from support import processes
 
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
 AB = ["a", "b"]
@@ -275,15 +276,15 @@ def test_the_json_of_a_result_says_which_words_were_used(tmp_path, tiny, clip, c
     command = ["--checkpoint", path, "--input", str(scan), "--output", str(out), "--text",
                str(words), "--classes", "liver", "--device", "cpu", "--overlap", "0"]
     words.write_text('{"Liver": "The hepatic organ"}')
-    assert labels.run(infer.main, command) == 0
+    assert processes.run(infer.main, command) == 0
     made_with = json.loads(next(out.glob("c0.json")).read_text())["made_with"]
     assert made_with["text"]["prompts"] == {"Liver": "The hepatic organ"}
     assert Path(made_with["text"]["file"]["path"]) == words.resolve()
     capsys.readouterr()
-    assert labels.run(infer.main, command) == 0
+    assert processes.run(infer.main, command) == 0
     assert "1 there already" in capsys.readouterr().out
     words.write_text('{"Liver": "The liver"}')
-    assert labels.run(infer.main, command) == 0
+    assert processes.run(infer.main, command) == 0
     assert "there already" not in capsys.readouterr().out
 
 
@@ -365,7 +366,7 @@ def test_the_prompt_of_a_class_finds_what_the_class_finds(tmp_path, tiny, monkey
     command = ["--checkpoint", path, "--input", str(scan), "--output", str(out), "--classes",
                "liver", "--prompt", prompt, "--masks", "--no-postprocess", "--device", "cpu",
                "--overlap", "0"]
-    assert labels.run(infer.main, command) == 0
+    assert processes.run(infer.main, command) == 0
     liver, asked = json.loads((out / "c0.json").read_text())["classes"]
     assert asked == {"value": 4, "name": prompt, "volume_ml": liver["volume_ml"]}
     assert asked["volume_ml"] > 0

@@ -21,7 +21,7 @@ import infer
 import labels
 import model
 import train
-from support import extension
+from support import extension, processes
 
 ROOT = Path(train.__file__).parent
 
@@ -112,16 +112,16 @@ def test_resume_equals_uninterrupted(tiny, tmp_path):
     ({"classes": "nowhere.json"}, "class table")])
 def test_mistakes_are_one_line_and_leave_no_run(tiny, tmp_path, capsys, change, what):
     cfg = config(tiny, tmp_path / "run", **change)
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     assert what in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_overwritten_and_other_settings_do_not_resume(tiny, tmp_path, capsys):
     cfg = config(tiny, tmp_path / "run", steps=1)
     train.train(cfg)
-    assert labels.run(train.main, cfg) == 2 and "--resume" in capsys.readouterr().err
+    assert processes.run(train.main, cfg) == 2 and "--resume" in capsys.readouterr().err
     for change in ({"lr": 0.5}, {"width": 16}, {"steps": 2}):
-        assert labels.run(train.main, config(tiny, tmp_path / "run", resume=True,
+        assert processes.run(train.main, config(tiny, tmp_path / "run", resume=True,
                                         **{"steps": 1, **change})) == 2
         err = capsys.readouterr().err
         assert "start a new --out" in err
@@ -130,7 +130,7 @@ def test_a_finished_run_is_not_overwritten_and_other_settings_do_not_resume(tiny
 
 def test_a_loss_that_is_not_finite_names_scan_and_step(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.losses, "masked_bce", lambda s, y, a, k: s.sum() * float("nan"))
-    assert labels.run(train.main, config(tiny, tmp_path / "run")) == 2
+    assert processes.run(train.main, config(tiny, tmp_path / "run")) == 2
     assert "at step 0, scans ['Dataset90" in capsys.readouterr().err
 
 
@@ -223,7 +223,7 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tiny, tmp_path, monkeypatc
         return at(step, cfg)
     before = signal.getsignal(number)
     monkeypatch.setattr(train, "lr_at", ask)
-    assert labels.run(train.main, config(tiny, tmp_path / "a", save_every=100)) == 130
+    assert processes.run(train.main, config(tiny, tmp_path / "a", save_every=100)) == 130
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert model.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
@@ -241,7 +241,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
         return write(content, file, *args, **kw)
     monkeypatch.setattr(torch, "save", full)
-    assert labels.run(train.main, config(tiny, tmp_path / "run")) == 2
+    assert processes.run(train.main, config(tiny, tmp_path / "run")) == 2
     assert "No space left" in capsys.readouterr().err
     assert model.read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
     assert not list((tmp_path / "run").glob("*part*"))
@@ -282,9 +282,9 @@ def test_a_dry_run_disturbs_no_run(tiny, tmp_path):
 def test_a_misspelt_folder_is_reported_before_clip_is_downloaded(tiny, tmp_path, monkeypatch,
                                                                  capsys):
     monkeypatch.setattr(clip_text, "encode_classes", None)
-    assert labels.run(train.main, config(tiny, tmp_path / "run", text="clip", data=("nope",))) == 2
+    assert processes.run(train.main, config(tiny, tmp_path / "run", text="clip", data=("nope",))) == 2
     assert "nope: no such folder" in capsys.readouterr().err
-    assert labels.run(train.main, config(tiny, tmp_path / "run", clip_weights="c.pt")) == 2
+    assert processes.run(train.main, config(tiny, tmp_path / "run", clip_weights="c.pt")) == 2
     assert "leave it out with --text onehot" in capsys.readouterr().err
 
 
@@ -293,7 +293,7 @@ def test_an_unclear_channel_stops_the_run_unless_the_modality_is_given(tiny, tmp
     where = tmp_path / "raw/Dataset901_Liver/dataset.json"
     where.write_text(where.read_text().replace('"CT"', '"zscore"'))
     cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True)
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     error, = capsys.readouterr().err.strip().splitlines()
     assert f"{where}: channel 'zscore'" in error and "--modality" in error
     train.train(dataclasses.replace(cfg, modality="mri"))
@@ -323,7 +323,7 @@ def test_a_run_never_writes_over_a_file_that_it_reads(tiny, tmp_path, capsys, fl
     file.write_bytes(b"precious")
     (tmp_path / "link").symlink_to(file)
     for given in (file, tmp_path / "link"):
-        assert labels.run(train.main, config(tiny, tmp_path / "run", **{flag: str(given)})) == 2
+        assert processes.run(train.main, config(tiny, tmp_path / "run", **{flag: str(given)})) == 2
         assert "would overwrite the input file" in capsys.readouterr().err
         assert file.read_bytes() == b"precious" and len(list(file.parent.iterdir())) == 1
 
@@ -334,7 +334,7 @@ def test_a_bad_scan_is_one_line_that_names_it(tiny, tmp_path, capsys):
     bad.write_bytes(bad.read_bytes()[:999])
     cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True,
                  cache=str(tmp_path / "cache"))
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     assert "c1_0000.nii.gz: its voxels cannot be read" in capsys.readouterr().err
 
 
@@ -380,7 +380,7 @@ def test_clip_embeddings_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     assert content["w"].shape == (32, 7) and content["w"][5, 0] == 5
     monkeypatch.setattr(train.clip_text, "encode_classes",
                         lambda *a, **k: torch.ones(32, 7))
-    assert labels.run(train.main, config(tiny, tmp_path / "run", text="clip", steps=1,
+    assert processes.run(train.main, config(tiny, tmp_path / "run", text="clip", steps=1,
                                     resume=True)) == 2
 
 
@@ -407,7 +407,7 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, 
     out = capsys.readouterr().out
     assert "a/last.pt: its 2 classes are kept and frozen; new: Liver\n" in out
     assert "annotated by no dataset" not in out                        # of those to be trained
-    assert labels.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
+    assert processes.run(train.main, config(tiny, tmp_path / "c", data=(kidney,), extend=cfg.extend,
                                     classes=str(tmp_path / "old.json"))) == 2
 
 
@@ -426,7 +426,7 @@ def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
                          (["Liver"], "in it but was never trained is trained with --init")):
         (tmp_path / "new.json").write_text(json.dumps(names))
         capsys.readouterr()
-        assert labels.run(train.main, config(
+        assert processes.run(train.main, config(
             tiny, tmp_path / "b", data=(kidney,), extend=str(tmp_path / "a/last.pt"),
             classes=str(tmp_path / "new.json"))) == 2
         printed = capsys.readouterr()
@@ -595,7 +595,7 @@ def test_other_data_and_another_split_do_not_resume_but_moved_data_do(tiny, tmp_
 
     def refused(**change):
         cfg = config(tiny, tmp_path / "run", resume=True, **{**base, **change})
-        assert labels.run(train.main, cfg) == 2
+        assert processes.run(train.main, cfg) == 2
         return capsys.readouterr().err
     assert "--val-fraction 0.25, now 0.5" in refused(val_fraction=0.5)
     assert "--spacing-mm 4.0, now 5.0" in refused(spacing_mm=5.0)
@@ -613,5 +613,5 @@ def test_a_damaged_checkpoint_of_the_run_is_one_line(tiny, tmp_path, capsys):
     del content["classes"]
     torch.save(content, tmp_path / "run/last.pt")
     cfg = config(tiny, tmp_path / "run", steps=1, resume=True)
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     assert "last.pt: not a whole checkpoint" in capsys.readouterr().err

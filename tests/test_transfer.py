@@ -7,9 +7,9 @@ import torch
 from test_model import small_released
 from test_train import config, same, weights
 
-import labels
 import model
 import train
+from support import processes
 
 KIDNEYS = [{"name": "Right Kidney", "side": "right"}, {"name": "Left Kidney", "side": "left"}]
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_is_one_line(base, tiny, tmp_path, capsys, how, wanted):
     how = {key: files.get(value, value) if isinstance(value, str) else value
            for key, value in how.items()}
     cfg = liver_run(tiny, tmp_path / "run", **{"init": str(base), "width": 0, **how})
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert re.search(wanted, error), error
@@ -236,5 +236,5 @@ def test_rows_without_names_are_taken_for_classes_of_ones_own(tiny, tmp_path, ca
     train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "derivative.pth"), **how))
     assert "classes known to it: none; new: Left Kidney, Liver" in capsys.readouterr().out
     cfg = liver_run(tiny, tmp_path / "b", extend=str(tmp_path / "derivative.pth"), **how)
-    assert labels.run(train.main, cfg) == 2
+    assert processes.run(train.main, cfg) == 2
     assert "4 text embeddings and no class names" in capsys.readouterr().err
