@@ -13,13 +13,9 @@ B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
 """
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gzip
 import hashlib
-import io
-import itertools
 import json
 import math
 import os
@@ -42,10 +38,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from support import files, processes, sides
+from support import files, nifti, processes, sides
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
-VOXEL_SIDE_MM = (0.02, 50)      # plausible sides of a voxel; others are refused, mm
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
 PATCH = 96                      # side of a training crop and of an inference window, voxels
 FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
@@ -57,19 +52,14 @@ ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degre
 ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
 BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
 VOXELS_PER_CLASS = 10_000       # voxels of each class stored per scan, to draw crop centres from
-SAME_GRID_MM = 0.01             # two volumes that are this near each other lie in one grid, ...
-NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated so, with a note
 QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
                                 # is taken for one that was rounded
-GZIP_RATIO = 1032               # the highest compression that gzip can reach
 BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
 CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
                                 # halves: 0.6 to 0.95
 CT_NAMES = frozenset({"ct", "cta"})                  # names of a channel, in lower case
 MRI_NAMES = frozenset({"mr", "mri", "t1", "t1w", "t2", "t2w", "flair"})
-AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
-NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
 COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
 FINE_LEVELS = 1 << 12                        # see fingerprint
@@ -172,118 +162,6 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
 
 
 # ---- checks of a user's file -------------------------------------------------------------------
-def read_checked(path: str | Path) -> Volume:
-    """`load_volume` of a file that may be damaged or no scan at all.
-
-    raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
-                                          off, not NIfTI, not 3D, if its affine is not usable, or
-                                          if voxels are NaN or infinite
-    """
-    img = open_checked(path)
-    _note_orientation(path, img)
-    try:
-        volume = volume_of(_verified_voxels(path, img), img.affine)
-    except Exception as error:
-        raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off; copy or "
-                         f"download it again ({error})") from None
-    if volume.array.dtype.kind == "f" and not np.isfinite(volume.array.sum(dtype=np.float64)):
-        raise ValueError(f"{path}: some of its voxels are not finite (NaN or infinite); replace "
-                         "them first")
-    return volume
-
-
-def open_checked(path: str | Path) -> nib.Nifti1Image:
-    """The image object of a NIfTI file whose header has been checked; no voxel is read."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        img = open_nifti(path)
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({error}); copy or download it again"
-                         ) from None
-    if not isinstance(img, nib.Nifti1Image):
-        raise ValueError(f"{path}: expected a NIfTI file, got {type(img).__name__}")
-    _check_voxels(path, img)
-    _check_affine(path, img.affine)
-    return img
-
-
-def _check_voxels(path: Path, img: nib.Nifti1Image) -> None:
-    """Raise ValueError unless the header describes a 3D grid with one real number per voxel, and
-    the file is long enough to hold them.
-
-    A damaged header would otherwise make numpy allocate an arbitrary amount of memory.
-    """
-    is_3d = len(img.shape) >= 3 and all(n == 1 for n in img.shape[3:])
-    if not is_3d or 0 in img.shape:
-        raise ValueError(f"{path}: expected a 3D scan, its shape is {img.shape}")
-    dtype = img.get_data_dtype()
-    if dtype.names is not None or dtype.kind == "c":
-        raise ValueError(f"{path}: expected one number per voxel, its type is colour or complex")
-    largest = path.stat().st_size * (GZIP_RATIO if path.name.endswith(".gz") else 1)
-    if math.prod(img.shape) * dtype.itemsize > largest:
-        raise ValueError(f"{path}: its header announces more voxels ({img.shape}) than the file "
-                         "holds; it is cut off or damaged")
-
-
-def _check_affine(path: Path, affine: np.ndarray) -> None:
-    """Raise ValueError unless voxels are boxes of a plausible size in mm."""
-    matrix = affine[:3, :3]
-    invertible = np.isfinite(affine).all() and abs(np.linalg.det(matrix)) > 1e-12
-    if not invertible or np.isnan(nib.io_orientation(affine)).any():
-        raise ValueError(f"{path}: its affine is not invertible; repair the header (sform/qform)")
-    spacing_mm = np.linalg.norm(matrix, axis=0)
-    low, high = VOXEL_SIDE_MM
-    if spacing_mm.min() < low or spacing_mm.max() > high:
-        text = " x ".join(f"{s:.3g}" for s in spacing_mm)
-        raise ValueError(f"{path}: a spacing of {text} mm is not plausible for a body scan; repair "
-                         "the header (is its unit the millimetre?)")
-    directions = matrix / spacing_mm                     # columns of length 1
-    cosines = directions.T @ directions                  # of the angles between the axes
-    if abs(cosines - np.eye(3)).max() > 0.1:
-        raise ValueError(f"{path}: its axes are sheared by more than 5 degrees; resample it first")
-
-
-def _verified_voxels(path: str | Path, img: nib.Nifti1Image) -> nib.arrayproxy.ArrayProxy:
-    """The voxels of a file; those of a .gz file are unpacked and its checksum is verified.
-
-    nibabel stops at the last voxel, before the checksum, which follows at the end of the file.
-    """
-    voxels = img.dataobj
-    if not str(path).endswith(".gz"):
-        return voxels
-    length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
-    with gzip.open(path) as file:
-        content = io.BytesIO(file.read(length + (1 << 20)))
-    layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
-    return nib.arrayproxy.ArrayProxy(content, layout)
-
-
-def _note_orientation(path: str | Path, img: nib.Nifti1Image) -> None:
-    """Report a header whose statements about the orientation are missing or contradict each other.
-
-    nibabel, and so this code, takes the sform where there is one, then the qform, and without both
-    assumes that the first axis runs to the patient's left, the second to the front, the third to
-    the head.
-    """
-    has_sform, has_qform = img.header["sform_code"] > 0, img.header["qform_code"] > 0
-    if not has_sform and not has_qform:
-        _note(f"{path}: its header has neither sform nor qform; the orientation is assumed (axes "
-              "towards left, front, head)")
-    if has_sform and has_qform:
-        with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):
-            qform = img.header.get_qform()           # a qform that is not usable is not used
-            off_mm = largest_distance(img.affine, qform, img.shape[:3])
-            if off_mm > NEAR_GRID_MM:
-                _note(f"{path}: its sform and qform disagree by up to {off_mm:.3g} mm; the sform "
-                      "is used")
-
-
-@functools.cache
-def _note(text: str) -> None:
-    """Print a note; the same note only once in a process."""
-    tqdm.write(f"note: {text}")
 
 
 # ---- files that are written ---------------------------------------------------------------------
@@ -325,13 +203,6 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
         stop = min(int(hits[-1]) + 1 + margin, mask.shape[axis])
         box.append(slice(start, stop))
     return tuple(box)
-
-
-def largest_distance(affine: np.ndarray, other: np.ndarray, shape) -> float:
-    """The largest distance in mm, along an axis of the world, between the places that two affines
-    give to a voxel of a grid. It is found at one of the grid's corners."""
-    corners = list(itertools.product(*[(0, n - 1) for n in shape]))
-    return float(np.abs(nib.affines.apply_affine(affine - other, corners)).max())
 
 
 def target_shape(shape, spacing_mm, target_mm: float) -> tuple[int, ...]:
@@ -471,21 +342,6 @@ def body_midline(image: np.ndarray) -> float | None:
 
 
 # ---- grey values that cannot be right ----------------------------------------------------------
-def check_grey_values(volume: Volume, path: str | Path) -> None:
-    """Print a note if the intensities of a scan do not look like those of its modality.
-
-    raises ValueError  if all voxels have the same value
-    """
-    low, high = float(volume.array.min()), float(volume.array.max())
-    if low == high:
-        raise ValueError(f"{path}: all of its voxels have the value {low:g}; this is not a scan")
-    if volume.modality == "ct":
-        usual, expected = low < AIR_HU <= high, "the Hounsfield units of a CT"
-    else:
-        usual, expected = low >= NO_MRI_BELOW, "the intensities of an MRI"
-    if not usual:
-        tqdm.write(f"note: {path}: its values lie in {low:g}..{high:g}; are these {expected}? They "
-                   "are treated as such; --modality tells CT from MRI")
 
 
 # ---- datasets on disk --------------------------------------------------------------------------
@@ -729,7 +585,7 @@ def modality_of(info: dict, where: str | Path) -> str:
 
 def median_spacing(cases: list[Case]) -> float:
     """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
-    affines = [open_checked(case.image).affine for case in cases]
+    affines = [nifti.open_checked(case.image).affine for case in cases]
     return float(np.median([np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]))
 
 
@@ -803,10 +659,10 @@ def build(case: Case, cache: Path, spacing_mm: float) -> Scan:
 
 def _make_entry(case: Case, entry: Path, spacing_mm: float) -> None:
     """Preprocess one case into the folder `entry`."""
-    volume, label = read_checked(case.image), read_checked(case.label)
+    volume, label = nifti.read_checked(case.image), nifti.read_checked(case.label)
     volume.modality = case.modality
-    check_same_grid(case.label, label, case.image, volume)
-    check_grey_values(volume, case.image)
+    nifti.check_same_grid(case.label, label, case.image, volume)
+    nifti.check_grey_values(volume, case.image)
     image, label_rows, undecided = _preprocess_pair(case, volume, label, spacing_mm)
     scan_id = fingerprint(volume.array)
     # seeded by the voxels, not by the path: the same scan always gives the same crops
@@ -842,28 +698,6 @@ def _read_meta(entry: Path) -> dict | None:
         return meta if same_shape and len(voxels) == last_stop else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
-
-
-def check_same_grid(path: Path, volume: Volume, other_path: Path, other: Volume,
-                    roles: tuple[str, str] = ("label", "image")) -> None:
-    """Raise ValueError unless each voxel of one volume covers the same voxel of the other.
-
-    Affines that differ by more than SAME_GRID_MM are reported, by more than NEAR_GRID_MM refused.
-
-    roles  what the two volumes are, for messages
-    """
-    role, other_role = roles
-    if volume.array.shape != other.array.shape:
-        raise ValueError(f"{path}: {role} has shape {volume.array.shape} in RAS axes, its "
-                         f"{other_role} {other_path} has {other.array.shape}; both must lie in "
-                         "one grid")
-    off_mm = largest_distance(volume.affine, other.affine, volume.array.shape)
-    if off_mm > NEAR_GRID_MM:
-        raise ValueError(f"{path}: {role} and {other_role} {other_path} lie {off_mm:.1f} mm "
-                         "apart; their affines must agree")
-    if off_mm > SAME_GRID_MM:
-        tqdm.write(f"note: {path}: {role} and {other_role} lie {off_mm:.2g} mm apart; treated "
-                   "as one grid")
 
 
 def _preprocess_pair(case: Case, volume: Volume, label: Volume, spacing_mm: float):

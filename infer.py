@@ -37,7 +37,7 @@ import data
 import labels
 import postprocess
 from model import load_checkpoint
-from support import extension, fast, files, pictures, processes, streaming
+from support import extension, fast, files, nifti, pictures, processes, streaming
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
@@ -781,9 +781,9 @@ def load_job(args: argparse.Namespace) -> Job:
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
                  made_with: dict) -> list[dict]:
     """Segment one scan and write its results as NAME."""
-    volume = data.read_checked(scan)
+    volume = nifti.read_checked(scan)
     volume.modality = job.modality
-    data.check_grey_values(volume, scan)
+    nifti.check_grey_values(volume, scan)
     seen, seen_as = data.look_up(job.seen, volume.array)
     if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")

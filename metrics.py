@@ -481,9 +481,9 @@ def _read_pair(pred_path: Path, ref_path: Path) -> tuple[np.ndarray, np.ndarray,
 
     raises ValueError  if they do not lie in one grid
     """
-    import data
-    pred, ref = data.read_checked(pred_path), data.read_checked(ref_path)
-    data.check_same_grid(pred_path, pred, ref_path, ref, roles=("prediction", "reference"))
+    from support import nifti
+    pred, ref = nifti.read_checked(pred_path), nifti.read_checked(ref_path)
+    nifti.check_same_grid(pred_path, pred, ref_path, ref, roles=("prediction", "reference"))
     return pred.array, ref.array, ref.spacing_mm
 
 

@@ -55,7 +55,7 @@ import losses
 import metrics
 import model as plain_form
 import postprocess
-from support import fast, files
+from support import fast, files, nifti
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -307,7 +307,7 @@ def segment(scan: Path, weights: Path, out_dir, *flags: str) -> float:
 
 
 def count_windows(scan: Path) -> int:
-    image, *_ = data.preprocess(data.read_checked(scan))
+    image, *_ = data.preprocess(nifti.read_checked(scan))
     return data.count_windows(image.shape, FULL.side)
 
 
@@ -348,7 +348,7 @@ def preprocess(side: str) -> Callable[[], object]:
     folder = tempfile.TemporaryDirectory()
     scan = write_scan(folder.name, (0.8, 0.8, 2.5), (400, 400, 160))
     if side == "ours":
-        return lambda _=folder: data.preprocess(data.read_checked(scan))
+        return lambda _=folder: data.preprocess(nifti.read_checked(scan))
     warnings.filterwarnings("ignore")
     from monai import transforms
     release = transforms.Compose([

@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
 from experiments.phantom import write_nifti
-from support import files, processes
+from support import files, nifti, processes
 
 GRID = 128                      # voxels along each axis of every scan of the source
 AIR_HU = -1024                  # HU of a voxel that ct.csv does not list, and of the value 0 in it
@@ -96,7 +95,7 @@ def _as_volume(flat: np.ndarray) -> np.ndarray:
 def _read_affine(path: Path) -> np.ndarray:
     """The affine (4, 4) voxel -> mm of axes to the left, back and head, from a voxel's sides."""
     sides_mm = _parse(path, path.read_bytes(), columns=1)[:, 0]
-    low, high = data.VOXEL_SIDE_MM
+    low, high = nifti.VOXEL_SIDE_MM
     if len(sides_mm) != 3 or not ((sides_mm >= low) & (sides_mm <= high)).all():
         raise ValueError(f"{path}: expected the three sides of a voxel, {low} to {high} mm, got "
                          f"{sides_mm[:4].tolist()}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import labels
-from support import files, processes
+from support import files, nifti, processes
 
 
 class PublicDataset(NamedTuple):
@@ -284,11 +284,11 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
     """
     if not masks:
         raise ValueError(f"{ct}: no segmentations/NAME.nii.gz with a name that is a class here")
-    volume = data.read_checked(ct)
+    volume = nifti.read_checked(ct)
     merged = np.zeros(volume.array.shape, np.uint8)
     for file, value in masks:
-        mask = data.read_checked(file)
-        data.check_same_grid(file, mask, ct, volume)
+        mask = nifti.read_checked(file)
+        nifti.check_same_grid(file, mask, ct, volume)
         merged[mask.array > 0.5] = value
     return merged
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import labels
-from support import files, pictures, processes
+from support import files, nifti, pictures, processes
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_midline_of_an_mri_whose_air_is_not_zero():
 # ---- grey values -------------------------------------------------------------------------------
 def note_on(capsys, low, high, modality="ct"):
     volume = data.Volume(np.linspace(low, high, 27).reshape(3, 3, 3), np.eye(4), modality)
-    data.check_grey_values(volume, "d/scan.nii.gz")
+    nifti.check_grey_values(volume, "d/scan.nii.gz")
     out = capsys.readouterr()
     assert out.err == "" and out.out.count("\n") == (1 if out.out else 0)
     return out.out
@@ -767,7 +767,7 @@ def test_a_quaternion_that_was_rounded_is_brought_to_length_one(tmp_path, name, 
     with pytest.raises(Exception, match="w2 should be positive"):
         nib.load(path)
     before = path.read_bytes()
-    volume = data.read_checked(path)
+    volume = nifti.read_checked(path)
     assert np.allclose(volume.affine[:3, :3], np.diag([2, 3, 4]), atol=1e-6)
     want = np.arange(60).reshape(3, 4, 5)[::-1, ::-1]
     assert np.array_equal(volume.array, want)
@@ -775,7 +775,7 @@ def test_a_quaternion_that_was_rounded_is_brought_to_length_one(tmp_path, name, 
     out = nib.load(tmp_path / "out.nii.gz")
     assert (out.header["sform_code"], out.header["qform_code"]) == (0, 1)
     assert np.array_equal(np.asarray(out.dataobj), np.arange(60).reshape(3, 4, 5))
-    assert np.allclose(data.read_checked(tmp_path / "out.nii.gz").affine, volume.affine)
+    assert np.allclose(nifti.read_checked(tmp_path / "out.nii.gz").affine, volume.affine)
     assert path.read_bytes() == before
     with pytest.raises(Exception, match="w2 should be positive"):        # in nibabel as before
         nib.load(path)
@@ -785,9 +785,9 @@ def test_a_quaternion_that_was_rounded_is_brought_to_length_one(tmp_path, name, 
 def test_a_quaternion_that_is_wrong_is_refused_unless_there_is_an_sform(tmp_path, length):
     quaternion_file(tmp_path / "a.nii", length)
     with pytest.raises(ValueError, match="a.nii: not a readable NIfTI file .*w2"):
-        data.read_checked(tmp_path / "a.nii")
+        nifti.read_checked(tmp_path / "a.nii")
     quaternion_file(tmp_path / "b.nii", length, sform=True)
-    assert data.read_checked(tmp_path / "b.nii").array.shape == (3, 4, 5)
+    assert nifti.read_checked(tmp_path / "b.nii").array.shape == (3, 4, 5)
 
 
 def forms(path, sform, qform):
@@ -812,7 +812,7 @@ def test_a_header_that_leaves_the_orientation_open_is_noted_once(tmp_path, capsy
                                                                  wanted):
     forms(tmp_path / "a.nii.gz", sform, qform)
     for _ in range(2):
-        volume = data.read_checked(tmp_path / "a.nii.gz")
+        volume = nifti.read_checked(tmp_path / "a.nii.gz")
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(printed) == (1 if wanted else 0) and wanted in "".join(printed)
     if wanted:
