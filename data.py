@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from support import files, nifti, processes, sides
+from support import datasets, files, nifti, processes, sides
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
@@ -58,9 +57,6 @@ BODY_LEVEL = 0.1                # share of the highest intensity above which a v
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
 CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
                                 # halves: 0.6 to 0.95
-CT_NAMES = frozenset({"ct", "cta"})                  # names of a channel, in lower case
-MRI_NAMES = frozenset({"mr", "mri", "t1", "t1w", "t2", "t2w", "flair"})
-COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder names the case
 FEW_LEVELS, MOST_LEVELS = 16, 1 << 22        # spans of values that a fingerprint takes as they are
 FINE_LEVELS = 1 << 12                        # see fingerprint
 CACHE_VERSION = 3
@@ -357,236 +353,6 @@ class Case:
     modality: str = "ct"             # "ct" or "mri"
     msd: bool = False                # an MSD task: zoomed, and more crops on tumours (release)
     lesions: frozenset[int] = frozenset()       # indices of the classes that are lesions
-
-
-def find_datasets(roots) -> list[Path]:
-    """The dataset folders among `roots` and directly inside them.
-
-    A root is a dataset itself (it has a dataset.json) or a folder that holds several. Hidden
-    folders are passed over. A folder that is found twice, as through a symbolic link, is used once.
-    """
-    found: dict[Path, Path] = {}                         # where a folder really lies -> its path
-    for root in map(Path, roots):
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; `python -m experiments.phantom "
-                                    "--out DIR` makes a toy dataset")
-        inside = [root] if (root / "dataset.json").is_file() else _datasets_inside(root)
-        if not inside:
-            raise ValueError(f"{root}: no dataset here; expected dataset.json with imagesTr and "
-                             "labelsTr (nnU-Net raw), or a folder of such folders")
-        for folder in inside:
-            found.setdefault(folder.resolve(), folder)
-    by_name: dict[str, Path] = {}
-    for folder in found.values():
-        other = by_name.setdefault(dataset_name(folder), folder)
-        if other is not folder:
-            raise ValueError(f"two datasets are called {dataset_name(folder)}: {other} and "
-                             f"{folder}; rename one of the folders")
-    return list(found.values())
-
-
-def _datasets_inside(root: Path) -> list[Path]:
-    """The dataset folders directly inside a folder. Those one folder deeper are named as not used.
-    """
-    inside = sorted(path.parent for path in root.glob("*/dataset.json")
-                    if not files.is_hidden(path.parent) and _has_training_images(path))
-    deeper = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/dataset.json")
-                    if not any(files.is_hidden(folder) for folder in path.parents[:2])
-                    and path.parents[1] not in inside)
-    processes.report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
-                 "them", deeper)
-    return inside
-
-
-def _has_training_images(dataset_json: Path) -> bool:
-    return (dataset_json.parent / "imagesTr").is_dir() or "training" in files.read_json(dataset_json)
-
-
-def dataset_name(folder: Path) -> str:
-    """The name of a dataset is that of its folder."""
-    return Path(os.path.abspath(folder)).name
-
-
-def case_of(image: Path) -> str:
-    """The case that an image shows: the name of the file, or that of its folder where the file has
-    a name such as "ct".
-
-    imagesTr/liver_1_0000.nii.gz -> liver_1   s0011/ct.nii.gz -> s0011
-    """
-    name = files.case_name(image)
-    return image.absolute().parent.name if name in COMMON_NAMES else name
-
-
-def image_label_pairs(folder: Path, info: dict) -> dict[str, tuple[Path, Path]]:
-    """{case: (image, label)} of a dataset.
-
-    info  the content of dataset.json: MSD lists the files under "training"; without such a list
-          the files are those of nnU-Net's folders imagesTr and labelsTr
-
-    raises ValueError, FileNotFoundError  if two cases have one name, or a file is missing
-    """
-    pairs: dict[str, tuple[Path, Path]] = {}
-    for image, label in _listed_pairs(folder, info):
-        case = case_of(image)
-        if case in pairs:
-            raise ValueError(f"{folder}: two cases are called {case}: {pairs[case][0]} and "
-                             f"{image}; rename or remove one")
-        if not image.is_file():
-            raise FileNotFoundError(f"{image}: no such image, but dataset.json lists it; remove "
-                                    "it there")
-        if not label.is_file():
-            raise FileNotFoundError(f"{label}: no label for {image.name}; remove this image")
-        pairs[case] = image, label
-    return pairs
-
-
-def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
-    """The (image, label) files of a dataset, whether they exist or not; without hidden files."""
-    if isinstance(info.get("training"), list) and info["training"]:
-        try:
-            pairs = [(_listed_image(folder / item["image"]), folder / item["label"])
-                     for item in info["training"]]
-        except (KeyError, TypeError):
-            raise ValueError(f'{folder / "dataset.json"}: "training" must be a list of '
-                             '{"image": FILE, "label": FILE}') from None
-        return [pair for pair in pairs if not files.is_hidden(pair[0])]
-    images = [path for path in (folder / "imagesTr").glob("*.nii*") if not files.is_hidden(path)]
-    processes.report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
-                 "not used", sorted(path.name for path in images
-                                    if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)))
-    return [(image, folder / "labelsTr" / f"{files.case_name(image)}{ending}") for ending in files.ENDINGS
-            for image in sorted(images) if image.name.endswith(f"_0000{ending}")]
-
-
-def _listed_image(image: Path) -> Path:
-    """The image that dataset.json lists. Version 1 of nnU-Net leaves "_0000" out of the list."""
-    if not image.is_file():
-        for ending in files.ENDINGS:
-            with_channel = image.parent / f"{files.case_name(image)}_0000{ending}"
-            if with_channel.is_file():
-                return with_channel
-    return image
-
-
-def read_datasets(roots, classes, *, modality: str = "") -> list[Case]:
-    """All training cases of all datasets among and inside `roots`; see read_dataset."""
-    return [case for folder in find_datasets(roots)
-            for case in read_dataset(folder, classes, modality=modality)]
-
-
-def read_dataset(folder: Path, classes, *, modality: str = "") -> list[Case]:
-    """All training cases of an nnU-Net raw folder or an MSD task.
-
-    classes   the class table to which the names in dataset.json are matched
-    modality  "ct" or "mri", whatever dataset.json says
-
-    raises ValueError, FileNotFoundError  if dataset.json is malformed, no name in it matches a
-                                          class, or a file is missing
-    """
-    where = folder / "dataset.json"
-    info = files.read_json(where)
-    name = dataset_name(folder)
-    label_map = labels.label_map(info.get("labels"), classes, str(where),
-                                 context=str(info.get("name") or name))
-    pairs = image_label_pairs(folder, info)
-    if not pairs:
-        raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
-    own_annotated = annotated_per_case(info, classes, where)
-    processes.report_some(f'cases that "annotated" in {where} names are not here',
-                 sorted(own_annotated.keys() - pairs.keys()))
-    amos_mri = set() if modality else set(filter(is_amos_mri, pairs))
-    if amos_mri:
-        processes.report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
-    modality = modality or modality_of(info, where)
-    if modality not in ("ct", "mri"):
-        raise ValueError(f"the modality must be ct or mri, got {modality!r}")
-    lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
-    cases = []
-    for case, (image, label) in pairs.items():
-        cases.append(Case(name=f"{name}/{case}", dataset=name, image=image, label=label,
-                          label_map=label_map,
-                          annotated=own_annotated.get(case, label_map.annotated),
-                          modality="mri" if case in amos_mri else modality,
-                          msd="tensorImageSize" in info,
-                          lesions=lesions))
-    return cases
-
-
-AMOS_FIRST_MRI = 501        # cases of AMOS from this number on are MR scans
-
-
-def is_amos_mri(case: str) -> bool:
-    """Whether this is the name of an MR scan of AMOS, whose dataset.json mixes CT and MR.
-
-    >>> is_amos_mri("amos_0001"), is_amos_mri("amos_0507")
-    (False, True)
-    """
-    number = re.fullmatch(r"amos_(\d+)", case)
-    return number is not None and int(number[1]) >= AMOS_FIRST_MRI
-
-
-def annotated_per_case(info: dict, classes, where: Path,
-                       only: str | None = None) -> dict[str, np.ndarray]:
-    """{case: (K,) bool} of the cases that "annotated" in dataset.json lists with their classes.
-
-    info   the content of dataset.json
-    where  the file, for messages
-    only   the one case to look up, where a caller needs no other; None: all
-
-    A name that only the dataset's own "labels" or the built-in class table knows is passed over, so
-    that a dataset.json can be used with a smaller table; select() refuses a name that nothing
-    knows. A case that is not listed has all classes of the dataset.
-    """
-    table = info.get("annotated", {})                    # {case name: class names}
-    if not isinstance(table, dict):
-        raise ValueError(f'{where}: "annotated" must be a table of case names and class lists')
-    own = info.get("labels")
-    own_names = [*own, *own.values()] if isinstance(own, dict) else []      # MSD: {value: name}
-
-    def is_lacking(name) -> bool:
-        known = isinstance(name, str) and (name in own_names or labels.match(name))
-        return bool(known) and not labels.match(name, classes)
-
-    masks = {}
-    for case, names in table.items():
-        if only in (None, case):
-            if isinstance(names, list):
-                names = [name for name in names if not is_lacking(name)]
-            masks[case] = np.zeros(len(classes), bool)
-            masks[case][labels.select(names, classes)] = True
-    return masks
-
-
-def modality_of(info: dict, where: str | Path) -> str:
-    """"ct" or "mri", read off the name of the first channel, the only one that is used.
-
-    info    the content of dataset.json: "channel_names" (nnU-Net) or "modality" (MSD) names the
-            channels; without either the scans are CTs
-    where   the file, for messages
-
-    raises ValueError  if the name is not one of CT_NAMES or MRI_NAMES. Others, as "zscore", which
-                       is nnU-Net's name for a normalisation, or "PET/CT", do not tell
-    """
-    channels = info.get("channel_names") or info.get("modality") or "CT"
-    if isinstance(channels, list):
-        channels = {str(number): name for number, name in enumerate(channels)}
-    if not isinstance(channels, dict):
-        channels = {"0": channels}
-    first = str(channels.get("0", next(iter(channels.values()))))
-    if len(channels) > 1:
-        processes.report(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
-    if first.lower() in CT_NAMES:
-        return "ct"
-    if first.lower() in MRI_NAMES:
-        return "mri"
-    raise ValueError(f'{where}: channel {first!r} does not say whether the scans are CT or MRI; '
-                     'write "CT" or "MRI" as its name there, or pass --modality')
-
-
-def median_spacing(cases: list[Case]) -> float:
-    """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
-    affines = [nifti.open_checked(case.image).affine for case in cases]
-    return float(np.median([np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]))
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -916,7 +682,7 @@ def _entries_of_list(path: Path) -> list[SplitEntry]:
     for line in filter(str.strip, lines):
         text = line.split("\t")[0].strip()
         image = Path(text.replace("\\", "/"))
-        entries.append(SplitEntry(text, part, case_of(image), image.parts[:-1]))
+        entries.append(SplitEntry(text, part, datasets.case_of(image), image.parts[:-1]))
     return entries
 
 

@@ -650,40 +650,6 @@ def build_rows(meaning: dict[int, Meaning], classes) -> tuple[list, np.ndarray, 
     return [value for value, _, _ in rows], regions, known | regions, left_row
 
 
-def describe_values(label_map: LabelMap, classes) -> list[str]:
-    """The meaning of every value in words, one line each; background values share one line.
-
-    >>> describe_values(label_map({"liver": [1, 2], "cancer": 2, "bone": 3}, CLASSES), CLASSES)
-    ['1 liver -> Liver', '2 liver, cancer -> Liver + Liver Tumor', 'background: bone']
-    """
-    lines, background = [], []
-    for value, names in sorted(label_map.names.items()):
-        if value == 0 or value not in label_map.values:
-            background += [name for name in names if name.lower() != "background"]
-            continue
-        row = label_map.values.index(value)
-        right = label_map.regions[row]
-        left = label_map.regions[label_map.left_row.get(row, row)]
-        sure = right & left
-        parts = []
-        if (right != left).any():
-            one_of = [*np.flatnonzero(right & ~sure), *np.flatnonzero(left & ~sure)]
-            parts.append(" or ".join(classes[k].name for k in one_of))
-        if sure.any():
-            parts.append(" + ".join(classes[k].name for k in np.flatnonzero(sure)))
-        unknown = ~label_map.known[row]
-        if unknown.any():
-            left_out = ", ".join(classes[k].name for k in np.flatnonzero(unknown))
-            if (unknown | sure).all():
-                left_out = f"every {'other ' if sure.any() else ''}class"
-            parts.append(f"left out of the loss of {left_out}")
-        lines.append(f"{value} {', '.join(names)} -> {'; '.join(parts)}")
-    if background:
-        more = f" and {len(background) - 12} more" if len(background) > 12 else ""
-        lines.append(f"background: {', '.join(background[:12])}{more}")
-    return lines
-
-
 # ---- commands ----------------------------------------------------------------------------------
 
 

@@ -532,12 +532,11 @@ def _label_map_of(path: Path, raw: np.ndarray, case: str, classes):
 def _annotated_in(ref_path: Path, case: str, classes) -> np.ndarray:
     """(K,) bool: the classes that the reference annotates in this case, by "annotated" in its
     dataset.json, as in training. All of them where that does not list the case."""
-    import data
-    from support import files
+    from support import datasets, files
     where, _ = _table_of(ref_path.parent, case)
     if where is None:
         return np.ones(len(classes), bool)
-    listed = data.annotated_per_case(files.read_json(where), classes, where, only=case)
+    listed = datasets.annotated_per_case(files.read_json(where), classes, where, only=case)
     return listed.get(case, np.ones(len(classes), bool))
 
 

@@ -64,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import extension, fast, files, pictures, processes
+from support import datasets, extension, fast, files, pictures, processes
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -430,7 +430,7 @@ def describe(scans, val, classes, missing: list[str]) -> None:
         validation = [s for s in val if s.case.dataset == name]
         print(describe_dataset(name, training, validation, classes))
         label_map = (training + validation)[0].case.label_map
-        for line in labels.describe_values(label_map, classes):
+        for line in datasets.describe_values(label_map, classes):
             print(f"  {line}")
         for scan in training + validation:
             twin = first_of.setdefault(scan.meta["fingerprint"], scan.case.name)
@@ -842,13 +842,13 @@ def prepare(cfg: Config) -> Prepared | None:
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.choose_amp(device, cfg.amp)
-    data.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
+    datasets.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     task.w = task.w.to(device)
-    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality)
+    cases = datasets.read_datasets(cfg.data, task.classes, modality=cfg.modality)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
-        spacing_mm = round(data.median_spacing(cases), 2)
+        spacing_mm = round(datasets.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     if task.base is not None:
         check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,

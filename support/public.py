@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import labels
-from support import files, nifti, processes
+from support import datasets, files, nifti, processes
 
 
 class PublicDataset(NamedTuple):
@@ -203,8 +203,8 @@ def find_cases(name: str, folder: Path, listed: set[str] | None = None) -> list[
         reason = ""
         if not re.fullmatch(CASE_NAMES.get(name, ".*"), case):
             reason = "not named as the images of this dataset"
-        elif name == "amos" and data.is_amos_mri(case):
-            reason = f"MRI (number above {data.AMOS_FIRST_MRI - 1})"
+        elif name == "amos" and datasets.is_amos_mri(case):
+            reason = f"MRI (number above {datasets.AMOS_FIRST_MRI - 1})"
         elif name not in STRUCTURES and not (folder / label.format(case)).is_file():
             reason = f"no {label}"
         elif listed is not None and label.format(case) not in listed:
@@ -317,7 +317,7 @@ def write_folds(folder: Path, k: int) -> None:
     raises ValueError  if a splits_final.json with other folds is there, or there are fewer cases
     """
     cases = sorted(case.name.removeprefix(f"{case.dataset}/")
-                   for case in data.read_dataset(folder, labels.CLASSES))
+                   for case in datasets.read_dataset(folder, labels.CLASSES))
     if not 2 <= k <= len(cases):
         raise ValueError(f"--folds {k}: must be from 2 to the number of cases, {len(cases)}")
     ends = [round(i * len(cases) / k) for i in range(k + 1)]

@@ -121,10 +121,10 @@ def write_tiny_dataset(folder, seed, codes, new_value, names):
 @pytest.fixture
 def tiny_cases(tiny):
     """The cases of both tiny datasets, with the built-in class table: two livers, two kidneys."""
-    import data
     import labels
-    folders = data.find_datasets([tiny / "raw"])
-    return [case for folder in folders for case in data.read_dataset(folder, labels.CLASSES)]
+    from support import datasets
+    folders = datasets.find_datasets([tiny / "raw"])
+    return [case for folder in folders for case in datasets.read_dataset(folder, labels.CLASSES)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import labels
-from support import files, nifti, pictures, processes
+from support import datasets, files, nifti, pictures, processes
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_a_ct_that_is_called_an_mri_gets_a_note(capsys):
 
 def test_preprocessing_notes_and_refuses_by_grey_value(tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
-    first, second = data.read_dataset(folder, labels.CLASSES)
+    first, second = datasets.read_dataset(folder, labels.CLASSES)
     image = nib.load(first.image)
     write_nifti(first.image, np.asarray(image.dataobj) + np.int16(1024), image.affine)
     write_nifti(second.image, np.full(image.shape, 60, np.int16), image.affine)
@@ -263,7 +263,7 @@ def test_a_scan_of_one_value_is_refused(capsys, modality):
 
 # ---- cache -------------------------------------------------------------------------------------
 def test_datasets_are_found_inside_a_folder(tiny):
-    folders = data.find_datasets([tiny / "raw"])
+    folders = datasets.find_datasets([tiny / "raw"])
     assert [folder.name for folder in folders] == ["Dataset901_Liver", "Dataset902_Kidney"]
 
 
@@ -298,7 +298,7 @@ def test_a_class_that_becomes_annotated_gets_crop_centres(tiny, tmp_path):
     present = []
     for names in ({"liver tumor": 2, "bone": 1}, {"liver": 2, "liver tumor": 2, "bone": 1}):
         (folder / "dataset.json").write_text(json.dumps({**info, "labels": names}))
-        case = data.read_dataset(folder, labels.CLASSES)[0]
+        case = datasets.read_dataset(folder, labels.CLASSES)[0]
         present.append(data.build(case, tmp_path / "cache", 4.0).present_classes())
     assert present == [[26], [5, 26]]
 
@@ -319,7 +319,7 @@ def half_body_case(tiny, folder, names, value_of):
     write_nifti(folder / "labelsTr/c.nii.gz", new[20:], affine_of("RAS", (4, 4.5, 5)))
     info = {"channel_names": {"0": "CT"}, "labels": {"background": 0, **names}}
     (folder / "dataset.json").write_text(json.dumps(info))
-    return data.read_dataset(folder, labels.CLASSES)[0]
+    return datasets.read_dataset(folder, labels.CLASSES)[0]
 
 
 def test_a_case_may_list_structures_of_its_dataset_that_the_class_table_lacks():
@@ -327,11 +327,11 @@ def test_a_case_may_list_structures_of_its_dataset_that_the_class_table_lacks():
     info = {"labels": {"background": 0, "cord": 1, "larynx": 2},
             "annotated": {"a": ["cord", "larynx", "liver"], "b": ["larynx"]}}
     classes = [labels.Class("cord")]
-    masks = data.annotated_per_case(info, classes, Path("dataset.json"))
+    masks = datasets.annotated_per_case(info, classes, Path("dataset.json"))
     assert {case: mask.tolist() for case, mask in masks.items()} == {"a": [True], "b": [False]}
     info["annotated"]["a"] = ["cords"]
     with pytest.raises(ValueError, match="no class is called.*cords"):
-        data.annotated_per_case(info, classes, Path("dataset.json"))
+        datasets.annotated_per_case(info, classes, Path("dataset.json"))
 
 
 def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(tiny, tmp_path,
@@ -398,7 +398,7 @@ def test_label_and_image_a_twentieth_of_a_mm_apart_are_treated_as_one_grid(tiny,
     array, affine = np.asarray(img.dataobj), img.affine.copy()
     affine[1, 3] += 0.05
     nib.save(nib.Nifti1Image(array, affine), file)
-    data.build(data.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
+    data.build(datasets.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
     printed = capsys.readouterr().out
     assert "note:" in printed and "0.05 mm apart" in printed
 
@@ -464,9 +464,9 @@ def test_a_faulty_dataset_ends_in_one_line_and_status_2(tmp_path, capsys, what):
 
 @needs_shared
 def test_shared_real_volumes_are_read_as_they_are():
-    ts = data.read_dataset(SHARED / "data/Dataset001_TotalSegExample", labels.CLASSES)
+    ts = datasets.read_dataset(SHARED / "data/Dataset001_TotalSegExample", labels.CLASSES)
     assert int(ts[0].annotated.sum()) == 19 and ts[0].label_map.values.count(75) == 0
-    lung = data.read_dataset(SHARED / "data/Dataset003_LungOrgansAndTumour", labels.CLASSES)[0]
+    lung = datasets.read_dataset(SHARED / "data/Dataset003_LungOrgansAndTumour", labels.CLASSES)[0]
     assert np.flatnonzero(lung.annotated).tolist() == [15, 16, 29]
     volume = data.load_volume(lung.image)
     assert volume.array.shape == (125, 125, 100) and np.allclose(volume.spacing_mm, 4)
@@ -480,9 +480,9 @@ def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
                              ("modality", {"0": "T2"}, "mri"), ("modality", {"0": "CT"}, "ct"),
                              ("channel_names", ["T1"], "mri"), ("modality", "CT", "ct")):
         (folder / "dataset.json").write_text(json.dumps({**info, key: value}))
-        cases = data.read_dataset(folder, labels.CLASSES)
+        cases = datasets.read_dataset(folder, labels.CLASSES)
         assert {case.modality for case in cases} == {want}
-        cases = data.read_dataset(folder, labels.CLASSES, modality="ct")
+        cases = datasets.read_dataset(folder, labels.CLASSES, modality="ct")
         assert {case.modality for case in cases} == {"ct"}
 
 
@@ -491,13 +491,13 @@ def test_the_modality_is_read_from_dataset_json(tiny, tmp_path):
     ("T1w", "mri"), ("T2", "mri"), ("t2w", "mri"), ("FLAIR", "mri")])
 def test_a_channel_is_known_by_its_name(name, want):
     for info in ({"channel_names": {"0": name}}, {"modality": {"0": name}}, {"modality": [name]}):
-        assert data.modality_of(info, "d/dataset.json") == want
+        assert datasets.modality_of(info, "d/dataset.json") == want
 
 
 @pytest.mark.parametrize("name", ["zscore", "PET/CT", "0", "act", "CT and MRI", "None", "ADC"])
 def test_a_channel_that_says_neither_is_refused_with_what_to_do(name):
     with pytest.raises(ValueError, match="--modality") as error:
-        data.modality_of({"channel_names": {"0": name}}, "d/dataset.json")
+        datasets.modality_of({"channel_names": {"0": name}}, "d/dataset.json")
     text = str(error.value)
     assert text.startswith(f"d/dataset.json: channel {name!r} ") and 'write "CT" or "MRI"' in text
     assert "\n" not in text
@@ -505,18 +505,18 @@ def test_a_channel_that_says_neither_is_refused_with_what_to_do(name):
 
 def test_the_first_of_several_channels_is_used_and_a_line_says_so(capsys, monkeypatch):
     channels = {"1": "ADC", "0": "CT"}
-    assert data.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
+    assert datasets.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
     assert capsys.readouterr().out == \
         "note: d/dataset.json: of 2 channels only the first is used, CT\n"
     monkeypatch.setenv("RANK", "1")                      # under torchrun, one process says it
-    assert data.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
+    assert datasets.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
     assert capsys.readouterr().out == ""
 
 
 def test_median_spacing_is_over_scans_and_axes(tiny):
     """Both scans of the dataset have 4, 4.5 and 5 mm."""
-    cases = data.read_dataset(tiny / "raw/Dataset901_Liver", labels.CLASSES)
-    assert data.median_spacing(cases) == pytest.approx(4.5)
+    cases = datasets.read_dataset(tiny / "raw/Dataset901_Liver", labels.CLASSES)
+    assert datasets.median_spacing(cases) == pytest.approx(4.5)
 
 
 def test_a_list_of_pairs_as_msd_writes_it(tiny, tmp_path):
@@ -528,12 +528,12 @@ def test_a_list_of_pairs_as_msd_writes_it(tiny, tmp_path):
                                                 "2": "liver tumour", "4": "kidney"},
             "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]}
     (folder / "dataset.json").write_text(json.dumps(info))
-    case, = data.read_dataset(folder, labels.CLASSES)
+    case, = datasets.read_dataset(folder, labels.CLASSES)
     assert case.name == "Task42/a" and case.annotated.sum() == 4
     info["training"] = [{"image": "./imagesTr/a.nii.gz"}]
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match='"training" must be'):
-        data.read_dataset(folder, labels.CLASSES)
+        datasets.read_dataset(folder, labels.CLASSES)
 
 
 # ---- crops -------------------------------------------------------------------------------------

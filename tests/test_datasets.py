@@ -7,6 +7,7 @@ from conftest import write_nifti
 
 import data
 import labels
+from support import datasets
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -30,7 +31,7 @@ def listed(*names, image="imagesTr/{}.nii.gz", label="labelsTr/{}.nii.gz"):
 
 
 def case_names_of(*roots, **kwargs):
-    return [case.name for case in data.read_datasets(roots, labels.CLASSES, **kwargs)]
+    return [case.name for case in datasets.read_datasets(roots, labels.CLASSES, **kwargs)]
 
 
 # ---- finding -----------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def test_a_list_of_nnunets_first_version_leaves_0000_out(tmp_path, ending):
     folder = nnunet(tmp_path / "Task501_X", ending=ending)
     nnunet(folder, (), training=listed("x", image=f"./imagesTr/{{}}{ending}",
                                        label=f"./labelsTr/{{}}{ending}"))
-    case, = data.read_dataset(folder, labels.CLASSES)
+    case, = datasets.read_dataset(folder, labels.CLASSES)
     assert case.image == folder / f"imagesTr/x_0000{ending}" and case.name == "Task501_X/x"
 
 
@@ -94,7 +95,7 @@ def test_a_dataset_that_is_given_twice_is_used_once(tmp_path, monkeypatch):
     folder = nnunet(tmp_path / "raw/X")
     (tmp_path / "link").symlink_to(tmp_path / "raw")
     (tmp_path / "raw/alias").symlink_to(folder)
-    assert len(data.find_datasets([tmp_path / "raw", folder, tmp_path / "link"])) == 1
+    assert len(datasets.find_datasets([tmp_path / "raw", folder, tmp_path / "link"])) == 1
     assert case_names_of(tmp_path / "link", folder) == ["X/x"]
     monkeypatch.chdir(folder)
     assert case_names_of(".") == ["X/x"] == case_names_of("../X")
@@ -119,14 +120,14 @@ def test_a_study_with_one_folder_per_patient_names_cases_after_folders(tmp_path)
         write_nifti(tmp_path / f"X/{name}_seg.nii.gz", BOX % 2, EYE)
     folder = nnunet(tmp_path / "X", (), annotated={"p2": []},
                     training=listed(*names, image="{}.nii.gz", label="{}_seg.nii.gz"))
-    cases = data.read_dataset(folder, labels.CLASSES)
+    cases = datasets.read_dataset(folder, labels.CLASSES)
     assert [case.name for case in cases] == ["X/p1", "X/p2", "X/p3", "X/p4"]
     assert [bool(case.annotated.any()) for case in cases] == [True, False, True, True]
 
 
 def test_annotated_is_reported_where_it_names_no_case(tmp_path, capsys):
     folder = nnunet(tmp_path / "X", annotated={"x": ["liver"], "img0099": ["spleen"]})
-    case, = data.read_dataset(folder, labels.CLASSES)
+    case, = datasets.read_dataset(folder, labels.CLASSES)
     assert class_names(case.annotated) == {"Liver"}
     line, = capsys.readouterr().out.splitlines()
     assert "X/dataset.json" in line and "img0099" in line
@@ -134,11 +135,11 @@ def test_annotated_is_reported_where_it_names_no_case(tmp_path, capsys):
 
 def test_annotated_may_name_built_in_classes_that_a_smaller_table_lacks(tmp_path):
     folder = nnunet(tmp_path / "X", annotated={"x": ["liver", "spleen"]})
-    case, = data.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
+    case, = datasets.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
     assert case.annotated.tolist() == [False, True]
     nnunet(folder, annotated={"x": ["liver", "splen"]})
     with pytest.raises(ValueError, match="splen"):
-        data.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
+        datasets.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
 
 
 # ---- MSD and AMOS as distributed -----------------------------------------------------------------
@@ -184,7 +185,7 @@ def msd_replica(root, task):
 def check_msd(root, task):
     """The one case of the replica means what it should, and gets the zoom and crops of MSD."""
     meaning = MSD[task][2]
-    case, = data.read_datasets([root], labels.CLASSES)
+    case, = datasets.read_datasets([root], labels.CLASSES)
     assert case.name == f"{task}/case_001" and case.msd and case.modality == "ct"
     for value, classes in meaning.items():
         row, = case.label_map.to_label_rows(np.array([value]), "x")
@@ -219,9 +220,9 @@ def test_the_labels_of_an_msd_task_mean_the_same_in_evaluation(task, tmp_path):
 
 def test_the_mr_scans_of_amos_as_distributed_are_treated_as_mri(tmp_path, capsys):
     nnunet(tmp_path / "a", ("amos_0001", "amos_0507"), channel_names={"0": "CT"})
-    cases = data.read_dataset(tmp_path / "a", labels.CLASSES)
+    cases = datasets.read_dataset(tmp_path / "a", labels.CLASSES)
     assert {case.name: case.modality for case in cases} == {"a/amos_0001": "ct",
                                                              "a/amos_0507": "mri"}
     assert "1 cases are MR scans by their AMOS numbers" in capsys.readouterr().out
-    cases = data.read_dataset(tmp_path / "a", labels.CLASSES, modality="ct")
+    cases = datasets.read_dataset(tmp_path / "a", labels.CLASSES, modality="ct")
     assert [case.modality for case in cases] == ["ct", "ct"]           # as the user says

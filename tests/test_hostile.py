@@ -21,7 +21,7 @@ import labels
 import metrics
 import model
 import train
-from support import nifti, processes
+from support import datasets, nifti, processes
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
 EYE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -313,7 +313,7 @@ def test_mutated_tables_never_give_a_traceback(tmp_path):
     for _ in range(1000):
         (folder / "dataset.json").write_text(json.dumps(change(info)))
         (tmp_path / "t.json").write_text(json.dumps(change(table)))
-        for read in (lambda: data.read_dataset(folder, labels.CLASSES),
+        for read in (lambda: datasets.read_dataset(folder, labels.CLASSES),
                      lambda: labels.load_classes(tmp_path / "t.json")):
             try:
                 read()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import labels
+from support import datasets
 
 
 def name(i):
@@ -121,7 +122,7 @@ def test_step_3_adds_parents_and_builds_a_row_per_value_and_side():
 # ---- what a name says, and what it leaves open ---------------------------------------------------
 def meaning_of(table, context="") -> list[str]:
     label_map = labels.label_map(table, labels.CLASSES, context=context)
-    return labels.describe_values(label_map, labels.CLASSES)
+    return datasets.describe_values(label_map, labels.CLASSES)
 
 
 @pytest.mark.parametrize("lesion", [
@@ -156,7 +157,7 @@ def test_what_says_nothing_about_a_class_is_left_out_of_its_loss():
     table = {"liver": 1, "spleen": 2, "ignore": 3, "lesion": 4, "liver abscess": 5,
              "liver segment 4": 6, "left kidney stone": 7, "sacrum": 8, "vertebrae L1": 9}
     label_map = labels.label_map(table, labels.CLASSES)
-    assert labels.describe_values(label_map, labels.CLASSES) == [
+    assert datasets.describe_values(label_map, labels.CLASSES) == [
         "1 liver -> Liver", "2 spleen -> Spleen", "3 ignore -> left out of the loss of every class",
         "4 lesion -> left out of the loss of every class",
         "5 liver abscess -> left out of the loss of Liver, Liver Tumor, Hepatic Vessel Tumor",
@@ -218,7 +219,7 @@ def test_a_value_that_belongs_to_every_class_of_a_table_is_left_out_of_no_loss(n
         table = {"liver": [1, 2], "spinal cord": 3}
     label_map = labels.label_map(table, classes)
     assert label_map.known.all()
-    assert labels.describe_values(label_map, classes) == want
+    assert datasets.describe_values(label_map, classes) == want
 
 
 @pytest.mark.parametrize("word", sorted(
@@ -374,7 +375,7 @@ def test_a_kidney_without_a_side_matches_both_kidneys_of_a_bare_table():
                                  "Kidney Cyst"])
     label_map = labels.label_map({"kidney": 1, "kidney tumor": 2, "kidney cyst": 3}, table)
     assert np.flatnonzero(label_map.annotated).tolist() == [3, 4, 5]
-    assert labels.describe_values(label_map, table) == [
+    assert datasets.describe_values(label_map, table) == [
         "1 kidney -> Right Kidney or Left Kidney",
         "2 kidney tumor -> left out of the loss of Right Kidney, Left Kidney, Kidney Cyst",
         "3 kidney cyst -> Right Kidney or Left Kidney; Kidney Cyst"]

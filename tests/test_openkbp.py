@@ -12,7 +12,7 @@ from conftest import SHARED, needs_shared
 import data
 import labels
 from experiments import openkbp
-from support import files, processes
+from support import datasets, files, processes
 
 SHARED_CASES = [("Dataset007_OpenKBP", "Tr", "pt_13"), ("Dataset007_OpenKBP", "Tr", "pt_38"),
                 ("Dataset008_OpenKBPTest", "Ts", "pt_242")]
@@ -181,7 +181,7 @@ def test_the_datasets_as_the_other_commands_read_them(small, tmp_path):
     assert list(info["annotated"].items()) == [("pt_9", ["Larynx"]), ("pt_10", ["Larynx"])]
     assert info["numTraining"] == 2
     classes = labels.load_classes(tmp_path / "kbp/kbp.json")
-    cases = data.read_dataset(tmp_path / "kbp/Dataset007_OpenKBP", classes)
+    cases = datasets.read_dataset(tmp_path / "kbp/Dataset007_OpenKBP", classes)
     names = [c.name for c in classes]
     for case in cases:
         assert [names[k] for k in np.flatnonzero(case.annotated)] == ["Larynx"]

@@ -7,11 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import data
 import labels
 from experiments import phantom
 from experiments.phantom import DATASETS, SPELLING, TEST, TRUTH, make_scan, values_for
-from support import processes
+from support import datasets, processes
 
 SEEDS = (0, 1, 2, 3)
 HOSTS = {"Liver Tumor": {"Liver"},
@@ -240,8 +239,8 @@ def test_knee_datasets_are_written_with_their_class_table(tmp_path):
     classes = labels.load_classes(tmp_path / "knee.json")
     assert [c.name for c in classes] == list(phantom.KNEE.values())
     annotated = {}
-    for folder in data.find_datasets([tmp_path]):
-        case = data.read_dataset(folder, classes)[0]
+    for folder in datasets.find_datasets([tmp_path]):
+        case = datasets.read_dataset(folder, classes)[0]
         annotated[folder.name] = [classes[k].name for k in np.flatnonzero(case.annotated)]
     assert annotated == {
         "Dataset201_PhantomKneeBones": ["Femur", "Tibia"],

@@ -10,7 +10,7 @@ from conftest import affine_of, write_nifti
 
 import data
 import labels
-from support import processes, public
+from support import datasets, processes, public
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -60,13 +60,13 @@ def test_a_miniature_replica_gives_the_right_regions(name, tmp_path, capsys):
     before = {p for p in (tmp_path / name).rglob("*")}
     assert public.main([name, str(tmp_path / name)]) == 0
     assert {p for p in (tmp_path / name).rglob("*")} - before == {tmp_path / name / "dataset.json"}
-    case, = data.read_dataset(tmp_path / name, labels.CLASSES)
+    case, = datasets.read_dataset(tmp_path / name, labels.CLASSES)
     row = case.label_map.to_label_rows(np.array([value]), "x")[0]
     found = np.flatnonzero(case.label_map.regions[row])
     assert {labels.CLASSES[k].name for k in found} == belongs
     assert case.annotated[[c.name for c in labels.CLASSES].index(annotated)]
     assert case.image == tmp_path / name / image
-    assert data.find_datasets([tmp_path]) == [tmp_path / name]
+    assert datasets.find_datasets([tmp_path]) == [tmp_path / name]
 
 
 def test_the_table_of_btcv_has_the_numbers_of_its_release():
@@ -85,7 +85,7 @@ def test_the_scans_of_btcv_from_60_on_annotate_eight_classes(tmp_path):
         for file in (f"img/img{n}.nii.gz", f"label/label{n}.nii.gz"):
             write_nifti(tmp_path / "btcv" / file, np.ones((4, 4, 4), np.int16), np.eye(4))
     public.main(["btcv", str(tmp_path / "btcv")])
-    cases = data.read_dataset(tmp_path / "btcv", labels.CLASSES)
+    cases = datasets.read_dataset(tmp_path / "btcv", labels.CLASSES)
     assert [case.annotated.sum() for case in cases] == [14, 8, 8]
     assert class_names(cases[1].annotated) == {
         "Spleen", "Left Kidney", "Gall Bladder", "Esophagus", "Liver", "Stomach", "Pancreas",
@@ -99,7 +99,7 @@ def test_totalsegmentators_masks_become_one_map(tmp_path):
         mask[i] = 1
         write_nifti(tmp_path / f"s0001/segmentations/{name}.nii.gz", mask, np.eye(4))
     assert public.main(["totalsegmentator", str(tmp_path)]) == 0
-    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    case, = datasets.read_dataset(tmp_path, labels.CLASSES)
     assert {c.name for c, a in zip(labels.CLASSES, case.annotated, strict=True) if a} == \
         {"Liver", "Left Kidney"}
     raw = data.load_volume(case.label).array
@@ -162,7 +162,7 @@ def test_children_stay_inside_their_parents(tmp_path):
                                  "kidney_cyst_right": [5], "liver": [0, 1]})
     assert merged_names(tmp_path) == ["liver", "liver", "pancreas_tumor", "pancreas",
                                       "kidney_right", "kidney_cyst_right"]
-    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    case, = datasets.read_dataset(tmp_path, labels.CLASSES)
     row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
     regions = case.label_map.regions[row]
     assert class_names(regions[2]) == {"Pancreas", "Pancreas Tumor"}
@@ -178,7 +178,7 @@ def test_a_lesion_with_a_side_tells_its_host(tmp_path):
     structures(tmp_path / "s1", {"kidney_cyst_left": [5], "kidney_cyst_right": [4],
                                  "liver": [0, 1], "liver_lesion": [1], "pancreatic_lesion": [2]})
     merged_names(tmp_path)
-    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    case, = datasets.read_dataset(tmp_path, labels.CLASSES)
     row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
     found = [class_names(case.label_map.regions[r]) for r in row]
     assert found == [{"Liver"}, {"Liver", "Liver Tumor"}, {"Pancreas", "Pancreas Tumor"}, set(),
@@ -188,7 +188,7 @@ def test_a_lesion_with_a_side_tells_its_host(tmp_path):
 def test_a_lesion_without_a_clear_host_is_merged_and_left_out_of_the_loss(tmp_path):
     structures(tmp_path / "s1", {"liver": [0, 1], "spleen": [2, 3], "lesion": [1, 2, 4]})
     assert merged_names(tmp_path) == ["liver", "lesion", "lesion", "spleen", "lesion", "background"]
-    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    case, = datasets.read_dataset(tmp_path, labels.CLASSES)
     row = case.label_map.to_label_rows(data.load_volume(case.label).array, "x")[:, 0, 0]
     assert case.label_map.known[row].all(1).tolist() == [True, False, False, True, False, True]
 
@@ -233,7 +233,7 @@ def test_a_class_is_annotated_where_all_of_its_structures_have_a_file(tmp_path):
     assert info["annotated"] == {"s1": ["Spleen", "Liver", "Left Lung", "Kidney Cyst"],
                                  "s2": ["Liver", "Left Lung", "Kidney Cyst"],
                                  "s3": ["Spleen", "Liver"]}
-    found = [class_names(case.annotated) for case in data.read_dataset(tmp_path, labels.CLASSES)]
+    found = [class_names(case.annotated) for case in datasets.read_dataset(tmp_path, labels.CLASSES)]
     assert found == [set(names) for names in info["annotated"].values()]
 
 
@@ -263,7 +263,7 @@ def test_a_case_that_cannot_be_merged_is_left_out_with_one_line(what, tmp_path, 
     captured = capsys.readouterr()
     line, = [line for line in captured.out.splitlines() if "left out" in line]
     assert str(tmp_path / "s1") in line and "Traceback" not in captured.out + captured.err
-    assert [case.name[-2:] for case in data.read_dataset(tmp_path, labels.CLASSES)] == ["s2"]
+    assert [case.name[-2:] for case in datasets.read_dataset(tmp_path, labels.CLASSES)] == ["s2"]
     assert not (tmp_path / "s1/labels.nii.gz").exists() and not list(tmp_path.rglob("*.part*"))
     shutil.rmtree(tmp_path / "s2")
     (tmp_path / "dataset.json").unlink()
@@ -302,7 +302,7 @@ def test_pants_keeps_images_and_labels_apart(tmp_path):
     (tmp_path / "ImageTr/P1").mkdir(parents=True)
     (tmp_path / "LabelTr/P1/unused.nii.gz").rename(tmp_path / "ImageTr/P1/ct.nii.gz")
     assert merged_names(tmp_path, name="pants")[:3] == ["liver", "pancreas", "pancreas"]
-    case, = data.read_dataset(tmp_path, labels.CLASSES)
+    case, = datasets.read_dataset(tmp_path, labels.CLASSES)
     assert case.name.endswith("/P1") and (tmp_path / "LabelTr/P1/labels.nii.gz").is_file()
 
 
@@ -354,7 +354,7 @@ def test_the_modality_of_a_distributors_dataset_json_is_taken_over(tmp_path):
         write_nifti(tmp_path / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
     (tmp_path / "dataset.original.json").write_text('{"modality": {"0": "MRI"}}')
     assert processes.run(public.main, ["word", str(tmp_path)]) == 0
-    assert [case.modality for case in data.read_dataset(tmp_path, labels.CLASSES)] == ["mri", "mri"]
+    assert [case.modality for case in datasets.read_dataset(tmp_path, labels.CLASSES)] == ["mri", "mri"]
 
 
 def test_an_unreadable_dataset_json_is_one_line_and_stays(tmp_path, capsys):
@@ -380,4 +380,4 @@ def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path,
         write_nifti(tmp_path / f"b/img/img{case}.nii.gz", BOX, EYE)
         write_nifti(tmp_path / f"b/label/label{case}.nii.gz", BOX % 2, EYE)
     assert processes.run(public.main, ["btcv", str(tmp_path / "b")]) == 0
-    assert len(data.read_dataset(tmp_path / "b", labels.CLASSES)) == 1
+    assert len(datasets.read_dataset(tmp_path / "b", labels.CLASSES)) == 1

@@ -16,7 +16,7 @@ import labels
 import metrics
 import model
 import train
-from support import processes, public, streaming
+from support import datasets, processes, public, streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
     assert held_out[0] == ["img0001", "img0002", "img0003", "img0004", "img0005", "img0006"]
     assert held_out[1] == ["img0007", "img0008", "img0009", "img0010", "img0021", "img0022"]
     assert sum(held_out, []) == [f"img{number}" for number in numbers]
-    cases = data.read_dataset(folder, labels.CLASSES)
+    cases = datasets.read_dataset(folder, labels.CLASSES)
     parts = data.match_split(data.read_split([path], "4"), cases)
     assert [name for name, part in parts.items() if part == "val"] \
         == [f"BTCV/img00{i}" for i in range(35, 41)]
