@@ -358,7 +358,7 @@ def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
 def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
     """Preprocess every scan once; of the processes of torchrun, the first that comes does it."""
     cache = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
-    return data.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers)
+    return cache.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers)
 
 
 def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:

@@ -55,7 +55,7 @@ import losses
 import metrics
 import model as plain_form
 import postprocess
-from support import datasets, fast, files, nifti
+from support import cache, datasets, fast, files, nifti
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -451,7 +451,7 @@ def pipeline(part: str) -> dict:
         subprocess.run([sys.executable, "-m", "experiments.phantom", "--out", folder, "--scans",
                         "6", "--test-scans", "0"], cwd=ROOT, check=True, capture_output=True)
         cases = datasets.read_datasets([folder], labels.CLASSES)
-        scans = data.build_all(cases, Path(folder) / "cache")
+        scans = cache.build_all(cases, Path(folder) / "cache")
         crops = data.Crops(scans, patch=FULL.side, length=64)
         loader = torch.utils.data.DataLoader(crops, 1, collate_fn=data.collate, num_workers=2)
         start = time.perf_counter()

@@ -130,8 +130,8 @@ def tiny_cases(tiny):
 @pytest.fixture
 def tiny_scans(tiny, tiny_cases):
     """The same, preprocessed at 4 mm, in a cache that all tests share."""
-    import data
-    return data.build_all(tiny_cases, tiny / "cache_4mm", 4.0, quiet=True)
+    from support import cache
+    return cache.build_all(tiny_cases, tiny / "cache_4mm", 4.0, quiet=True)
 
 
 @pytest.fixture

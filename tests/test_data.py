@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import labels
-from support import datasets, files, nifti, pictures, processes
+from support import cache, datasets, files, nifti, pictures, processes
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -249,10 +249,10 @@ def test_preprocessing_notes_and_refuses_by_grey_value(tiny, tmp_path, capsys):
     image = nib.load(first.image)
     write_nifti(first.image, np.asarray(image.dataobj) + np.int16(1024), image.affine)
     write_nifti(second.image, np.full(image.shape, 60, np.int16), image.affine)
-    data.build(first, tmp_path / "cache", 4.0)
+    cache.build(first, tmp_path / "cache", 4.0)
     assert f"note: {first.image}: its values lie in" in capsys.readouterr().out
     with pytest.raises(ValueError, match="c1_0000.nii.gz: all of its voxels have the value 60"):
-        data.build(second, tmp_path / "cache", 4.0)
+        cache.build(second, tmp_path / "cache", 4.0)
 
 
 @pytest.mark.parametrize("modality", ["ct", "mri"])
@@ -268,7 +268,7 @@ def test_datasets_are_found_inside_a_folder(tiny):
 
 
 def test_cache_holds_sides_regions_and_class_voxels(tiny_cases, tmp_path):
-    scans = data.build_all(tiny_cases, tmp_path / "cache", 4.0)
+    scans = cache.build_all(tiny_cases, tmp_path / "cache", 4.0)
     liver, kidney = scans[0], scans[2]
     assert sorted(kidney.meta["points"]) == ["1", "2"]
     assert sorted(liver.meta["points"]) == ["26", "5"]
@@ -281,12 +281,12 @@ def test_cache_holds_sides_regions_and_class_voxels(tiny_cases, tmp_path):
 
 
 def test_a_cache_entry_is_built_once_for_each_spacing(tiny_cases, tmp_path):
-    first = data.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
+    first = cache.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
     stamp = first.entry.stat().st_mtime_ns
-    again = data.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
+    again = cache.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
     assert again.entry == first.entry and again.entry.stat().st_mtime_ns == stamp
     assert len(list((tmp_path / "cache").glob("*/meta.json"))) == 4
-    other = data.build(tiny_cases[0], tmp_path / "cache", 5.0)
+    other = cache.build(tiny_cases[0], tmp_path / "cache", 5.0)
     assert other.entry != first.entry
 
 
@@ -299,7 +299,7 @@ def test_a_class_that_becomes_annotated_gets_crop_centres(tiny, tmp_path):
     for names in ({"liver tumor": 2, "bone": 1}, {"liver": 2, "liver tumor": 2, "bone": 1}):
         (folder / "dataset.json").write_text(json.dumps({**info, "labels": names}))
         case = datasets.read_dataset(folder, labels.CLASSES)[0]
-        present.append(data.build(case, tmp_path / "cache", 4.0).present_classes())
+        present.append(cache.build(case, tmp_path / "cache", 4.0).present_classes())
     assert present == [[26], [5, 26]]
 
 
@@ -341,9 +341,9 @@ def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(t
     names, values = {"liver": 1, "kidney": 2}, {1: 1, 2: 1, 3: 2}
     case = half_body_case(tiny, tmp_path / "D1", names, values)
     assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]
-    scan = data.build(case, tmp_path / "cache", 4.0)
+    scan = cache.build(case, tmp_path / "cache", 4.0)
     assert capsys.readouterr().out.count("right and left cannot be told apart") == 1
-    for found in (scan, data.find(case, tmp_path / "cache", 4.0)):
+    for found in (scan, cache.find(case, tmp_path / "cache", 4.0)):
         assert np.flatnonzero(found.case.annotated).tolist() == [5]
         assert found.present_classes() == [5] and found.meta["undecided"] == [1, 2]
     assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]        # the case is not changed
@@ -353,17 +353,17 @@ def test_kidneys_with_a_side_stay_annotated_where_half_a_body_is_in_view(tiny, t
     """Also a tumour without a side that touches one of them."""
     names, values = {"kidney_right": 1, "kidney_left": 2, "kidney tumor": 3}, {1: 1, 2: 3}
     case = half_body_case(tiny, tmp_path / "D1", names, values)
-    scan = data.build(case, tmp_path / "cache", 4.0)
+    scan = cache.build(case, tmp_path / "cache", 4.0)
     assert scan.meta["undecided"] == [] and scan.case.annotated.sum() == 3
     assert scan.present_classes() == [1, 25] and capsys.readouterr().out == ""
 
 
 def test_the_same_scan_in_other_axes_and_type_has_the_same_fingerprint():
     a = np.random.default_rng(0).integers(-1000, 1000, (7, 8, 9)).astype(np.int16)
-    assert data.fingerprint(a) == data.fingerprint(a.transpose(2, 0, 1)[::-1].astype(np.float32))
+    assert cache.fingerprint(a) == cache.fingerprint(a.transpose(2, 0, 1)[::-1].astype(np.float32))
     b = a.copy()
     b[0, 0, 0] += 1
-    assert data.fingerprint(a) != data.fingerprint(b)
+    assert cache.fingerprint(a) != cache.fingerprint(b)
 
 
 def test_copies_of_a_scan_stay_on_one_side_of_the_split():
@@ -380,13 +380,13 @@ def test_copies_of_a_scan_stay_on_one_side_of_the_split():
     ("meta.json", lambda b: b"[]"),
     ("meta.json", lambda b: b.replace(b'"shape": [', b'"shape": [1'))])
 def test_a_damaged_cache_entry_is_made_again(tiny_cases, tmp_path, file, damage):
-    scan = data.build(tiny_cases[0], tmp_path, 4.0)
+    scan = cache.build(tiny_cases[0], tmp_path, 4.0)
     before = {p.name: p.read_bytes() for p in scan.entry.iterdir()}
     content = damage(before[file])
     (scan.entry / file).unlink()
     if content is not None:
         (scan.entry / file).write_bytes(content)
-    again = data.build(tiny_cases[0], tmp_path, 4.0)
+    again = cache.build(tiny_cases[0], tmp_path, 4.0)
     assert {p.name: p.read_bytes() for p in scan.entry.iterdir()} == before
     assert again.meta == scan.meta and len(list(tmp_path.iterdir())) == 1
 
@@ -398,7 +398,7 @@ def test_label_and_image_a_twentieth_of_a_mm_apart_are_treated_as_one_grid(tiny,
     array, affine = np.asarray(img.dataobj), img.affine.copy()
     affine[1, 3] += 0.05
     nib.save(nib.Nifti1Image(array, affine), file)
-    data.build(datasets.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
+    cache.build(datasets.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
     printed = capsys.readouterr().out
     assert "note:" in printed and "0.05 mm apart" in printed
 
@@ -595,10 +595,10 @@ def scan_of(folder, image, label_rows):
 
     A crop of one voxel is then exactly the voxel that was drawn.
     """
-    data._write_entry(folder, image, label_rows, np.zeros((0, 3), np.uint16),
+    cache._write_entry(folder, image, label_rows, np.zeros((0, 3), np.uint16),
                       {"points": {}, "shape": image.shape})
     case = data.Case("d/c", "d", None, None, None, np.zeros(32, bool))
-    return data.Scan(case, folder, data._read_meta(folder))
+    return data.Scan(case, folder, cache._read_meta(folder))
 
 
 def test_background_crops_are_centred_in_the_body(tmp_path):

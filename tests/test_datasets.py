@@ -7,7 +7,7 @@ from conftest import write_nifti
 
 import data
 import labels
-from support import datasets
+from support import cache, datasets
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -193,7 +193,7 @@ def check_msd(root, task):
     lesions = {c.name for c in labels.CLASSES if c.lesion}
     wanted = set().union(*meaning.values())
     assert class_names(case.annotated) & lesions == wanted & lesions
-    scan, = data.build_all([case], root / "cache", 1.0, workers=0, quiet=True)
+    scan, = cache.build_all([case], root / "cache", 1.0, workers=0, quiet=True)
     assert [labels.CLASSES[k].name for k in scan.present_classes()] == \
         [c.name for c, a in zip(labels.CLASSES, case.annotated, strict=True) if a and
          c.name in wanted]

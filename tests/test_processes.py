@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import infer
 import train
-from support import processes
+from support import cache, processes
 
 ROOT = Path(train.__file__).parent
 
@@ -185,9 +184,9 @@ def test_no_worker_outlives_a_killed_parent_and_the_next_run_finishes(tiny, tmp_
 
 def test_worker_processes_make_the_same_cache_and_name_a_bad_scan(tiny_cases, tmp_path):
     state = torch.get_rng_state()
-    two = data.build_all(tiny_cases, tmp_path / "two", 4.0, workers=2)
+    two = cache.build_all(tiny_cases, tmp_path / "two", 4.0, workers=2)
     assert torch.equal(torch.get_rng_state(), state)   # the first weights are drawn from it later
-    one = data.build_all(tiny_cases, tmp_path / "one", 4.0, workers=0)
+    one = cache.build_all(tiny_cases, tmp_path / "one", 4.0, workers=0)
     assert [s.case.name for s in one] == [s.case.name for s in two] == NAMES
     for a, b in zip(one, two, strict=True):
         assert a.meta == b.meta and np.array_equal(a.image(), b.image())
@@ -196,13 +195,13 @@ def test_worker_processes_make_the_same_cache_and_name_a_bad_scan(tiny_cases, tm
     cases = [dataclasses.replace(tiny_cases[1], image=bad), *tiny_cases]
     for workers in (0, 2):
         with pytest.raises(ValueError, match="bad.nii.gz: its voxels cannot be read"):
-            data.build_all(cases, tmp_path / f"bad{workers}", 4.0, workers=workers, quiet=True)
+            cache.build_all(cases, tmp_path / f"bad{workers}", 4.0, workers=workers, quiet=True)
 
 
 def test_an_entry_that_cannot_be_read_back_is_one_line(tiny_cases, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_read_meta", lambda entry: None)
+    monkeypatch.setattr(cache, "_read_meta", lambda entry: None)
     with pytest.raises(OSError, match="cannot be read back after it was written"):
-        data.build_all(tiny_cases[:1], tmp_path, 4.0, workers=0, quiet=True)
+        cache.build_all(tiny_cases[:1], tmp_path, 4.0, workers=0, quiet=True)
 
 
 def test_a_cache_is_read_where_files_cannot_be_mapped(tiny_scans, monkeypatch):
@@ -213,7 +212,7 @@ def test_a_cache_is_read_where_files_cannot_be_mapped(tiny_scans, monkeypatch):
             raise OSError(19, "No such device")          # what mmap says on some file systems
         return load(path)
     monkeypatch.setattr(np, "load", without_mapping)
-    assert np.array_equal(data.find(tiny_scans[0].case, tiny_scans[0].entry.parent, 4.0).image(),
+    assert np.array_equal(cache.find(tiny_scans[0].case, tiny_scans[0].entry.parent, 4.0).image(),
                           want)
 
 

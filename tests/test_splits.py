@@ -16,7 +16,7 @@ import labels
 import metrics
 import model
 import train
-from support import datasets, processes, public, streaming
+from support import cache, datasets, processes, public, streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -24,19 +24,19 @@ def test_a_fingerprint_by_hand():
     """The shape is 1 x 2 x 3, sorted; the value -5 occurs once, 2 twice, 20 three times."""
     box = np.array([[[20, 2], [-5, 20], [20, 2]]]).transpose(2, 0, 1)        # (2, 1, 3)
     want = json.dumps([[1, 2, 3], [-5, 2, 20], [1, 2, 3]]).encode()
-    assert data.fingerprint(box) == hashlib.sha256(want).hexdigest()[:20]
+    assert cache.fingerprint(box) == hashlib.sha256(want).hexdigest()[:20]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (1, 0, 2)])
 def test_a_scan_keeps_its_fingerprint_in_other_axes_and_types(dtype, order):
     hu, _ = body(3)
-    want = data.fingerprint(hu)
+    want = cache.fingerprint(hu)
     for flips in (np.s_[:], np.s_[::-1], np.s_[:, ::-1, ::-1], np.s_[::-1, ::-1, ::-1]):
         other = hu[flips].transpose(order).astype(dtype)
-        assert data.fingerprint(other) == want
-        assert data.fingerprint(np.asfortranarray(other)) == want
-    assert data.fingerprint(hu.astype(np.float64) + 1e-4) == want          # rounding of a slope
+        assert cache.fingerprint(other) == want
+        assert cache.fingerprint(np.asfortranarray(other)) == want
+    assert cache.fingerprint(hu.astype(np.float64) + 1e-4) == want          # rounding of a slope
 
 
 @pytest.mark.parametrize("suffix, codes, dtype, slope", [
@@ -53,14 +53,14 @@ def test_a_file_keeps_its_fingerprint_whatever_way_it_is_written(tmp_path, suffi
     img = nib.Nifti1Image((array / slope).astype(dtype), affine)
     img.header.set_slope_inter(slope, 0)
     nib.save(img, tmp_path / f"scan{suffix}")
-    assert data.fingerprint(data.load_volume(tmp_path / f"scan{suffix}").array) \
-        == data.fingerprint(hu)
+    assert cache.fingerprint(data.load_volume(tmp_path / f"scan{suffix}").array) \
+        == cache.fingerprint(hu)
 
 
 def test_other_scans_have_other_fingerprints():
     hu, _ = body(5)
     others = [body(6)[0], hu[1:], hu[:-1], hu + 1, -hu, hu[:, ::2], hu.reshape(40, 18, 88)]
-    found = {data.fingerprint(array) for array in (hu, *others)}
+    found = {cache.fingerprint(array) for array in (hu, *others)}
     assert len(found) == 1 + len(others)
 
 
@@ -69,9 +69,9 @@ def test_scaled_scans_are_told_apart(scale):
     """Values of an ADC map lie below 0.004, all of which are 0 as whole numbers."""
     rng = np.random.default_rng(0)
     first, second = (scale * rng.random((2, 6, 7, 8)).astype(np.float32))
-    assert data.fingerprint(first) != data.fingerprint(second)
+    assert cache.fingerprint(first) != cache.fingerprint(second)
     same = first.astype(np.float64).transpose(1, 2, 0)[::-1]
-    assert data.fingerprint(first) == data.fingerprint(same)
+    assert cache.fingerprint(first) == cache.fingerprint(same)
 
 
 def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another():
@@ -79,10 +79,10 @@ def test_all_48_orientations_are_one_scan_and_one_changed_voxel_is_another():
     forms = [array.transpose(order)[flip] for order in itertools.permutations(range(3))
              for flip in itertools.product((np.s_[::1], np.s_[::-1]), repeat=3)]
     types = [np.int16, np.float32, np.float64, np.int32]
-    found = {data.fingerprint(form.astype(types[i % 4])) for i, form in enumerate(forms)}
+    found = {cache.fingerprint(form.astype(types[i % 4])) for i, form in enumerate(forms)}
     assert len(forms) == 48 and len(found) == 1
     array[1, 2, 3] += 1
-    assert data.fingerprint(array) not in found
+    assert cache.fingerprint(array) not in found
 
 
 # ---- splits --------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_what_a_checkpoint_has_seen_by_hand():
 
 def test_a_scan_is_looked_up_by_its_voxels():
     hu = {name: body(seed)[0] for name, seed in (("a", 1), ("b", 2), ("c", 3), ("both", 4))}
-    scan_id = {name: data.fingerprint(array) for name, array in hu.items()}
+    scan_id = {name: cache.fingerprint(array) for name, array in hu.items()}
     seen = {"training": {scan_id[name]: f"D/{name}" for name in ("a", "both")},
             "validation": {scan_id[name]: f"D/{name}" for name in ("b", "both")}}
     turned = hu["a"][::-1].transpose(1, 2, 0).astype(float)

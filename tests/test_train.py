@@ -21,7 +21,7 @@ import infer
 import labels
 import model
 import train
-from support import datasets, extension, processes
+from support import cache, datasets, extension, processes
 
 ROOT = Path(train.__file__).parent
 
@@ -67,7 +67,7 @@ def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
             return x.new_ones(len(x), len(w), *x.shape[2:])
     cfg = config(tiny, tmp_path, val_scans=3)
     cases = [c for f in datasets.find_datasets(cfg.data) for c in datasets.read_dataset(f, labels.CLASSES)]
-    scans = data.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
+    scans = cache.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
     w = torch.eye(len(labels.CLASSES))
     scores = train.validate(Yes(), w, scans, labels.CLASSES, cfg, False)
     assert {d: set(v) for d, v in scores.items()} == {
