@@ -64,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import datasets, extension, fast, files, pictures, processes
+from support import datasets, extension, fast, files, pictures, processes, splits
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -371,7 +371,7 @@ def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], d
             raise ValueError(f"--fold {cfg.fold}: is the number of a fold of the splits_final.json "
                              "that --split names")
         return cases, {}
-    parts = data.match_split(data.read_split(cfg.split, cfg.fold), cases)
+    parts = splits.match_split(splits.read_split(cfg.split, cfg.fold), cases)
     if "train" not in parts.values():
         raise ValueError(f"{', '.join(cfg.split)}: none of its training scans is in --data")
     return [case for case in cases if case.name in parts], parts
@@ -384,9 +384,9 @@ def split(cfg: Config, scans: list[data.Scan],
     parts  {name of the case: its part} of --split; none: at random
     """
     if parts:
-        training, validation = data.divide_scans(scans, parts)
+        training, validation = splits.divide_scans(scans, parts)
     else:
-        training, validation = data.split_scans(scans, cfg.val_fraction, cfg.seed)
+        training, validation = splits.split_scans(scans, cfg.val_fraction, cfg.seed)
     if not training:
         raise ValueError("no scan left to train on; "
                          + ("see the notes on --split" if parts else "lower --val-fraction"))

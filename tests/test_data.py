@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import labels
-from support import cache, datasets, files, nifti, pictures, processes
+from support import cache, datasets, files, nifti, pictures, processes, splits
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_the_same_scan_in_other_axes_and_type_has_the_same_fingerprint():
 def test_copies_of_a_scan_stay_on_one_side_of_the_split():
     case = data.Case("d/c", "d", None, None, None, None)
     scans = [data.Scan(case, None, {"fingerprint": str(i // 2)}) for i in range(40)]
-    train, val = data.split_scans(scans, 0.25, 0)
+    train, val = splits.split_scans(scans, 0.25, 0)
     both = {s.meta["fingerprint"] for s in train} & {s.meta["fingerprint"] for s in val}
     assert len(val) == 10 and not both
 

@@ -16,7 +16,7 @@ import labels
 import metrics
 import model
 import train
-from support import cache, datasets, processes, public, streaming
+from support import cache, datasets, processes, public, splits, streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def split_file(path, content):
 
 
 def parts_of(cases, *files, fold=""):
-    return data.match_split(data.read_split(files, fold), [case(name) for name in cases])
+    return splits.match_split(splits.read_split(files, fold), [case(name) for name in cases])
 
 
 def test_a_json_split_by_hand(tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
     assert held_out[1] == ["img0007", "img0008", "img0009", "img0010", "img0021", "img0022"]
     assert sum(held_out, []) == [f"img{number}" for number in numbers]
     cases = datasets.read_dataset(folder, labels.CLASSES)
-    parts = data.match_split(data.read_split([path], "4"), cases)
+    parts = splits.match_split(splits.read_split([path], "4"), cases)
     assert [name for name, part in parts.items() if part == "val"] \
         == [f"BTCV/img00{i}" for i in range(35, 41)]
     assert list(parts.values()).count("train") == 24
@@ -217,7 +217,7 @@ def test_mutated_splits_never_give_a_traceback(tmp_path):
 def test_a_list_that_is_not_text_is_one_line(tmp_path):
     (tmp_path / "a_train.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="a_train.txt: not a text file in UTF-8"):
-        data.read_split([tmp_path / "a_train.txt"])
+        splits.read_split([tmp_path / "a_train.txt"])
 
 
 def scan(name, fingerprint):
@@ -230,7 +230,7 @@ def test_a_copy_of_a_held_out_scan_is_left_out_and_named(capsys):
              scan("D2/e", "z"), scan("D3/f", "x"), scan("D3/g", "y"), scan("D3/h", "w")]
     parts = dict(zip([s.case.name for s in scans], ["train"] * 3 + ["val"] * 2 + ["test"] * 2,
                      strict=False))
-    training, validation = data.divide_scans(scans, parts)
+    training, validation = splits.divide_scans(scans, parts)
     assert [s.case.name for s in training] == ["D1/c"]
     assert [s.case.name for s in validation] == ["D2/e"]
     out = capsys.readouterr().out

@@ -1,0 +1,162 @@
+"""TODO"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import data
+from support import datasets, files, processes
+
+PARTS = ("train", "val", "test")                         # of a split
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """A scan that a split names.
+
+    04_LiTS/img/liver_0.nii.gz -> case "liver_0", folders ("04_LiTS", "img")
+    """
+    text: str                        # as it is written in the split
+    part: str                        # "train", "val" or "test"
+    case: str
+    folders: tuple[str, ...]         # one of them is the dataset's; empty: any dataset
+
+    def names(self, case: data.Case) -> bool:
+        """Whether this entry stands for a case."""
+        in_dataset = not self.folders or case.dataset in self.folders
+        return in_dataset and case.name == f"{case.dataset}/{self.case}"
+
+
+def read_split(paths, fold: str = "") -> list[SplitEntry]:
+    """The scans that the files of --split name, of one or several files:
+
+    NAME.json      {"train": [...], "val": [...], "test": [...]} with CASE or DATASET/CASE; the last
+                   two lists may be missing
+    NAME.json      nnU-Net's splits_final.json, a list of such objects of which `fold` is taken, a
+                   number from 0 on
+    NAME_train.txt, NAME_val.txt, NAME_test.txt
+                   the lists of the release: in each line the path of an image, and after a tab that
+                   of its label. A folder of the path is the dataset's, and the file names the case
+
+    raises ValueError, OSError  if a file cannot be read or is none of these, if it has no fold of
+                                that number, or if no file has folds and one is asked for
+    """
+    entries, has_folds = [], False
+    for path in map(Path, paths):
+        if path.suffix.lower() == ".json":
+            content = files.read_json(path, (dict, list))
+            if isinstance(content, list):
+                content, has_folds = _choose_fold(path, content, fold), True
+            entries += _entries_of_json(path, content)
+        else:
+            entries += _entries_of_list(path)
+    if fold and not has_folds:
+        raise ValueError(f"--fold {fold}: {', '.join(map(str, paths))} has no folds, as nnU-Net's "
+                         "splits_final.json has; leave --fold out")
+    return entries
+
+
+def _choose_fold(path: Path, folds: list, fold: str) -> dict:
+    """The fold with the number `fold` of a splits_final.json."""
+    if not fold.isdecimal() or int(fold) >= len(folds):
+        raise ValueError(f"{path}: has folds 0 to {len(folds) - 1}; name one of them with --fold, "
+                         f"got {fold!r}")
+    return folds[int(fold)]
+
+
+def _entries_of_json(path: Path, content) -> list[SplitEntry]:
+    """The cases that a JSON object {"train": [...], "val": [...], "test": [...]} names."""
+    right_keys = isinstance(content, dict) and {"train"} <= content.keys() <= set(PARTS)
+    if not right_keys or not all(isinstance(names, list) for names in content.values()) \
+            or not all(isinstance(text, str) for names in content.values() for text in names):
+        raise ValueError(f'{path}: expected {{"train": [...], "val": [...], "test": [...]}} with '
+                         "lists of case names, of which the last two may be missing")
+    entries = []
+    for part, names in content.items():
+        for text in names:
+            *folders, case = text.replace("\\", "/").split("/")
+            entries.append(SplitEntry(text, part, case, tuple(folders)))
+    return entries
+
+
+def _entries_of_list(path: Path) -> list[SplitEntry]:
+    """The cases of a text file, one image in each line; the file's name ends with the part."""
+    part = path.stem.split("_")[-1]
+    if part not in PARTS:
+        raise ValueError(f"{path}: a split is a JSON file, or a list of scans whose name ends with "
+                         "_train, _val or _test, as PAOT_train.txt")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
+    entries = []
+    for line in filter(str.strip, lines):
+        text = line.split("\t")[0].strip()
+        image = Path(text.replace("\\", "/"))
+        entries.append(SplitEntry(text, part, datasets.case_of(image), image.parts[:-1]))
+    return entries
+
+
+def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, str]:
+    """{name of the case: its part} of the cases that a split names.
+
+    What a split names and is not there, and what is there and not named, is printed.
+
+    raises ValueError  if an entry may stand for several cases, or a case is in several parts
+    """
+    with_name: dict[str, list[data.Case]] = {}
+    for case in cases:
+        with_name.setdefault(case.name.removeprefix(f"{case.dataset}/"), []).append(case)
+    parts: dict[str, str] = {}
+    absent = []
+    for entry in entries:
+        found = [case.name for case in with_name.get(entry.case, []) if entry.names(case)]
+        if len(found) > 1:
+            raise ValueError(f"the split's {entry.text} may be {' or '.join(found)}; name the "
+                             "dataset, too: DATASET/CASE")
+        if not found:
+            absent.append(entry.text)
+        elif parts.setdefault(found[0], entry.part) != entry.part:
+            raise ValueError(f"{found[0]} is in two parts of the split: {parts[found[0]]!r} and "
+                             f"{entry.part!r}")
+    unnamed = [case.name for case in cases if case.name not in parts]
+    processes.report_some("scans of the split are not in --data", absent)
+    processes.report_some("scans of --data are not in the split and not used", unnamed)
+    return parts
+
+
+def divide_scans(scans: list[data.Scan], parts: dict[str, str]) -> tuple[list[data.Scan], list[data.Scan]]:
+    """(training scans, validation scans) of a split; parts: {name of the case: its part}.
+
+    A scan of which a copy, in another dataset, is in a later part is left out, and both are named:
+    a test scan is never trained on nor validated, and a validation scan is never trained on.
+    """
+    held_out: dict[str, str] = {}                        # fingerprint -> name of a scan
+    chosen: dict[str, list[data.Scan]] = {}
+    for part in reversed(PARTS):
+        of_part = [scan for scan in scans if parts.get(scan.case.name) == part]
+        chosen[part], twins = [], []
+        for scan in of_part:
+            copy = held_out.get(scan.meta["fingerprint"])
+            if copy is None:
+                chosen[part].append(scan)
+            else:
+                twins.append(f"{scan.case.name} = {copy}")
+        processes.report_some(f"scans were left out of {part!r}, because a copy of each is in a later part "
+                     "of the split", twins)
+        held_out |= {scan.meta["fingerprint"]: scan.case.name for scan in of_part}
+    return chosen["train"], chosen["val"]
+
+
+def split_scans(scans: list[data.Scan], val_fraction: float,
+                seed: int) -> tuple[list[data.Scan], list[data.Scan]]:
+    """(training scans, validation scans), at random; copies of one scan in several datasets stay
+    together."""
+    scan_ids = sorted({scan.meta["fingerprint"] for scan in scans})
+    order = np.random.default_rng(seed).permutation(scan_ids).tolist()
+    held_out = set(order[:round(val_fraction * len(scan_ids))])
+    train = [scan for scan in scans if scan.meta["fingerprint"] not in held_out]
+    validation = [scan for scan in scans if scan.meta["fingerprint"] in held_out]
+    return train, validation
