@@ -29,7 +29,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import labels
-from support import cache, files
+from support import files
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
@@ -382,31 +382,6 @@ def load_array(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except OSError:
         return np.load(path)
-
-
-def record_seen(training: list[Scan], validation: list[Scan], base: dict | None = None) -> dict:
-    """The scans that a model's weights were made with, for its checkpoint.
-
-    base     what this function returned for the checkpoint that the run started from, if any
-    returns  {"training": {fingerprint: name}, "validation": {fingerprint: name}}
-    """
-    base = base or {"training": {}, "validation": {}}
-    return {part: base[part] | {scan.meta["fingerprint"]: scan.case.name for scan in scans}
-            for part, scans in (("training", training), ("validation", validation))}
-
-
-def look_up(seen: dict | None, array: np.ndarray) -> tuple[str, str]:
-    """Whether a scan with these voxels is among those that a checkpoint records.
-
-    seen     what record_seen returned; None if the checkpoint records nothing
-    returns  ("training" or "validation", the scan's name there); ("", "") if it is not among them
-    """
-    if seen:
-        scan_id = cache.fingerprint(array)
-        for part in ("training", "validation"):
-            if scan_id in seen[part]:
-                return part, seen[part][scan_id]
-    return "", ""
 
 
 # ---- training, validation and test scans ---------------------------------------------------------

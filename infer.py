@@ -37,7 +37,7 @@ import data
 import labels
 import postprocess
 from model import load_checkpoint
-from support import extension, fast, files, nifti, pictures, processes, streaming
+from support import checkpoints, extension, fast, files, nifti, pictures, processes, streaming
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
@@ -739,7 +739,7 @@ def load_job(args: argparse.Namespace) -> Job:
     raises ValueError  if a class is unknown, or the model was not trained on it
     """
     model, w, content = load_checkpoint(args.checkpoint, extension.build_model)
-    classes = labels.classes_of_checkpoint(content, len(w), str(args.checkpoint))
+    classes = checkpoints.classes_of_checkpoint(content, len(w), str(args.checkpoint))
     config = content.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
     trained = content.get("trained", [c.name for c in classes])
     names = args.classes or ([] if args.prompt else trained)
@@ -784,7 +784,7 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     volume = nifti.read_checked(scan)
     volume.modality = job.modality
     nifti.check_grey_values(volume, scan)
-    seen, seen_as = data.look_up(job.seen, volume.array)
+    seen, seen_as = checkpoints.look_up(job.seen, volume.array)
     if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
     with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):

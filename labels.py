@@ -18,7 +18,7 @@ import functools
 import json
 import re
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -329,31 +329,6 @@ def _parents_in(table: tuple[Class, ...], c: Class, where: str) -> tuple[str, ..
                              "has only one of them; add the other one")
         rows = whole
     return tuple(table[k].name for row in rows for k in row)
-
-
-def classes_of_checkpoint(content: dict, rows: int, where: str) -> tuple[Class, ...]:
-    """The class table of a checkpoint, as load_checkpoint returns its content.
-
-    A released checkpoint holds no classes: they are the built-in ones. Fields that Class does not
-    have are passed over.
-
-    rows    how many text embeddings the checkpoint has
-    where   the file, for error messages
-    raises  ValueError  if the table is malformed, or has not a class for every text embedding
-    """
-    classes = CLASSES
-    if "classes" in content:
-        known = {field.name for field in fields(Class)}
-        entries = [{key: value for key, value in entry.items() if key in known}
-                   if isinstance(entry, dict) else entry for entry in content["classes"]]
-        classes = make_classes(entries, where=f"classes of {where}")
-    elif rows != len(CLASSES):
-        raise ValueError(f"{where}: {rows} text embeddings and no class names; they are not the "
-                         f"{len(CLASSES)} built-in classes. `train.py --init FILE --classes TABLE` "
-                         "takes the weights for classes of your own")
-    if rows != len(classes):
-        raise ValueError(f"{where}: {rows} text embeddings for {len(classes)} classes")
-    return classes
 
 
 # ---- the meaning of a label file -----------------------------------------------------------------

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from support import checkpoints
+
 IMAGE_DIM = 256         # width of the global image feature f
 HEAD = (8, 8, 8, 1)     # channels of a generated head: its input, two hidden layers, its output
 HEAD_LAYERS = [(c_out, c_in) for c_in, c_out in pairwise(HEAD)]    # (8, 8), (8, 8), (1, 8)
@@ -503,7 +505,6 @@ def check_side(size, backbone) -> None:
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
-FORMAT = "universal-model/2"
 BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
@@ -528,46 +529,6 @@ def _one_line(error: Exception) -> str:
     text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
     lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
     return " ".join([f"{type(error).__name__}:", *lines])
-
-
-def read_checkpoint(path) -> dict:
-    """The content of a checkpoint file: tensors, numbers and strings. No code in it is run.
-
-    raises OSError, ValueError  with a message of one line that names the file
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except Exception as e:             # torch and pickle raise all kinds on a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({_one_line(e)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a checkpoint is a dict, this is {type(content).__name__}")
-    return content
-
-
-def load_checkpoint(path, build=build_model) -> tuple[UniversalModel, Tensor, dict]:
-    """A checkpoint of train.py, or a released one -> (model in eval mode, w (K, E), the rest).
-
-    The rest is what else the file holds: among it the classes, the settings of the training
-    ("config") and the names of the classes trained on ("trained"). It is empty for a released file.
-
-    build  what makes the model of a spec: build_model, or support.extension's for extended ones
-    """
-    content = read_checkpoint(path)
-    if "format" not in content:
-        model, w = load_released(content, where=str(path))
-        return model, w, {}
-    if content["format"] != FORMAT:
-        raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, expected "
-                         f"{FORMAT!r}")
-    try:
-        model = build(content["spec"])
-        model.load_state_dict(content.pop("model"))
-        w = content["w"]
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({_one_line(e)})") from None
-    return model.eval(), w, content
 
 
 # ---- public weights ----------------------------------------------------------------------------
@@ -665,7 +626,7 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     raises  ValueError  saying which parameters are missing, unknown or of another shape
     """
     if not isinstance(source, dict):
-        where, source = str(source), read_checkpoint(source)
+        where, source = str(source), checkpoints.read_checkpoint(source)
     state = public_weights(source, where)
     try:
         w = state.pop("organ_embedding").float()
@@ -683,21 +644,3 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     return model.eval(), w
 
 
-def load_pretrained(model: UniversalModel, path) -> tuple[list[str], list[str]]:
-    """Fill the backbone from MONAI's self-supervised Swin file, Models Genesis (U-Net), or a
-    checkpoint of train.py (transfer to other classes).
-
-    returns  (names filled, names in the file that are no part of this backbone)
-    raises   ValueError  if a tensor has another shape, or nothing fits
-    """
-    state = public_weights(read_checkpoint(path), str(path))
-    own = [name for name in model.state_dict() if name.startswith("backbone.")]
-    fits = {name: state[name] for name in own if name in state}
-    if not fits:
-        raise ValueError(f"{path}: no weight in it fits this backbone; it starts with "
-                         f"{next(iter(state), 'nothing')!r}")
-    try:
-        model.load_state_dict(fits, strict=False)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: does not fit this backbone ({_one_line(e)})") from None
-    return list(fits), [name for name in state if name not in fits]

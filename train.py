@@ -64,7 +64,7 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import datasets, extension, fast, files, pictures, processes, splits
+from support import checkpoints, datasets, extension, fast, files, pictures, processes, splits
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -202,7 +202,7 @@ def read_base(path: str, needs_names: bool) -> Base:
     spec = content.get("spec", spec)
     if "classes" not in content and len(w) != len(labels.CLASSES) and not needs_names:
         return Base(path, model, spec, (), [""] * len(w), w, content)
-    classes = labels.classes_of_checkpoint(content, len(w), path)
+    classes = checkpoints.classes_of_checkpoint(content, len(w), path)
     return Base(path, model, spec, classes, [c.name for c in classes], w, content)
 
 
@@ -782,7 +782,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
     run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
               scans=identify_scans(scans, val),
-              seen=data.record_seen(scans, val, task.base_seen), prompts=task.prompts)
+              seen=checkpoints.record_seen(scans, val, task.base_seen), prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)

@@ -44,7 +44,7 @@ import metrics
 import model
 import train
 from experiments import openkbp, phantom
-from support import fast, files, pictures, processes, streaming
+from support import checkpoints, fast, files, pictures, processes, streaming
 
 SCRATCH = "from scratch"
 
@@ -328,7 +328,7 @@ def training_cost(log: Path) -> dict:
 
 def size_of(checkpoint: Path) -> dict:
     """Parameters, and additions and multiplications of one 64^3 window, in 10^9."""
-    network, w, _ = model.load_checkpoint(checkpoint)
+    network, w, _ = checkpoints.load_checkpoint(checkpoint)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, 64, 64, 64), w)
     return {"parameters": sum(p.numel() for p in network.parameters()),
@@ -450,7 +450,7 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
 
     returns  names of the K trained classes, theta (scans, K, 153)
     """
-    network, w, content = model.load_checkpoint(checkpoint)
+    network, w, content = checkpoints.load_checkpoint(checkpoint)
     names = [c["name"] for c in content["classes"]]
     trained = [names.index(name) for name in content["trained"]]
     thetas = []
@@ -520,7 +520,7 @@ def words(args, study: Study, seed: int) -> dict:
     The model is trained with the file of --rows. Dice is that of each class's own mask.
     """
     checkpoint = fit(args, study, Method("text_clip", {"text": args.rows}), seed)
-    _, w, content = model.load_checkpoint(checkpoint)
+    _, w, content = checkpoints.load_checkpoint(checkpoint)
     trained = [k for k, c in enumerate(labels.CLASSES) if c.name in content["trained"]]
     asked = other_rows(w, trained, seed)
     pairs = [pair for own in asked.values() for pair in own]
@@ -592,7 +592,7 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
     returns  a number for each pair. It is that of the mask of the class alone: no other class takes
              voxels from it, and nothing is post-processed
     """
-    network, _, content = model.load_checkpoint(checkpoint)
+    network, _, content = checkpoints.load_checkpoint(checkpoint)
     fast.accelerate(network)
     config = content["config"]
     label_map = labels.label_map(read_json(test / "dataset.json")["labels"], labels.CLASSES)

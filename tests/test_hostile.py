@@ -19,9 +19,8 @@ import data
 import infer
 import labels
 import metrics
-import model
 import train
-from support import datasets, nifti, processes
+from support import checkpoints, datasets, nifti, processes
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
 EYE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -330,7 +329,7 @@ def test_mutated_checkpoints_never_give_a_traceback(checkpoint, tmp_path):
             raw[rng.randrange(len(raw))] = rng.randrange(256)
         (tmp_path / "m.pt").write_bytes(bytes(raw[:rng.choice([len(raw), len(raw) // 2, 100])]))
         try:
-            model.load_checkpoint(tmp_path / "m.pt")
+            checkpoints.load_checkpoint(tmp_path / "m.pt")
         except ValueError as e:
             assert "m.pt" in str(e)
 
@@ -505,7 +504,7 @@ def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
             assert content == reference, name
         elif name.endswith(".pt"):
             (tmp_path / "copy.pt").write_bytes(content)
-            model.load_checkpoint(tmp_path / "copy.pt")
+            checkpoints.load_checkpoint(tmp_path / "copy.pt")
         elif name.endswith("config.json"):
             json.loads(content)
     a, b = killed(14, lambda n: tmp_path / n, train.main, args, check)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import labels
-from support import datasets
+from support import checkpoints, datasets
 
 
 def name(i):
@@ -357,7 +357,7 @@ def test_parents_of_a_bare_name_are_those_that_the_table_holds(names, parents):
     table = labels.make_classes(names)
     assert table[0].parents == parents and table[0].lesion
     entries = json.loads(json.dumps([dataclasses.asdict(c) for c in table]))    # in a checkpoint
-    assert labels.classes_of_checkpoint({"classes": entries}, len(table), "a.pt") == table
+    assert checkpoints.classes_of_checkpoint({"classes": entries}, len(table), "a.pt") == table
 
 
 def test_a_table_with_one_of_two_kidneys_and_their_tumor_is_refused():
@@ -399,28 +399,28 @@ def test_parents_may_be_among_the_classes_of_a_model_that_is_extended():
 
 
 def test_a_checkpoint_without_classes_has_the_built_in_ones():
-    assert labels.classes_of_checkpoint({}, 32, "a.pt") == labels.CLASSES
+    assert checkpoints.classes_of_checkpoint({}, 32, "a.pt") == labels.CLASSES
 
 
 def test_a_checkpoint_has_a_class_for_every_text_embedding():
     """A derivative of the release with 25 rows and no names is not the first 25 of the 32."""
-    assert labels.classes_of_checkpoint({}, 32, "a.pt") == labels.CLASSES
+    assert checkpoints.classes_of_checkpoint({}, 32, "a.pt") == labels.CLASSES
     with pytest.raises(ValueError, match="a.pth: 25 text embeddings and no class names.*--init"):
-        labels.classes_of_checkpoint({}, 25, "a.pth")
+        checkpoints.classes_of_checkpoint({}, 25, "a.pth")
     own = {"classes": ["Femur", "Tibia"]}
-    assert len(labels.classes_of_checkpoint(own, 2, "a.pt")) == 2
+    assert len(checkpoints.classes_of_checkpoint(own, 2, "a.pt")) == 2
     with pytest.raises(ValueError, match="a.pth: 3 text embeddings for 2 classes"):
-        labels.classes_of_checkpoint(own, 3, "a.pth")
+        checkpoints.classes_of_checkpoint(own, 3, "a.pth")
 
 
 def test_fields_of_a_checkpoint_that_class_does_not_have_are_passed_over():
     own = (labels.Class("Liver", solid=0.3), labels.Class("Aorta"), labels.Class("Spleen"))
     entries = [{**dataclasses.asdict(c), "vessel": True} for c in own]
-    assert labels.classes_of_checkpoint({"classes": entries}, 3, "a.pt") == own
+    assert checkpoints.classes_of_checkpoint({"classes": entries}, 3, "a.pt") == own
     with pytest.raises(ValueError, match="vessel"):
         labels.make_classes(entries)
     with pytest.raises(ValueError, match="entry 0: name"):
-        labels.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]}, 1, "a.pt")
+        checkpoints.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]}, 1, "a.pt")
 
 
 @pytest.mark.parametrize("content, what", [

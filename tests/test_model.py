@@ -14,7 +14,7 @@ from torch import nn
 
 import losses
 import model
-from support import extension, fast
+from support import checkpoints, extension, fast
 
 FORMS = {"plain": lambda network: network, "fast": fast.accelerate}
 
@@ -222,7 +222,7 @@ def test_released_weights_load_strictly_in_every_layout(kind, tmp_path):
     network, state = small_released(kind)
     for layout, content in layouts(state).items():
         torch.save(content, tmp_path / f"{layout}.pth")
-        got, w, rest = model.load_checkpoint(tmp_path / f"{layout}.pth")
+        got, w, rest = checkpoints.load_checkpoint(tmp_path / f"{layout}.pth")
         assert rest == {} and torch.equal(w, state["organ_embedding"]) and not got.training
         for k, v in network.state_dict().items():
             assert torch.equal(got.state_dict()[k], v), k
@@ -297,10 +297,10 @@ def test_a_model_without_text_is_refused_and_its_backbone_can_be_taken(kind, hea
               f"module.{head}.bias": torch.ones(25)}
     torch.save({"net": state}, tmp_path / "file.pth")
     with pytest.raises(ValueError, match="file.pth: .*organ_embedding.*--pretrained"):
-        model.load_checkpoint(tmp_path / "file.pth")
+        checkpoints.load_checkpoint(tmp_path / "file.pth")
     fresh = model.build_model({"backbone": kind, "text_dim": 7, **(
         {"width": 8} if kind == "unet" else {"feature_size": 12})})
-    filled, left = model.load_pretrained(fresh, tmp_path / "file.pth")
+    filled, left = checkpoints.load_pretrained(fresh, tmp_path / "file.pth")
     assert len(filled) == len(network.backbone.state_dict()) and len(left) == 2
     for name, value in network.backbone.state_dict().items():
         assert torch.equal(fresh.backbone.state_dict()[name], value)
@@ -325,7 +325,7 @@ def test_pretrained_encoders_fill_the_backbone_and_say_what_was_left(kind, tmp_p
     torch.save({"state_dict": {**public, extra: torch.ones(3)}}, tmp_path / "a.pt")
     fresh = model.build_model({"backbone": kind, "text_dim": 7, **(
         {"width": 8} if kind == "unet" else {"feature_size": 12})})
-    filled, left = model.load_pretrained(fresh, tmp_path / "a.pt")
+    filled, left = checkpoints.load_pretrained(fresh, tmp_path / "a.pt")
     assert len(filled) == len(network.backbone.state_dict())
     assert left == [extra.removeprefix("module.")]
     for k, v in network.backbone.state_dict().items():
@@ -334,16 +334,16 @@ def test_pretrained_encoders_fill_the_backbone_and_say_what_was_left(kind, tmp_p
         old = {"module." + k.removeprefix("swinViT.").replace("linear", "fc"): v
                for k, v in public.items() if k.startswith("swinViT")}
         torch.save({"state_dict": old}, tmp_path / "b.pt")
-        filled, left = model.load_pretrained(fresh, tmp_path / "b.pt")
+        filled, left = checkpoints.load_pretrained(fresh, tmp_path / "b.pt")
         assert not left and len(filled) == sum("patch" in k or "stages" in k
                                                for k in network.backbone.state_dict())
     torch.save({"state_dict": {"fc.weight": torch.ones(2)}}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="no weight in it fits"):
-        model.load_pretrained(fresh, tmp_path / "c.pt")
+        checkpoints.load_pretrained(fresh, tmp_path / "c.pt")
     name = next(iter(public))
     torch.save({"state_dict": {**public, name: torch.ones(3)}}, tmp_path / "d.pt")
     with pytest.raises(ValueError, match="d.pt: does not fit this backbone .*size mismatch for"):
-        model.load_pretrained(fresh, tmp_path / "d.pt")
+        checkpoints.load_pretrained(fresh, tmp_path / "d.pt")
 
 
 def monai_pair(merging, size, seed):
@@ -723,7 +723,7 @@ def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):
     content = {"format": "universal-model/2", "spec": spec, "model": state, "w": torch.eye(5),
                "classes": []}
     torch.save(content, tmp_path / "a.pt")
-    loaded, w, rest = model.load_checkpoint(tmp_path / "a.pt")
+    loaded, w, rest = checkpoints.load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(loaded.pool.weight, state["pool.weight"]) and len(w) == 5
     assert not loaded.training and rest["classes"] == []
     for change, what in (({"format": "universal-model/9"}, "of format 'universal-model/9'"),
@@ -732,7 +732,7 @@ def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):
                          ({"model": {}}, "Missing key")):
         torch.save({**content, **change}, tmp_path / "b.pt")
         with pytest.raises(ValueError, match=f"b.pt: .*{what}"):
-            model.load_checkpoint(tmp_path / "b.pt")
+            checkpoints.load_checkpoint(tmp_path / "b.pt")
 
 
 def test_public_names_by_hand():
@@ -776,6 +776,6 @@ def test_a_refused_checkpoint_is_named_with_the_cause(tmp_path, what, wanted):
     if what == "pickle":
         path.write_bytes(pickle.dumps({"a": 1}, protocol=4))
     with pytest.raises(ValueError, match=f"file.pt: .*{wanted}") as e:
-        model.read_checkpoint(path)
+        checkpoints.read_checkpoint(path)
     assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
     assert len(str(e.value)) < 700 and "Re-running" not in str(e.value)     # torch's bad advice

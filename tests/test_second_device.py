@@ -22,7 +22,7 @@ import infer
 import labels
 import model
 import train
-from support import fast, streaming
+from support import checkpoints, fast, streaming
 
 slow = pytest.mark.slow
 bf16 = [slow, pytest.mark.skipif(not infer.has_bf16_instructions(), reason="gradients in emulated "
@@ -364,7 +364,7 @@ def test_training_ends_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path, mon
     steps = train_on_device(cfg, device_for(form), monkeypatch)
     assert len(steps) == 1 and len(steps[0]) <= 1, steps
     assert_same_run(there, cpu, form, amp)
-    model.load_checkpoint(there / "best.pt")
+    checkpoints.load_checkpoint(there / "best.pt")
 
     torch.save(half, there / "last.pt")
     train.train(config(tiny, there, form, resume=True, **how))
@@ -432,7 +432,7 @@ def checkpoint(tmp_path_factory, scan):
         logits = network(image[None, None], w)
         network.controller.out.bias[-1] -= logits[:, :, image > 0].median()
     path = tmp_path_factory.mktemp("checkpoint") / "m.pt"
-    torch.save({"format": model.FORMAT, "spec": spec, "model": network.state_dict(), "w": w,
+    torch.save({"format": checkpoints.FORMAT, "spec": spec, "model": network.state_dict(), "w": w,
                 "classes": [{"name": c.name, "parents": list(c.parents), "side": c.side,
                              "lesion": c.lesion, "solid": c.solid} for c in labels.CLASSES],
                 "trained": TRAINED, "config": {"spacing_mm": 4.0, "patch": 32}}, path)

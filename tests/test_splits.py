@@ -14,9 +14,8 @@ import data
 import infer
 import labels
 import metrics
-import model
 import train
-from support import cache, datasets, processes, public, splits, streaming
+from support import cache, checkpoints, datasets, processes, public, splits, streaming
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
@@ -325,9 +324,9 @@ def test_what_a_checkpoint_has_seen_by_hand():
     """x is trained on now, y was by the base, z is validated now and was trained on by the base."""
     base = {"training": {"y": "B/y", "z": "B/z"}, "validation": {"x": "B/x"}}
     now = [scan("A/x", "x")], [scan("A/z", "z")]
-    assert data.record_seen(*now, base) == {"training": {"x": "A/x", "y": "B/y", "z": "B/z"},
+    assert checkpoints.record_seen(*now, base) == {"training": {"x": "A/x", "y": "B/y", "z": "B/z"},
                                             "validation": {"x": "B/x", "z": "A/z"}}
-    assert data.record_seen(*now) == {"training": {"x": "A/x"}, "validation": {"z": "A/z"}}
+    assert checkpoints.record_seen(*now) == {"training": {"x": "A/x"}, "validation": {"z": "A/z"}}
 
 
 def test_a_scan_is_looked_up_by_its_voxels():
@@ -336,11 +335,11 @@ def test_a_scan_is_looked_up_by_its_voxels():
     seen = {"training": {scan_id[name]: f"D/{name}" for name in ("a", "both")},
             "validation": {scan_id[name]: f"D/{name}" for name in ("b", "both")}}
     turned = hu["a"][::-1].transpose(1, 2, 0).astype(float)
-    assert data.look_up(seen, turned) == ("training", "D/a")
-    assert data.look_up(seen, hu["b"]) == ("validation", "D/b")
-    assert data.look_up(seen, hu["both"]) == ("training", "D/both")
-    assert data.look_up(seen, hu["c"]) == data.look_up(seen, hu["a"][1:]) == ("", "")
-    assert data.look_up(None, hu["a"]) == ("", "")
+    assert checkpoints.look_up(seen, turned) == ("training", "D/a")
+    assert checkpoints.look_up(seen, hu["b"]) == ("validation", "D/b")
+    assert checkpoints.look_up(seen, hu["both"]) == ("training", "D/both")
+    assert checkpoints.look_up(seen, hu["c"]) == checkpoints.look_up(seen, hu["a"][1:]) == ("", "")
+    assert checkpoints.look_up(None, hu["a"]) == ("", "")
 
 
 @pytest.fixture(scope="module")
@@ -365,10 +364,10 @@ def trained(tiny, untrained, tmp_path_factory):
 
 
 def test_scans_of_the_base_are_seen_as_well(trained):
-    seen = model.read_checkpoint(trained / "b/last.pt")["seen"]
+    seen = checkpoints.read_checkpoint(trained / "b/last.pt")["seen"]
     assert sorted(seen["training"].values()) == ["Dataset901_Liver/c0", "Dataset902_Kidney/c1"]
     assert list(seen["validation"].values()) == ["Dataset901_Liver/c1"]
-    assert model.read_checkpoint(trained / "c/last.pt")["seen"] == seen
+    assert checkpoints.read_checkpoint(trained / "c/last.pt")["seen"] == seen
 
 
 def segment(trained, run, folder, tmp_path, capsys):

@@ -21,7 +21,7 @@ import infer
 import labels
 import model
 import train
-from support import cache, datasets, extension, processes
+from support import cache, checkpoints, datasets, extension, processes
 
 ROOT = Path(train.__file__).parent
 
@@ -208,7 +208,7 @@ def test_a_killed_rank_ends_the_run_and_does_not_hang(tiny, tmp_path):
     os.kill(int(ranks.split()[-1]), signal.SIGKILL)
     _, err = p.communicate(timeout=120)
     assert p.returncode != 0 and b"train.py FAILED" in err
-    assert model.read_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
+    assert checkpoints.read_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM,
@@ -226,7 +226,7 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tiny, tmp_path, monkeypatc
     assert processes.run(train.main, config(tiny, tmp_path / "a", save_every=100)) == 130
     assert signal.getsignal(number) is before
     monkeypatch.undo()
-    assert model.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
+    assert checkpoints.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
     train.train(config(tiny, tmp_path / "a", resume=True, save_every=100))
     train.train(config(tiny, tmp_path / "b", save_every=100))
     assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch,
     monkeypatch.setattr(torch, "save", full)
     assert processes.run(train.main, config(tiny, tmp_path / "run")) == 2
     assert "No space left" in capsys.readouterr().err
-    assert model.read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert checkpoints.read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
     assert not list((tmp_path / "run").glob("*part*"))
 
 
@@ -376,7 +376,7 @@ def test_clip_embeddings_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.clip_text, "encode_classes", encode)
     train.train(config(tiny, tmp_path / "run", text="clip", prompt_template="V1", steps=1))
     assert asked[0] == "A photo of a Spleen." and "A photo of a Arota." in asked
-    content = model.read_checkpoint(tmp_path / "run/last.pt")
+    content = checkpoints.read_checkpoint(tmp_path / "run/last.pt")
     assert content["w"].shape == (32, 7) and content["w"][5, 0] == 5
     monkeypatch.setattr(train.clip_text, "encode_classes",
                         lambda *a, **k: torch.ones(32, 7))
@@ -396,7 +396,7 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, 
                  extend=str(tmp_path / "a/last.pt"))
     train.train(cfg)
     (old, w, _), (new, v, rest) = (
-        model.load_checkpoint(tmp_path / f"{x}/last.pt", extension.build_model) for x in "ab")
+        checkpoints.load_checkpoint(tmp_path / f"{x}/last.pt", extension.build_model) for x in "ab")
     assert [c["name"] for c in rest["classes"]] == ["Right Kidney", "Left Kidney", "Liver"]
     assert rest["trained"] == ["Right Kidney", "Left Kidney", "Liver"] and len(v) == 3
     x = torch.rand(1, 1, 64, 64, 64)

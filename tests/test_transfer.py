@@ -7,9 +7,8 @@ import torch
 from test_model import small_released
 from test_train import config, same, weights
 
-import model
 import train
-from support import processes
+from support import checkpoints, processes
 
 KIDNEYS = [{"name": "Right Kidney", "side": "right"}, {"name": "Left Kidney", "side": "left"}]
 
@@ -84,7 +83,7 @@ def test_all_weights_are_taken_and_a_known_class_keeps_its_row(base, tiny, tmp_p
     assert f"{base}: all {len(weights(base))} tensors of a unet of width 8 taken" in printed
     assert "classes known to it: Left Kidney; new: Liver" in printed
     assert same(weights(tmp_path / "run/last.pt"), weights(base))
-    network, w, rest = model.load_checkpoint(tmp_path / "run/last.pt")
+    network, w, rest = checkpoints.load_checkpoint(tmp_path / "run/last.pt")
     assert [c["name"] for c in rest["classes"]] == ["Left Kidney", "Liver"]
     assert torch.equal(w, train.ONEHOT[1:3])
     assert rest["trained"] == ["Liver"] and rest["step"] == 1
@@ -120,7 +119,7 @@ def test_released_weights_are_taken(tiny, tmp_path, kind, patch):
     torch.save(rows[[2, 5]], tmp_path / "rows.pth")                    # left kidney, liver
     train.train(liver_run(tiny, tmp_path / "run", init=str(tmp_path / "released.pth"),
                           text=str(tmp_path / "rows.pth"), patch=patch, width=0))
-    got, w, _ = model.load_checkpoint(tmp_path / "run/last.pt")
+    got, w, _ = checkpoints.load_checkpoint(tmp_path / "run/last.pt")
     assert same(got.state_dict(), network.state_dict())
     assert torch.equal(w, torch.load(tmp_path / "rows.pth", weights_only=True))
 
@@ -139,7 +138,7 @@ def test_what_extend_added_is_left_out(base, tiny, tmp_path, capsys):
 def test_extend_refuses_an_embedding_that_two_classes_have(base, tiny, tmp_path, rows, name):
     """An extension knows its classes by their embeddings: an old class with the same one would be
     computed by it, too."""
-    content = model.read_checkpoint(base)
+    content = checkpoints.read_checkpoint(base)
     content |= {"w": torch.tensor([[1.0, 0], [1, 1]])}
     torch.save(content, tmp_path / "base.pt")
     torch.save(torch.tensor(rows), tmp_path / "rows.pt")
@@ -172,14 +171,14 @@ def test_a_run_records_the_scans_of_its_base_and_warns_of_them(base, tiny, tmp_p
     cfg = liver_run(tiny, tmp_path / "run", init=str(base), **how)
     cfg.data = (str(tiny / "raw/Dataset902_Kidney"),)
     train.train(cfg)
-    seen = model.read_checkpoint(tmp_path / "run/last.pt")["seen"]
+    seen = checkpoints.read_checkpoint(tmp_path / "run/last.pt")["seen"]
     assert len(seen["training"]) == 2 and len(seen["validation"]) == 1
     name, = seen["validation"].values()
     assert (f"note: {base}: was trained on 1 of 1 validation scans, whose Dice says little: {name}"
             in capsys.readouterr().out)
     cfg.init, cfg.resume = "", True
     train.train(cfg)
-    assert model.read_checkpoint(tmp_path / "run/last.pt")["seen"] == seen
+    assert checkpoints.read_checkpoint(tmp_path / "run/last.pt")["seen"] == seen
 
 
 @pytest.mark.slow
