@@ -37,7 +37,17 @@ import data
 import labels
 import postprocess
 from model import load_checkpoint
-from support import checkpoints, extension, fast, files, nifti, pictures, processes, streaming
+from support import (
+    checkpoints,
+    extension,
+    fast,
+    files,
+    nifti,
+    pictures,
+    processes,
+    streaming,
+    transfer,
+)
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
@@ -688,7 +698,7 @@ def read_text_of_prompts(args: argparse.Namespace, names: list[str], trained_nam
     trained_...  of the classes that the network was trained on
     raises       ValueError  if the embeddings mean nothing to the network
     """
-    w, _ = clip_text.encode_for(args.checkpoint, trained_names, trained_w, trained_prompts, names,
+    w, _ = transfer.encode_for(args.checkpoint, trained_names, trained_w, trained_prompts, names,
                                 names, weights=args.clip_weights)
     similarity = clip_text.cosine(torch.cat([w, trained_w]))[:len(names), len(names):]
     for name, row in zip(names, similarity, strict=True):
@@ -714,13 +724,13 @@ def read_text(args: argparse.Namespace, classes, trained_w: Tensor, trained_prom
     if args.text.suffix == ".json":
         prompts = read_prompts(args.text, classes)
         names = list(prompts)
-        given, note = clip_text.encode_for(
+        given, note = transfer.encode_for(
             args.checkpoint, trained_names, trained_w, trained_prompts, names,
             list(prompts.values()), weights=args.clip_weights)
     else:
         names = trained_names
         given = clip_text.read_text(args.text, names)
-        note = clip_text.check_text(args.checkpoint, names, trained_w, names, given)
+        note = transfer.check_text(args.checkpoint, names, trained_w, names, given)
     if note and process_rank() == 0:
         print(f"{note}; results may be far worse than with the text of training")
     w = trained_w.clone()
@@ -748,7 +758,7 @@ def load_job(args: argparse.Namespace) -> Job:
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
-    trained_w, trained_prompts = w, clip_text.prompts_of(content, classes)
+    trained_w, trained_prompts = w, transfer.prompts_of(content, classes)
     words = {}                             # what a result depends on beside the checkpoint's text
     if args.text:
         w, prompts = read_text(args, classes, trained_w, trained_prompts,

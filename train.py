@@ -64,7 +64,17 @@ from model import (
     load_pretrained,
     read_checkpoint,
 )
-from support import checkpoints, datasets, extension, fast, files, pictures, processes, splits
+from support import (
+    checkpoints,
+    datasets,
+    extension,
+    fast,
+    files,
+    pictures,
+    processes,
+    splits,
+    transfer,
+)
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
@@ -245,13 +255,13 @@ def text_embeddings(text: str, classes, base: Base | None = None, *, template: s
     if text == "clip" and base is None:
         w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
     elif text == "clip":
-        trained_prompts = clip_text.prompts_of(base.content, base.classes)
-        w, note = clip_text.encode_for(base.path, base.names, base.w, trained_prompts, names,
+        trained_prompts = transfer.prompts_of(base.content, base.classes)
+        w, note = transfer.encode_for(base.path, base.names, base.w, trained_prompts, names,
                                        prompts, weights=clip_weights)
     else:
         w = clip_text.read_text(text, names)
         if base is not None:
-            note = clip_text.check_text(base.path, base.names, base.w, names, w)
+            note = transfer.check_text(base.path, base.names, base.w, names, w)
     if note and process_rank() == 0:
         print(note)
     return w, prompts
@@ -332,7 +342,7 @@ def extended_task(base: Base, classes, text: str, words: dict) -> Task:
                              "another class, too, so the two cannot be told apart; give it another "
                              "prompt in --classes or another embedding in --text")
     if prompts:
-        prompts = [*clip_text.prompts_of(base.content, base.classes), *prompts]
+        prompts = [*transfer.prompts_of(base.content, base.classes), *prompts]
     table = labels.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
     trained = base.content.get("trained", [c.name for c in base.classes])
     return Task(table, torch.cat([base.w, w]), prompts, base.model, base.spec,

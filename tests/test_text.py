@@ -12,14 +12,14 @@ import infer
 import labels
 import train
 from model import FORMAT, build_model
-from support import processes
+from support import processes, transfer
 
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
 AB = ["a", "b"]
 
 
 def note(names, w, trained=W):
-    return clip_text.check_text("m.pt", AB[:len(trained)], trained, names, w)
+    return transfer.check_text("m.pt", AB[:len(trained)], trained, names, w)
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
@@ -135,9 +135,9 @@ def write_checkpoint(path, w, **more) -> str:
 
 def test_the_prompts_of_a_checkpoint_are_recorded_or_those_of_the_release():
     classes = labels.make_classes(CLASSES)
-    assert clip_text.prompts_of({"prompts": ["x", "y", "z"]}, classes) == ["x", "y", "z"]
+    assert transfer.prompts_of({"prompts": ["x", "y", "z"]}, classes) == ["x", "y", "z"]
     for content in ({}, {"prompts": []}, {"text": {"kind": "clip"}}):
-        assert clip_text.prompts_of(content, classes) == V3
+        assert transfer.prompts_of(content, classes) == V3
 
 
 # ---- train.py --init and --extend ----------------------------------------------------------------
