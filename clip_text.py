@@ -587,7 +587,7 @@ def _report_similarity(classes, w: Tensor, png: str) -> None:
 
 
 def main(argv=None) -> int:
-    import data
+    from support import results
     ap = argparse.ArgumentParser(
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
@@ -611,7 +611,7 @@ def main(argv=None) -> int:
     outputs = [args.out] if args.out else []
     if args.similarity:
         outputs.append("similarity.png")
-    data.refuse_overwriting_inputs(inputs, outputs, "--out")
+    results.refuse_overwriting_inputs(inputs, outputs, "--out")
     classes = _classes_of(args.classes)
     names = [c.name for c in classes]
     if args.text:

@@ -45,6 +45,7 @@ from support import (
     nifti,
     pictures,
     processes,
+    results,
     streaming,
     transfer,
 )
@@ -869,7 +870,7 @@ def main(argv=None) -> int:
     job = load_job(args)
     outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
     inputs = [file for file in (args.checkpoint, args.text, args.clip_weights) if file]
-    data.refuse_overwriting_inputs([*scans.values(), *inputs], outputs, "--output")
+    results.refuse_overwriting_inputs([*scans.values(), *inputs], outputs, "--output")
     refuse_losing_files(scans, job, args)
     join_processes(torch.device("cpu"))                  # which only exchange their summaries
     summary = join_summaries(exchange(segment_all(scans, job, args)))

@@ -72,6 +72,7 @@ from support import (
     files,
     pictures,
     processes,
+    results,
     splits,
     transfer,
 )
@@ -774,7 +775,7 @@ def check_settings(cfg: Config) -> None:
              *cfg.split)
     if not cfg.dry_run:
         outputs = [out / name for name in OUTPUTS]
-        data.refuse_overwriting_inputs(filter(None, given), outputs, "--out")
+        results.refuse_overwriting_inputs(filter(None, given), outputs, "--out")
         if (out / "last.pt").exists() and not cfg.resume:
             raise ValueError(f"{out / 'last.pt'} exists; pass --resume to continue, or another "
                              "--out")
