@@ -29,7 +29,6 @@ from scipy import ndimage
 from torch import Tensor
 
 import labels
-from support import files
 
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
@@ -127,8 +126,6 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
     array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
     slope        readers of the file multiply the stored values by this number, in float32
     description  text for the header, at most 79 characters; None: that of `like`
-
-    The file appears complete or not at all.
     """
     img = open_nifti(like)
     header = img.header.copy()
@@ -141,8 +138,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
     voxels = from_ras(array, img.affine).reshape(img.shape)
     out = type(img)(voxels, None, header)
     out.header.set_slope_inter(slope, 0)
-    with files.atomic_write(path) as part:
-        out.to_filename(part)
+    out.to_filename(path)
 
 
 # ---- checks of a user's file -------------------------------------------------------------------

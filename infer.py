@@ -36,7 +36,6 @@ import clip_text
 import data
 import labels
 import postprocess
-from model import load_checkpoint
 from support import (
     checkpoints,
     extension,
@@ -366,15 +365,15 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
         volume_ml = round(float(np.count_nonzero(mask)) * voxel_ml, 3)
         content["classes"].append({"value": k + 1, "name": names[i], "volume_ml": volume_ml})
         if masks:
-            data.save_like(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
+            nifti.save(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
                            description=DESCRIPTION)
         if seg.levels is not None:
-            data.save_like(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
+            nifti.save(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
                            slope=STEP, description=DESCRIPTION)
     if preview:
         pictures.draw(out_dir / f"{name}.png", volume, label, classes, title=name,
                       software=DESCRIPTION)
-    data.save_like(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
+    nifti.save(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
     with files.atomic_write(out_dir / f"{name}.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -541,11 +540,11 @@ def find_scans(path: Path) -> list[Path]:
 
 def _scan_files(folder: Path) -> list[Path]:
     """The files of a folder that may be scans; of an nnU-Net case its first channel only."""
-    files = [p for p in sorted(folder.iterdir()) if p.name.endswith(files.ENDINGS)
+    found = [p for p in sorted(folder.iterdir()) if p.name.endswith(files.ENDINGS)
              and not files.is_hidden(p) and not p.is_dir() and not is_result(p)]
     if _is_nnunet(folder):
-        files = [p for p in files if not _is_further_channel(p)]
-    return files
+        found = [p for p in found if not _is_further_channel(p)]
+    return found
 
 
 def _is_nnunet(folder: Path) -> bool:
@@ -749,7 +748,7 @@ def load_job(args: argparse.Namespace) -> Job:
 
     raises ValueError  if a class is unknown, or the model was not trained on it
     """
-    model, w, content = load_checkpoint(args.checkpoint, extension.build_model)
+    model, w, content = checkpoints.load_checkpoint(args.checkpoint)
     classes = checkpoints.classes_of_checkpoint(content, len(w), str(args.checkpoint))
     config = content.get("config", {"spacing_mm": data.SPACING_MM, "patch": data.PATCH})
     trained = content.get("trained", [c.name for c in classes])

@@ -520,7 +520,7 @@ def build_model(spec: dict) -> UniversalModel:
     return UniversalModel(BACKBONES[backbone](**spec), text_dim)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What torch.load or load_state_dict says about a file, in one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                   # colours of a terminal
     refused = re.search(r"GLOBAL (\S+)", text)
@@ -639,7 +639,7 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{where}: not the released U-Net or Swin UNETR with its text embeddings "
-                         f"({_one_line(e)}); `train.py --pretrained FILE` takes only the backbone "
+                         f"({one_line(e)}); `train.py --pretrained FILE` takes only the backbone "
                          "of a file") from None
     return model.eval(), w
 

@@ -57,14 +57,11 @@ from data import PATCH, SPACING_MM
 from infer import process_count, process_rank
 from model import (
     BACKBONES,
-    FORMAT,
     UniversalModel,
     check_side,
-    load_checkpoint,
-    load_pretrained,
-    read_checkpoint,
 )
 from support import (
+    cache,
     checkpoints,
     datasets,
     extension,
@@ -206,7 +203,7 @@ def read_base(path: str, needs_names: bool) -> Base:
 
     raises ValueError  if needs_names and the file does not say which classes it was trained on
     """
-    model, w, content = load_checkpoint(path, extension.build_model)
+    model, w, content = checkpoints.load_checkpoint(path)
     name = next(name for name, kind in BACKBONES.items() if isinstance(model.backbone, kind))
     spec = {"backbone": name, "text_dim": w.shape[1],
             WIDTH_ARGUMENT[name]: model.backbone.fine_channels}
@@ -278,7 +275,7 @@ def load_task(cfg: Config) -> Task:
     if not path:
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        seen = read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
+        seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
         return Task(classes, *text_embeddings(cfg.text, classes, **words), base_seen=seen)
     base = read_base(path, needs_names=bool(cfg.extend))
     check_side((cfg.patch,) * 3, base.model.backbone)
@@ -368,8 +365,8 @@ def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
 # ---- data ----------------------------------------------------------------------------------------
 def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
     """Preprocess every scan once; of the processes of torchrun, the first that comes does it."""
-    cache = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
-    return cache.build_all(cases, cache, cfg.spacing_mm, workers=cfg.workers)
+    folder = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
+    return cache.build_all(cases, folder, cfg.spacing_mm, workers=cfg.workers)
 
 
 def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
@@ -482,7 +479,7 @@ def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
             network = extension.extend(network, w_new)
             spec = {**spec, "extensions": [*spec.get("extensions", []), len(w_new)]}
     if cfg.pretrained:
-        filled, left = load_pretrained(network, cfg.pretrained)
+        filled, left = checkpoints.load_pretrained(network, cfg.pretrained)
         total = len(network.backbone.state_dict())
         print(f"{cfg.pretrained}: {len(filled)} of {total} tensors of the backbone filled; "
               f"not used: {', '.join(left) or 'none'}")
@@ -548,9 +545,10 @@ def describe_run(run: Run, cfg: Config) -> dict:
         classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
               "batch": cfg.batch * process_count()}
-    return {"format": FORMAT, "spec": run.spec, "w": run.w.cpu(), "prompts": run.prompts,
-            "classes": classes, "config": config, "trained": run.trained, "modality": run.modality,
-            "step": run.step, "best": run.best, "scans": run.scans, "seen": run.seen}
+    return {"format": checkpoints.FORMAT, "spec": run.spec, "w": run.w.cpu(),
+            "prompts": run.prompts, "classes": classes, "config": config, "trained": run.trained,
+            "modality": run.modality, "step": run.step, "best": run.best, "scans": run.scans,
+            "seen": run.seen}
 
 
 def save(path: Path, run: Run, cfg: Config) -> None:
@@ -582,7 +580,7 @@ def resume(path: Path, run: Run, cfg: Config) -> None:
 
     raises ValueError  naming the first thing in which the two runs differ
     """
-    content = read_checkpoint(path)
+    content = checkpoints.read_checkpoint(path)
     try:
         before, now = identity(content), identity(describe_run(run, cfg))
         for key, value in now.items():
@@ -853,7 +851,7 @@ def prepare(cfg: Config) -> Prepared | None:
     device = infer.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
     amp = infer.choose_amp(device, cfg.amp)
-    datasets.find_datasets(cfg.data)         # reports a misspelt folder before anything is downloaded
+    datasets.find_datasets(cfg.data)     # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     task.w = task.w.to(device)
     cases = datasets.read_datasets(cfg.data, task.classes, modality=cfg.modality)

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Checkpoints: what is saved, how it is read again, and which scans a model has seen.
+
+B batch   K classes   E text width (512)
+"""
 from __future__ import annotations
 
 from dataclasses import fields
@@ -9,8 +12,8 @@ from torch import Tensor
 
 import data
 import labels
-import model
-from support import cache
+from model import UniversalModel, load_released, one_line, public_weights
+from support import cache, extension
 
 FORMAT = "universal-model/2"
 
@@ -25,65 +28,63 @@ def read_checkpoint(path) -> dict:
     except OSError as e:
         raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Exception as e:             # torch and pickle raise all kinds on a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({model._one_line(e)})") from None
+        raise ValueError(f"{path}: not a readable checkpoint ({one_line(e)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a checkpoint is a dict, this is {type(content).__name__}")
     return content
 
 
-def load_checkpoint(path, build=model.build_model) -> tuple[model.UniversalModel, Tensor, dict]:
+def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:
     """A checkpoint of train.py, or a released one -> (model in eval mode, w (K, E), the rest).
 
     The rest is what else the file holds: among it the classes, the settings of the training
     ("config") and the names of the classes trained on ("trained"). It is empty for a released file.
-
-    build  what makes the model of a spec: build_model, or support.extension's for extended ones
     """
     content = read_checkpoint(path)
     if "format" not in content:
-        model, w = model.load_released(content, where=str(path))
-        return model, w, {}
+        network, w = load_released(content, where=str(path))
+        return network, w, {}
     if content["format"] != FORMAT:
         raise ValueError(f"{path}: a checkpoint of format {content['format']!r}, expected "
                          f"{FORMAT!r}")
     try:
-        model = build(content["spec"])
-        model.load_state_dict(content.pop("model"))
+        network = extension.build_model(content["spec"])
+        network.load_state_dict(content.pop("model"))
         w = content["w"]
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({model._one_line(e)})") from None
-    return model.eval(), w, content
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({one_line(e)})") from None
+    return network.eval(), w, content
 
 
-def load_pretrained(model: model.UniversalModel, path) -> tuple[list[str], list[str]]:
+def load_pretrained(network: UniversalModel, path) -> tuple[list[str], list[str]]:
     """Fill the backbone from MONAI's self-supervised Swin file, Models Genesis (U-Net), or a
     checkpoint of train.py (transfer to other classes).
 
     returns  (names filled, names in the file that are no part of this backbone)
     raises   ValueError  if a tensor has another shape, or nothing fits
     """
-    state = model.public_weights(read_checkpoint(path), str(path))
-    own = [name for name in model.state_dict() if name.startswith("backbone.")]
+    state = public_weights(read_checkpoint(path), str(path))
+    own = [name for name in network.state_dict() if name.startswith("backbone.")]
     fits = {name: state[name] for name in own if name in state}
     if not fits:
         raise ValueError(f"{path}: no weight in it fits this backbone; it starts with "
                          f"{next(iter(state), 'nothing')!r}")
     try:
-        model.load_state_dict(fits, strict=False)
+        network.load_state_dict(fits, strict=False)
     except RuntimeError as e:
-        raise ValueError(f"{path}: does not fit this backbone ({model._one_line(e)})") from None
+        raise ValueError(f"{path}: does not fit this backbone ({one_line(e)})") from None
     return list(fits), [name for name in state if name not in fits]
 
 
-def classes_of_checkpoint(content: dict, rows: int, where: str) -> tuple[labels.Class, ...]:
+def classes_of_checkpoint(content: dict, embeddings: int, where: str) -> tuple[labels.Class, ...]:
     """The class table of a checkpoint, as load_checkpoint returns its content.
 
     A released checkpoint holds no classes: they are the built-in ones. Fields that Class does not
     have are passed over.
 
-    rows    how many text embeddings the checkpoint has
-    where   the file, for error messages
-    raises  ValueError  if the table is malformed, or has not a class for every text embedding
+    embeddings  how many text embeddings the checkpoint has
+    where       the file, for error messages
+    raises      ValueError  if the table is malformed, or has not a class for every text embedding
     """
     classes = labels.CLASSES
     if "classes" in content:
@@ -91,16 +92,17 @@ def classes_of_checkpoint(content: dict, rows: int, where: str) -> tuple[labels.
         entries = [{key: value for key, value in entry.items() if key in known}
                    if isinstance(entry, dict) else entry for entry in content["classes"]]
         classes = labels.make_classes(entries, where=f"classes of {where}")
-    elif rows != len(labels.CLASSES):
-        raise ValueError(f"{where}: {rows} text embeddings and no class names; they are not the "
-                         f"{len(labels.CLASSES)} built-in classes. `train.py --init FILE --classes TABLE` "
-                         "takes the weights for classes of your own")
-    if rows != len(classes):
-        raise ValueError(f"{where}: {rows} text embeddings for {len(classes)} classes")
+    elif embeddings != len(classes):
+        raise ValueError(f"{where}: {embeddings} text embeddings and no class names; they are not "
+                         f"the {len(classes)} built-in classes. `train.py --init FILE --classes "
+                         "TABLE` takes the weights for classes of your own")
+    if embeddings != len(classes):
+        raise ValueError(f"{where}: {embeddings} text embeddings for {len(classes)} classes")
     return classes
 
 
-def record_seen(training: list[data.Scan], validation: list[data.Scan], base: dict | None = None) -> dict:
+def record_seen(training: list[data.Scan], validation: list[data.Scan],
+                base: dict | None = None) -> dict:
     """The scans that a model's weights were made with, for its checkpoint.
 
     base     what this function returned for the checkpoint that the run started from, if any

@@ -51,13 +51,14 @@ def _datasets_inside(root: Path) -> list[Path]:
     deeper = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/dataset.json")
                     if not any(files.is_hidden(folder) for folder in path.parents[:2])
                     and path.parents[1] not in inside)
-    processes.report_some(f"datasets lie too deep in {root} and are not used; pass the folder that holds "
-                 "them", deeper)
+    processes.report_some(f"datasets lie too deep in {root} and are not used; pass the folder that "
+                          "holds them", deeper)
     return inside
 
 
 def _has_training_images(dataset_json: Path) -> bool:
-    return (dataset_json.parent / "imagesTr").is_dir() or "training" in files.read_json(dataset_json)
+    has_images = (dataset_json.parent / "imagesTr").is_dir()
+    return has_images or "training" in files.read_json(dataset_json)
 
 
 def dataset_name(folder: Path) -> str:
@@ -109,11 +110,16 @@ def _listed_pairs(folder: Path, info: dict) -> list[tuple[Path, Path]]:
                              '{"image": FILE, "label": FILE}') from None
         return [pair for pair in pairs if not files.is_hidden(pair[0])]
     images = [path for path in (folder / "imagesTr").glob("*.nii*") if not files.is_hidden(path)]
-    processes.report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) and are "
-                 "not used", sorted(path.name for path in images
-                                    if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)))
-    return [(image, folder / "labelsTr" / f"{files.case_name(image)}{ending}") for ending in files.ENDINGS
-            for image in sorted(images) if image.name.endswith(f"_0000{ending}")]
+    unused = [path.name for path in images if not re.search(r"_\d{4}\.nii(\.gz)?$", path.name)]
+    processes.report_some(f"files in {folder / 'imagesTr'} have no nnU-Net name (CASE_0000.nii.gz) "
+                          "and are not used", sorted(unused))
+    pairs = []
+    for ending in files.ENDINGS:
+        for image in sorted(images):
+            if image.name.endswith(f"_0000{ending}"):
+                label = folder / "labelsTr" / f"{files.case_name(image)}{ending}"
+                pairs.append((image, label))
+    return pairs
 
 
 def _listed_image(image: Path) -> Path:
@@ -229,7 +235,8 @@ def modality_of(info: dict, where: str | Path) -> str:
         channels = {"0": channels}
     first = str(channels.get("0", next(iter(channels.values()))))
     if len(channels) > 1:
-        processes.report(f"note: {where}: of {len(channels)} channels only the first is used, {first}")
+        processes.report(f"note: {where}: of {len(channels)} channels only the first is used, "
+                         f"{first}")
     if first.lower() in CT_NAMES:
         return "ct"
     if first.lower() in MRI_NAMES:

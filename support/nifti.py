@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+from support import files
 
 VOXEL_SIDE_MM = (0.02, 50)      # plausible sides of a voxel; others are refused, mm
 SAME_GRID_MM = 0.01             # two volumes that are this near each other lie in one grid, ...
@@ -181,3 +182,11 @@ def check_grey_values(volume: data.Volume, path: str | Path) -> None:
     if not usual:
         tqdm.write(f"note: {path}: its values lie in {low:g}..{high:g}; are these {expected}? They "
                    "are treated as such; --modality tells CT from MRI")
+
+
+# ---- writing -----------------------------------------------------------------------------------
+def save(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
+         description: str | None = None) -> None:
+    """`data.save_like`; the file appears complete or not at all."""
+    with files.atomic_write(path) as part:
+        data.save_like(part, array, like, slope=slope, description=description)

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import data
 import labels
 from support import datasets, files, nifti, processes
 
@@ -239,13 +238,13 @@ def merge_structures(name: str, folder: Path, cases: list[str]) -> tuple[dict, d
     raises   ValueError  if a labels.nii.gz was not written by this command, or no case is left
     """
     _, image, label = PUBLIC[name]
-    files = {}
+    masks_of_case = {}
     for case in cases:
         masks = (folder / label.format(case)).parent.glob("segmentations/*.nii.gz")
-        files[case] = {mask.name.removesuffix(".nii.gz"): mask for mask in masks
-                       if not files.is_hidden(mask)}
+        masks_of_case[case] = {mask.name.removesuffix(".nii.gz"): mask for mask in masks
+                               if not files.is_hidden(mask)}
         _refuse_foreign(folder / label.format(case))
-    found = {structure for files_of_case in files.values() for structure in files_of_case}
+    found = {structure for own in masks_of_case.values() for structure in own}
     class_of = dict(STRUCTURES[name])
     for structure in sorted(found - set(class_of)):
         if labels.name_key(structure) & labels.LESION_WORDS:
@@ -257,15 +256,16 @@ def merge_structures(name: str, folder: Path, cases: list[str]) -> tuple[dict, d
     annotated = {}
     for case in tqdm(cases, desc="merge", unit="case", disable=None):
         ct, out = folder / image.format(case), folder / label.format(case)
-        masks = [(files[case][structure], value) for structure, value in values.items()
-                 if structure in files[case]]
+        masks = [(masks_of_case[case][structure], value) for structure, value in values.items()
+                 if structure in masks_of_case[case]]
         try:
             merged = merge_masks(ct, masks)
         except (ValueError, OSError) as e:
             tqdm.write(f"left out: {' '.join(str(e).split())}")
             continue
-        data.save_like(out, merged, like=ct, description=MERGED)
-        missing = {class_of[structure] for structure in class_of if structure not in files[case]}
+        nifti.save(out, merged, like=ct, description=MERGED)
+        missing = {class_of[structure] for structure in class_of
+                   if structure not in masks_of_case[case]}
         annotated[case] = [c.name for c in labels.CLASSES
                            if c.name in class_of.values() and c.name not in missing]
     if not annotated:

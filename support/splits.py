@@ -127,7 +127,8 @@ def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, 
     return parts
 
 
-def divide_scans(scans: list[data.Scan], parts: dict[str, str]) -> tuple[list[data.Scan], list[data.Scan]]:
+def divide_scans(scans: list[data.Scan],
+                 parts: dict[str, str]) -> tuple[list[data.Scan], list[data.Scan]]:
     """(training scans, validation scans) of a split; parts: {name of the case: its part}.
 
     A scan of which a copy, in another dataset, is in a later part is left out, and both are named:
@@ -144,8 +145,8 @@ def divide_scans(scans: list[data.Scan], parts: dict[str, str]) -> tuple[list[da
                 chosen[part].append(scan)
             else:
                 twins.append(f"{scan.case.name} = {copy}")
-        processes.report_some(f"scans were left out of {part!r}, because a copy of each is in a later part "
-                     "of the split", twins)
+        processes.report_some(f"scans were left out of {part!r}, because a copy of each is in a "
+                              "later part of the split", twins)
         held_out |= {scan.meta["fingerprint"]: scan.case.name for scan in of_part}
     return chosen["train"], chosen["val"]
 

@@ -20,7 +20,8 @@ import infer
 import labels
 import metrics
 import train
-from support import checkpoints, datasets, nifti, processes
+from support import checkpoints, datasets, processes
+from support import nifti as nifti_files
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
 EYE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -160,18 +161,18 @@ def test_every_unusual_volume_has_its_outcome(name, tmp_path):
     path, outcome = make(name, tmp_path)
     before = path.read_bytes()
     if outcome == OK:
-        v = nifti.read_checked(path)
+        v = nifti_files.read_checked(path)
         assert v.array.ndim == 3 and v.array.dtype.isnative and np.isfinite(v.array).all()
         assert nib.aff2axcodes(v.affine) == ("R", "A", "S")
         image, shape, box = data.preprocess(v, 3.0)
         assert np.isfinite(image).all() and image.ndim == 3
         result = np.arange(v.array.size, dtype=np.uint16).reshape(v.array.shape)
         data.save_like(tmp_path / "out.nii.gz", result, path)
-        back = nifti.read_checked(tmp_path / "out.nii.gz")
+        back = nifti_files.read_checked(tmp_path / "out.nii.gz")
         assert np.array_equal(back.array, result) and np.allclose(back.affine, v.affine)
     else:
         with pytest.raises((ValueError, OSError)) as e:
-            nifti.read_checked(path)
+            nifti_files.read_checked(path)
         assert str(path) in str(e.value) and outcome in str(e.value)
     assert path.read_bytes() == before
 
@@ -185,7 +186,7 @@ def test_paths_that_are_not_files(tmp_path):
     (tmp_path / "dir.nii.gz").mkdir()
     for name in ("loop.nii", "dir.nii.gz", "nothing.nii"):
         with pytest.raises((ValueError, OSError), match=name):
-            nifti.read_checked(tmp_path / name)
+            nifti_files.read_checked(tmp_path / name)
 
 
 BAD = ["gz cut late", "rgb", "nan voxels", "4D", "gigantic gz"]
@@ -280,7 +281,7 @@ def test_mutated_nifti_headers_never_give_a_traceback(tmp_path):
         for _ in range(1500):
             path.write_bytes(mutated(rng, GOOD))
             try:
-                v = nifti.read_checked(path)
+                v = nifti_files.read_checked(path)
                 assert v.array.nbytes <= 64 * len(GOOD)
                 fine += 1
             except (ValueError, OSError) as e:
@@ -369,7 +370,7 @@ def test_another_axis_order_gives_the_same_anatomy_and_volumes(seed, checkpoint,
         write_nifti(tmp_path / f"{i}.nii.gz", np.ascontiguousarray(array), affine)
         infer.main(["--checkpoint", checkpoint, "--input", str(tmp_path / f"{i}.nii.gz"),
                     "--output", str(tmp_path / "out"), "--no-postprocess"])
-        v = nifti.read_checked(tmp_path / f"out/{i}.nii.gz")
+        v = nifti_files.read_checked(tmp_path / f"out/{i}.nii.gz")
         results = json.loads((tmp_path / f"out/{i}.json").read_text())["classes"]
         found.append((v.array, v.affine, {r["name"]: r["volume_ml"] for r in results}))
     assert np.array_equal(found[0][0], found[1][0]) and found[0][2] == found[1][2]
@@ -426,7 +427,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(left, disk, checkpoi
     assert {n: now[n] for n in before} == before      # in particular the last checkpoint
     for name in now.keys() - before.keys() - {"ballast"}:
         if name.endswith(".nii.gz"):
-            nifti.read_checked(folder / name)
+            nifti_files.read_checked(folder / name)
         elif name.endswith(".json"):
             json.loads(now[name])
 

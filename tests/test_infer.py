@@ -10,8 +10,8 @@ from conftest import affine_of, write_nifti
 import data
 import infer
 import labels
-from model import FORMAT, build_model
-from support import pictures, processes, streaming
+from model import build_model
+from support import checkpoints, pictures, processes, streaming
 
 
 def identity(x, w):
@@ -238,8 +238,8 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "m.pt"
     torch.manual_seed(0)
     spec = {"backbone": "unet", "width": 8, "text_dim": 3}
-    torch.save({"format": FORMAT, "spec": spec, "model": build_model(spec).state_dict(),
-                "w": torch.eye(3),
+    torch.save({"format": checkpoints.FORMAT, "spec": spec,
+                "model": build_model(spec).state_dict(), "w": torch.eye(3),
                 "classes": [{"name": "Liver"}, {"name": "Spleen"}, {"name": "Colon"}],
                 "trained": ["Liver", "Spleen"],
                 "config": {"spacing_mm": 4.0, "patch": 64}}, path)

@@ -233,7 +233,8 @@ def test_a_class_is_annotated_where_all_of_its_structures_have_a_file(tmp_path):
     assert info["annotated"] == {"s1": ["Spleen", "Liver", "Left Lung", "Kidney Cyst"],
                                  "s2": ["Liver", "Left Lung", "Kidney Cyst"],
                                  "s3": ["Spleen", "Liver"]}
-    found = [class_names(case.annotated) for case in datasets.read_dataset(tmp_path, labels.CLASSES)]
+    cases = datasets.read_dataset(tmp_path, labels.CLASSES)
+    found = [class_names(case.annotated) for case in cases]
     assert found == [set(names) for names in info["annotated"].values()]
 
 
@@ -354,7 +355,8 @@ def test_the_modality_of_a_distributors_dataset_json_is_taken_over(tmp_path):
         write_nifti(tmp_path / f"labelsTr/{case}.nii.gz", BOX % 2, EYE)
     (tmp_path / "dataset.original.json").write_text('{"modality": {"0": "MRI"}}')
     assert processes.run(public.main, ["word", str(tmp_path)]) == 0
-    assert [case.modality for case in datasets.read_dataset(tmp_path, labels.CLASSES)] == ["mri", "mri"]
+    cases = datasets.read_dataset(tmp_path, labels.CLASSES)
+    assert [case.modality for case in cases] == ["mri", "mri"]
 
 
 def test_an_unreadable_dataset_json_is_one_line_and_stays(tmp_path, capsys):

@@ -108,7 +108,8 @@ def parts(tmp_path, monkeypatch):
     network = model.build_model({"backbone": "unet", "width": 8, "text_dim": 4})
     network.controller.out.bias.data[-1] = 0           # an untrained head finds nothing
     (tmp_path / "run").mkdir()
-    torch.save({"format": checkpoints.FORMAT, "spec": {"backbone": "unet", "width": 8, "text_dim": 4},
+    torch.save({"format": checkpoints.FORMAT,
+                "spec": {"backbone": "unet", "width": 8, "text_dim": 4},
                 "model": network.state_dict(), "w": torch.randn(3, 4),
                 "classes": [{"name": "Liver"}, {"name": "Spleen"}, {"name": "Colon"}],
                 "trained": ["Liver", "Colon"], "config": {"spacing_mm": 4.0, "patch": 32}},

@@ -11,8 +11,8 @@ import data
 import infer
 import labels
 import train
-from model import FORMAT, build_model
-from support import processes, transfer
+from model import build_model
+from support import checkpoints, processes, transfer
 
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
 AB = ["a", "b"]
@@ -127,7 +127,8 @@ def no_clip(monkeypatch):
 def write_checkpoint(path, w, **more) -> str:
     torch.manual_seed(0)
     spec = {"backbone": "unet", "width": 8, "text_dim": w.shape[1]}
-    torch.save({"format": FORMAT, "spec": spec, "model": build_model(spec).state_dict(), "w": w,
+    torch.save({"format": checkpoints.FORMAT, "spec": spec,
+                "model": build_model(spec).state_dict(), "w": w,
                 "classes": CLASSES, "trained": ["Liver", "Spleen"],
                 "config": {"spacing_mm": 4.0, "patch": 64}, **more}, path)
     return str(path)

@@ -66,7 +66,7 @@ def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
         def forward(self, x, w):
             return x.new_ones(len(x), len(w), *x.shape[2:])
     cfg = config(tiny, tmp_path, val_scans=3)
-    cases = [c for f in datasets.find_datasets(cfg.data) for c in datasets.read_dataset(f, labels.CLASSES)]
+    cases = datasets.read_datasets(cfg.data, labels.CLASSES)
     scans = cache.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
     w = torch.eye(len(labels.CLASSES))
     scores = train.validate(Yes(), w, scans, labels.CLASSES, cfg, False)
@@ -282,7 +282,8 @@ def test_a_dry_run_disturbs_no_run(tiny, tmp_path):
 def test_a_misspelt_folder_is_reported_before_clip_is_downloaded(tiny, tmp_path, monkeypatch,
                                                                  capsys):
     monkeypatch.setattr(clip_text, "encode_classes", None)
-    assert processes.run(train.main, config(tiny, tmp_path / "run", text="clip", data=("nope",))) == 2
+    cfg = config(tiny, tmp_path / "run", text="clip", data=("nope",))
+    assert processes.run(train.main, cfg) == 2
     assert "nope: no such folder" in capsys.readouterr().err
     assert processes.run(train.main, config(tiny, tmp_path / "run", clip_weights="c.pt")) == 2
     assert "leave it out with --text onehot" in capsys.readouterr().err
