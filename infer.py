@@ -410,8 +410,15 @@ class Summary:
     results: list[dict] = field(default_factory=list)   # of the last scan that was segmented
 
 
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
 def parse(argv=None) -> argparse.Namespace:
-    ap = argparse.ArgumentParser(
+    ap = Parser(
         description="Segment CT scans. Results have the grid of their scan.")
     ap.add_argument("--checkpoint", required=True, metavar="FILE",
                     help="a checkpoint of train.py, or one of the authors' released models")
@@ -423,7 +430,7 @@ def parse(argv=None) -> argparse.Namespace:
                          "and higher beside it are other channels; elsewhere names are kept")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
-    ap.add_argument("--classes", nargs="+", metavar="NAME",
+    ap.add_argument("--classes", nargs="+", action="extend", metavar="NAME",
                     help="segment only these classes (default: all that the model was trained on; "
                          "none beside --prompt)")
     ap.add_argument("--prompt", action="append", default=[], metavar="TEXT",
@@ -473,8 +480,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """raises ValueError  if a number is out of range, --output a file, a package missing, or a flag
     of no use
     """
-    if args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    if not 1 <= args.batch <= 4096:
+        raise ValueError(f"--batch {args.batch}: must be from 1 to 4096")
     if not 0 <= args.overlap < 1:
         raise ValueError(f"--overlap {args.overlap}: must be at least 0 and below 1")
     if args.output.exists() and not args.output.is_dir():

@@ -268,7 +268,6 @@ def fit(args, study: Study, name: str, seed: int, datasets=None, **flags) -> Pat
         "out": str(out),
         "data": tuple(str(folder) for folder in datasets or study.datasets),
         "classes": str(study.classes) if study.classes else None,
-        "cache": str(args.out / "cache"),
         "resume": True,
         "text": "onehot",
         "width": 8,

@@ -89,20 +89,6 @@ def test_the_median_spacing_passes_over_scans_that_cannot_be_read(tmp_path):
         data.median_spacing(cases[:1], skip_bad=True)
 
 
-def test_training_with_skip_bad_leaves_out_what_cannot_be_used(tmp_path, capsys):
-    import train
-    folder = nnunet(tmp_path / "Dataset001_X", ["x", "y", "z"])
-    (folder / "labelsTr/x.nii.gz").unlink()
-    (folder / "imagesTr/y_0000.nii.gz").write_bytes(b"")
-    argv = ["--data", str(folder), "--out", str(tmp_path / "run"), "--text", "onehot", "--dry-run",
-            "--spacing-mm", "0", "--val-fraction", "0", "--workers", "0"]
-    assert labels.run(train.main, argv) == 2
-    assert "no label for x_0000.nii.gz" in capsys.readouterr().err
-    assert labels.run(train.main, [*argv, "--skip-bad"]) == 0
-    captured = capsys.readouterr()
-    assert "Dataset001_X: 1 scan," in captured.out and "y_0000" in captured.out + captured.err
-
-
 def test_datasets_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
     """a/X and b/X are two datasets; Y needs no folder to be told apart."""
     for path in ("a/X", "b/X", "b/Y"):
