@@ -54,6 +54,67 @@ STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")     # of x86, x86 and ARM
 
 
+# ---- a whole scan ------------------------------------------------------------------------------
+@torch.inference_mode()
+def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
+                   overlap: float = data.OVERLAP, batch: int = 1, amp: bool = False) -> Tensor:
+    """Blend the logits of overlapping windows.
+
+    volume   (D, H, W)     a preprocessed scan of any size
+    w        (K, E)        text embeddings, on the device of the model
+    batch                  windows per call of the model
+    returns  (K, D, H, W)  logits, on the same device
+    """
+    device = w.device
+    padded, front = data.pad_to(np.asarray(volume, np.float32), patch)
+    image = torch.from_numpy(padded).to(device)
+    weight = data.window_weight(patch).to(device)                            # (p, p, p)
+    logit_sum = torch.zeros(len(w), *image.shape, device=device)
+    weight_sum = torch.zeros(image.shape, device=device)
+
+    x_starts, y_starts, z_starts = (data.window_starts(n, patch, overlap) for n in image.shape)
+    windows = [np.s_[x:x + patch, y:y + patch, z:z + patch]
+               for z in z_starts for x in x_starts for y in y_starts]
+    for first in range(0, len(windows), batch):
+        part = windows[first:first + batch]
+        images = torch.stack([image[window] for window in part])[:, None]    # (n, 1, p, p, p)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images, w)                                        # (n, K, p, p, p)
+        for window, scores in zip(part, logits, strict=True):
+            logit_sum[:, *window] += scores.float() * weight
+            weight_sum[window] += weight
+
+    logits = logit_sum.div_(weight_sum)
+    x, y, z = (slice(f, f + n) for f, n in zip(front, volume.shape, strict=True))
+    return logits[:, x, y, z]
+
+
+def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
+            patch: int = data.PATCH, overlap: float = data.OVERLAP, batch: int = 1,
+            amp: bool = False) -> streaming.Segmentation:
+    """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings.
+
+    All probabilities are in memory at once, four bytes per class and voxel. The command uses
+    streaming.segment, which computes the same slab by slab.
+    """
+    image, working_shape, body = data.preprocess(volume, spacing_mm)
+    image, front = data.pad_to(image, patch)
+    logits = sliding_window(image, model, w, patch=patch, overlap=overlap, batch=batch, amp=amp)
+    prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
+    where = data.place(volume.array.shape, working_shape, body, front)
+    for axis in (2, 1, 0):
+        prob = data.interpolate(prob, where.at[axis], axis + 1)
+    prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
+
+    masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
+    masks[:, *where.box] = prob > streaming.THRESHOLD
+    seg = streaming.Segmentation(volume.array.shape, len(w))
+    seg.masks = postprocess.PackedMasks.from_array(masks)
+    seg.winner[where.box] = prob.argmax(0)
+    seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
+    return seg
+
+
 # ---- devices -----------------------------------------------------------------------------------
 def best_device() -> str:
     """The default of --device: the first of cuda, mps and cpu that this machine has."""
@@ -188,67 +249,6 @@ def leave_processes() -> None:
     if process_count() > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-# ---- a whole scan ------------------------------------------------------------------------------
-@torch.inference_mode()
-def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
-                   overlap: float = data.OVERLAP, batch: int = 1, amp: bool = False) -> Tensor:
-    """Blend the logits of overlapping windows.
-
-    volume   (D, H, W)     a preprocessed scan of any size
-    w        (K, E)        text embeddings, on the device of the model
-    batch                  windows per call of the model
-    returns  (K, D, H, W)  logits, on the same device
-    """
-    device = w.device
-    padded, front = data.pad_to(np.asarray(volume, np.float32), patch)
-    image = torch.from_numpy(padded).to(device)
-    weight = data.window_weight(patch).to(device)                            # (p, p, p)
-    logit_sum = torch.zeros(len(w), *image.shape, device=device)
-    weight_sum = torch.zeros(image.shape, device=device)
-
-    x_starts, y_starts, z_starts = (data.window_starts(n, patch, overlap) for n in image.shape)
-    windows = [np.s_[x:x + patch, y:y + patch, z:z + patch]
-               for z in z_starts for x in x_starts for y in y_starts]
-    for first in range(0, len(windows), batch):
-        part = windows[first:first + batch]
-        images = torch.stack([image[window] for window in part])[:, None]    # (n, 1, p, p, p)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(images, w)                                        # (n, K, p, p, p)
-        for window, scores in zip(part, logits, strict=True):
-            logit_sum[:, *window] += scores.float() * weight
-            weight_sum[window] += weight
-
-    logits = logit_sum.div_(weight_sum)
-    x, y, z = (slice(f, f + n) for f, n in zip(front, volume.shape, strict=True))
-    return logits[:, x, y, z]
-
-
-def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
-            patch: int = data.PATCH, overlap: float = data.OVERLAP, batch: int = 1,
-            amp: bool = False) -> streaming.Segmentation:
-    """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings.
-
-    All probabilities are in memory at once, four bytes per class and voxel. The command uses
-    streaming.segment, which computes the same slab by slab.
-    """
-    image, working_shape, body = data.preprocess(volume, spacing_mm)
-    image, front = data.pad_to(image, patch)
-    logits = sliding_window(image, model, w, patch=patch, overlap=overlap, batch=batch, amp=amp)
-    prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
-    where = data.place(volume.array.shape, working_shape, body, front)
-    for axis in (2, 1, 0):
-        prob = data.interpolate(prob, where.at[axis], axis + 1)
-    prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
-
-    masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
-    masks[:, *where.box] = prob > streaming.THRESHOLD
-    seg = streaming.Segmentation(volume.array.shape, len(w))
-    seg.masks = postprocess.PackedMasks.from_array(masks)
-    seg.winner[where.box] = prob.argmax(0)
-    seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
-    return seg
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -395,6 +395,13 @@ def write_itksnap_labels(path: Path, classes) -> None:
 
 
 # ---- the command -------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
 @dataclass
 class Job:
     """What all scans of one run share."""
@@ -420,7 +427,7 @@ class Summary:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    ap = argparse.ArgumentParser(
+    ap = Parser(
         description="Segment CT scans. Results have the grid of their scan.")
     ap.add_argument("--checkpoint", required=True, metavar="FILE",
                     help="a checkpoint of train.py, or one of the authors' released models")
@@ -432,7 +439,7 @@ def parse(argv=None) -> argparse.Namespace:
                          "and higher beside it are other channels; elsewhere names are kept")
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
-    ap.add_argument("--classes", nargs="+", metavar="NAME",
+    ap.add_argument("--classes", nargs="+", action="extend", metavar="NAME",
                     help="segment only these classes (default: all that the model was trained on; "
                          "none beside --prompt)")
     ap.add_argument("--prompt", action="append", default=[], metavar="TEXT",
@@ -482,8 +489,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """raises ValueError  if a number is out of range, --output a file, a package missing, or a flag
     of no use
     """
-    if args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    if not 1 <= args.batch <= 4096:
+        raise ValueError(f"--batch {args.batch}: must be from 1 to 4096")
     if not 0 <= args.overlap < 1:
         raise ValueError(f"--overlap {args.overlap}: must be at least 0 and below 1")
     if args.output.exists() and not args.output.is_dir():

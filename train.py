@@ -75,15 +75,24 @@ from support import (
 )
 
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
+WARMUP = 0.05          # share of the steps in which the rate rises (release: 100 of 2000 epochs)
+WEIGHT_DECAY = 1e-5    # of AdamW (release)
+SAVE_EVERY = 500       # steps between checkpoints
+VAL_SCANS = 20         # largest number of scans in a validation
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
 ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
 ONEHOT_AXES = 512      # width of one-hot text embeddings, that of CLIP's
 ONEHOT = torch.eye(ONEHOT_AXES) * ONEHOT_NORM
 
 
-def setting(default, help_text: str):
-    """A field of Config: its default and what --help says about it."""
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def setting(default, help_text: str, low: float | None = None, high: float | None = None, *,
+            zero: bool = False):
+    """A field of Config: its default, what --help says about it, and the range of a number.
+
+    zero  0 is allowed as well
+    """
+    return dataclasses.field(default=default, metadata={
+        "help": help_text, "low": low, "high": high, "zero": zero})
 
 
 @dataclass
@@ -91,7 +100,8 @@ class Config:
     """All settings of a run; every field is a flag."""
     data: tuple[str, ...] = setting((), "dataset folders (nnU-Net raw or MSD task), or folders "
                                     "that hold several")
-    out: str = setting("run", "folder for checkpoints and the log")
+    out: str = setting("run", "folder for checkpoints and the log; preprocessed scans are kept in "
+                       "the folder `cache` beside it")
     backbone: str = setting("unet", "backbone network")
     text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (of "
                         "clip_text.py --out, or one tensor (K, E))")
@@ -108,42 +118,37 @@ class Config:
     modality: str = setting("", "ct or mri: how grey values are scaled, for all datasets (default: "
                             "as the first channel of each dataset.json says)")
     spacing_mm: float = setting(SPACING_MM, "isotropic spacing to which scans are resampled, in mm "
-                                "(release: 1.5; 0: median of the data)")
-    patch: int = setting(PATCH, "side of a training crop in voxels (release: 96)")
-    width: int = setting(0, "channels of the decoder feature (0: 64 for unet, 48 for swin_unetr)")
+                                "(release: 1.5; 0: median of the data)", 0.1, 50, zero=True)
+    patch: int = setting(PATCH, "side of a training crop in voxels (release: 96)", 16, 1024)
+    width: int = setting(0, "channels of the decoder feature (0: 64 for unet, 48 for swin_unetr)",
+                         1, 4096, zero=True)
     pretrained: str = setting("", "start the backbone from MONAI's self-supervised Swin UNETR, "
                               "Models Genesis, or a checkpoint of train.py")
     recompute: bool = setting(False, "activation checkpointing: less memory, about a third slower")
     plain: bool = setting(False, "use the plain code of model.py instead of its faster "
                           "equivalents in support/fast.py")
-    steps: int = setting(100_000, "total number of optimiser steps")
-    batch: int = setting(2, "crops per step and process")
-    lr: float = setting(1e-4, "highest learning rate of AdamW (release: 1e-4)")
+    steps: int = setting(100_000, "total number of optimiser steps", 1, 10**7)
+    batch: int = setting(2, "crops per step and process", 1, 4096)
+    lr: float = setting(1e-4, "highest learning rate of AdamW (release: 1e-4)", 1e-12, 1, zero=True)
     head_lr: float = setting(0.0, "learning rate of the controller (0: same as --lr; try 5e-4 if "
-                             "Dice stays at 0)")
-    weight_decay: float = setting(1e-5, "weight decay of AdamW (release: 1e-5)")
-    warmup: float = setting(0.05, "share of the steps in which the learning rate rises (release: "
-                            "100 of 2000 epochs)")
-    clip_grad: float = setting(1.0, "largest norm of the gradient; a larger one is scaled down")
+                             "Dice stays at 0)", 1e-12, 1, zero=True)
+    clip_grad: float = setting(1.0, "largest norm of the gradient; a larger one is scaled down "
+                               "(release and 0: not clipped)", 1e-6, 1e6, zero=True)
     unmasked: bool = setting(False, "ablation: take what a dataset does not label for background")
     val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
-                                  "rounds to 0)")
+                                  "rounds to 0)", 0, 0.99)
     fold: str = setting("", "which fold of the splits_final.json that --split names, from 0 on")
     split: tuple[str, ...] = setting((), "which scans to train on, validate and leave for tests: "
                                      'JSON {"train": [...], "val": [...], "test": [...]} of case '
                                      "names, nnU-Net's splits_final.json, or lists named as "
                                      "PAOT_train.txt and PAOT_val.txt (default: at random)")
-    val_every: int = setting(1000, "steps between validations")
-    val_scans: int = setting(20, "largest number of scans in a validation")
-    save_every: int = setting(500, "steps between checkpoints")
+    val_every: int = setting(1000, "steps between validations (0: only after the last step)",
+                             1, 10**7, zero=True)
     workers: int = setting(-1, "processes that preprocess scans and cut crops; 0: the training "
-                           "process itself; -1: preprocess with as many as cores and memory allow, "
-                           "and cut crops with 4 for a GPU, else with none")
-    skip_bad: bool = setting(False, "leave out scans that cannot be read or have no label "
-                             "instead of stopping")
+                           "process itself; -1: preprocess with at most 4, cut crops with 4 for "
+                           "a GPU, else with none", -1, 1024)
     dry_run: bool = setting(False, "report what the data covers and stop")
-    cache: str = setting("", "folder for preprocessed scans (default: cache beside OUT)")
-    seed: int = setting(0, "seed of all random numbers")
+    seed: int = setting(0, "seed of all random numbers", 0, 2**32 - 1)
     amp: bool | None = setting(None, "compute in bf16 (default: only on CUDA, from compute "
                                "capability 8.0 on)")
     device: str = setting(infer.best_device(), "the device to compute on: cuda, cuda:N, mps or "
@@ -157,7 +162,7 @@ MAY_DIFFER = {
     # last.pt replaces the weights that training started from
     "init", "extend", "pretrained",
     # without influence on the weights
-    "out", "cache", "resume", "dry_run", "skip_bad", "val_every", "val_scans", "save_every",
+    "out", "resume", "dry_run", "val_every",
     # another machine may finish what one began, up to rounding
     "device", "amp", "workers", "recompute",
 }
@@ -165,7 +170,7 @@ MAY_DIFFER = {
 
 def lr_at(step: int, cfg: Config) -> float:
     """Linear warm-up, then cosine to 0: a pure function of the step."""
-    warm = max(1, round(cfg.warmup * cfg.steps))
+    warm = max(1, round(WARMUP * cfg.steps))
     if step < warm:
         return cfg.lr * (step + 1) / warm
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
@@ -365,8 +370,8 @@ def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
 # ---- data ----------------------------------------------------------------------------------------
 def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
     """Preprocess every scan once; of the processes of torchrun, the first that comes does it."""
-    folder = Path(cfg.cache) if cfg.cache else Path(cfg.out).parent / "cache"
-    return cache.build_all(cases, folder, cfg.spacing_mm, workers=cfg.workers)
+    return cache.build_all(cases, Path(cfg.out).parent / "cache", cfg.spacing_mm,
+                           workers=cfg.workers)
 
 
 def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
@@ -498,7 +503,7 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
             rate = cfg.head_lr if cfg.head_lr and "controller." in name else cfg.lr
             by_rate.setdefault(rate, []).append(p)
     groups = [{"params": params, "scale": rate / (cfg.lr or 1)} for rate, params in by_rate.items()]
-    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -694,7 +699,7 @@ def score_scan(scan: data.Scan, network, w: Tensor, classes, cfg: Config, amp: b
 
 def validate(network, w: Tensor, scans, classes, cfg: Config,
              amp: bool) -> dict[str, dict[str, float]]:
-    """Mean Dice per dataset and class of at most val_scans whole scans, every dataset in turn.
+    """Mean Dice per dataset and class of at most VAL_SCANS whole scans, every dataset in turn.
 
     The processes deal the scans out among themselves; each returns the scores of all.
     """
@@ -702,7 +707,7 @@ def validate(network, w: Tensor, scans, classes, cfg: Config,
     for scan in scans:
         by_dataset.setdefault(scan.case.dataset, []).append(scan)
     turns = itertools.chain(*itertools.zip_longest(*by_dataset.values()))
-    chosen = [scan for scan in turns if scan is not None][:cfg.val_scans]
+    chosen = [scan for scan in turns if scan is not None][:VAL_SCANS]
     rank, n = process_rank(), process_count()
     network.eval()
     own = {i: score_scan(chosen[i], network, w, classes, cfg, amp)
@@ -771,6 +776,12 @@ def check_settings(cfg: Config) -> None:
     out = Path(cfg.out)
     given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained,
              *cfg.split)
+    for f in dataclasses.fields(Config):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if low is None or low <= value <= high or (f.metadata["zero"] and value == 0):
+            continue
+        raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be from {low:g} to {high:g}"
+                         + ", or 0" * f.metadata["zero"])
     if not cfg.dry_run:
         outputs = [out / name for name in OUTPUTS]
         results.refuse_overwriting_inputs(filter(None, given), outputs, "--out")
@@ -846,6 +857,7 @@ def prepare(cfg: Config) -> Prepared | None:
     """
     torch.manual_seed(cfg.seed)
     check_settings(cfg)
+    torch.manual_seed(cfg.seed)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     device = infer.open_device(cfg.device)
@@ -853,11 +865,10 @@ def prepare(cfg: Config) -> Prepared | None:
     amp = infer.choose_amp(device, cfg.amp)
     datasets.find_datasets(cfg.data)     # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
-    task.w = task.w.to(device)
-    cases = datasets.read_datasets(cfg.data, task.classes, modality=cfg.modality)
+    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
-        spacing_mm = round(datasets.median_spacing(cases), 2)
+        spacing_mm = round(data.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     if task.base is not None:
         check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
@@ -907,9 +918,10 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
             bar.set_postfix({"bce loss": f"{numbers['bce']:.3f}",
                              "dice loss": f"{numbers['dice']:.3f}"}, refresh=False)
             done = run.step == cfg.steps
-            if ready.validation and (run.step % cfg.val_every == 0 or done):
+            is_due = cfg.val_every > 0 and run.step % cfg.val_every == 0
+            if ready.validation and (is_due or done):
                 scores = validate_and_keep_best(run, ready.validation, cfg, ready.amp, file, bar)
-            if first and (run.step % cfg.save_every == 0 or done or leave):
+            if first and (run.step % SAVE_EVERY == 0 or done or leave):
                 file.flush()
                 save(last, run, cfg)
             if leave:
@@ -930,15 +942,15 @@ OUT_OF_MEMORY = ("try --recompute, a smaller --batch, --patch or --width, fewer 
 # ---- the command ---------------------------------------------------------------------------------
 def parse(argv=None) -> Config:
     """Flags from the fields of Config."""
-    parser = argparse.ArgumentParser(description="Train the universal model on partial labels.")
+    parser = infer.Parser(description="Train the universal model on partial labels.")
     for f in dataclasses.fields(Config):
         flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.default not in ("", (), None, False):
             about += f" (default: {f.default})"
-        if f.name == "data":
-            parser.add_argument(flag, nargs="+", required=True, metavar="DIR", help=about)
-        elif f.name == "split":
-            parser.add_argument(flag, nargs="+", default=(), metavar="FILE", help=about)
+        if f.name in ("data", "split"):
+            metavar = {"data": "DIR", "split": "FILE"}[f.name]
+            parser.add_argument(flag, nargs="+", action="extend", default=[], metavar=metavar,
+                                required=f.name == "data", help=about)
         elif f.type.startswith("bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
                                 help=about)

@@ -247,7 +247,6 @@ def fit(args, study: Study, method: Method, seed: int) -> Path:
         "out": str(out),
         "data": tuple(str(folder) for folder in method.datasets or study.datasets),
         "classes": str(study.classes) if study.classes else None,
-        "cache": str(args.out / "cache"),
         "resume": True,
         "text": "onehot",
         "width": 8,

@@ -194,10 +194,9 @@ BAD = ["gz cut late", "rgb", "nan voxels", "4D", "gigantic gz"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("checkpoint")
+    out = tmp_path_factory.mktemp("checkpoint") / "run"
     train.train(train.Config(data=(str(tiny / "raw"),), out=str(out), text="onehot",
-                             spacing_mm=6.0, patch=32, width=8, steps=1, batch=1, val_fraction=0.0,
-                             cache=str(tiny / "cache")))
+                             spacing_mm=6.0, patch=32, width=8, steps=1, batch=1, val_fraction=0.0))
     return str(out / "last.pt")
 
 
@@ -222,7 +221,7 @@ def test_every_command_answers_a_bad_volume_in_one_line(name, checkpoint, tiny, 
         img = nib.load(root / "labelsTr" / "z.nii.gz")
         nib.save(nib.Nifti1Image(np.asarray(img.dataobj), img.affine), root / "labelsTr" / "z.nii")
     assert processes.run(train.main, ["--data", str(root), "--out", str(tmp_path / "r2"), "--text",
-                                   "onehot", "--cache", str(tmp_path / "c2")]) == 2
+                                   "onehot"]) == 2
     assert len(lines(capsys.readouterr().err)) == 1 and not (tmp_path / "r2").exists()
     for folder in ("pred", "ref"):
         (tmp_path / folder).mkdir()
@@ -413,10 +412,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(left, disk, checkpoi
             (infer.main, ["--checkpoint", checkpoint, "--input", str(scan), "--masks", "--output",
                           str(folder / "out")], 20_000),
             (metrics.main, ["--pred", str(folder / "pred"), "--ref", str(ref.parent)], 10_000),
-            (train.main, [*size, "--out", str(folder / "new"), "--cache", str(tiny / "cache"),
-                          "--steps", "1"], 500_000),
-            (train.main, [*size, "--out", str(tmp_path / "new"), "--cache", str(folder / "cache"),
-                          "--dry-run"], 100_000)):
+            (train.main, [*size, "--out", str(folder / "new"), "--steps", "1"], 500_000),
+            (train.main, [*size, "--out", str(folder / "dry"), "--dry-run"], 100_000)):
         status = processes.run(main, argv)
         err = lines(capsys.readouterr().err)
         assert (status, len(err)) in (((2, 1),) if needs > left else ((2, 1), (0, 0))), (argv, err)
@@ -492,13 +489,18 @@ def same_bytes(name, content, reference):
     assert content == reference, name
 
 
+def train_and_save_every_step(argv):
+    train.SAVE_EVERY = 1
+    train.main(argv)
+
+
 @pytest.mark.slow
 def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
     def args(folder):
-        return (["--data", str(tiny / "raw"), "--out", str(folder / "run"), "--cache",
-                 str(folder / "cache"), "--text", "onehot", "--spacing-mm", "2.5", "--patch", "32",
+        return (["--data", str(tiny / "raw"), "--out", str(folder / "run"), "--text", "onehot",
+                 "--spacing-mm", "2.5", "--patch", "32",
                  "--width", "8", "--steps", "6", "--batch", "1", "--val-fraction", "0",
-                 "--save-every", "1", "--resume"],)
+                 "--resume"],)
 
     def check(name, content, reference):
         if name.startswith("cache/"):
@@ -508,7 +510,7 @@ def test_fourteen_kills_of_preprocessing_and_training(tiny, tmp_path):
             checkpoints.load_checkpoint(tmp_path / "copy.pt")
         elif name.endswith("config.json"):
             json.loads(content)
-    a, b = killed(14, lambda n: tmp_path / n, train.main, args, check)
+    a, b = killed(14, lambda n: tmp_path / n, train_and_save_every_step, args, check)
     states = [torch.load(d / "run/last.pt", weights_only=True)["model"] for d in (a, b)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     logs = [[json.loads(r)["loss"] for r in (d / "run/log.jsonl").read_text().splitlines()]

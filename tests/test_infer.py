@@ -665,8 +665,8 @@ def test_overlap_sets_the_number_of_windows_and_is_a_setting_of_a_result(tmp_pat
     assert made_with["overlap"] == 0
 
 
-@pytest.mark.parametrize("flags", [["--batch", "0"], ["--batch", "-2"], ["--overlap", "1"],
-                                   ["--overlap", "-0.1"], ["--overlap", "nan"]])
+@pytest.mark.parametrize("flags", [["--batch", "0"], ["--batch", "-2"], ["--batch", str(10**30)],
+                                   ["--overlap", "1"], ["--overlap", "-0.1"], ["--overlap", "nan"]])
 def test_a_number_out_of_range_is_one_line(tmp_path, checkpoint, capsys, flags):
     scan = tiny_scan(tmp_path / "x.nii.gz")
     assert command(checkpoint, scan, tmp_path / "out", *flags) == 2

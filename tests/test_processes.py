@@ -244,7 +244,7 @@ def test_several_processes_get_a_gpu_each(monkeypatch):
 def test_a_lack_of_memory_names_the_flags_that_help(tiny, tmp_path, capsys, monkeypatch):
     cfg = train.Config(data=(str(tiny / "raw"),), out=str(tmp_path / "run"), text="onehot",
                        spacing_mm=4.0, patch=64, width=8, steps=2, batch=1, val_fraction=0.0,
-                       cache=str(tiny / "cache"), device="cpu")
+                       device="cpu")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
                   MemoryError("Unable to allocate 3 GiB"),
@@ -305,7 +305,7 @@ def report(scan, *arguments):
     print("scored by", os.environ["RANK"], flush=True)
     return score(scan, *arguments)
 train.score_scan = report
-sys.exit(labels.run(train.main, sys.argv[1:]))
+sys.exit(processes.run(train.main, sys.argv[1:]))
 """
 
 
@@ -318,13 +318,12 @@ def test_slow_preprocessing_outlasts_no_timeout_and_validation_is_shared(tiny, t
              "--device", "cpu", "--workers", "0"]
     began = time.monotonic()
     status, out, err = torchrun(tmp_path, SLOW_TRAINING, *flags, "--batch", "1", "--out",
-                                tmp_path / "two", "--cache", tmp_path / "cache")
+                                tmp_path / "two")
     assert status == 0, err
     assert time.monotonic() - began > 24
     assert sorted(out.split("scored by ")[i][0] for i in (1, 2)) == ["0", "1"]
     assert out.count("step 2: validation Dice") == 1 and out.count("done: 2 steps") == 1
-    train.main([*map(str, flags), "--batch", "2", "--out", str(tmp_path / "one"), "--cache",
-                str(tmp_path / "cache")])
+    train.main([*map(str, flags), "--batch", "2", "--out", str(tmp_path / "one")])
     records = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").open()]
                for run in ("one", "two")]
     one, two = ([r for r in part if "val" in r] for part in records)
@@ -332,7 +331,7 @@ def test_slow_preprocessing_outlasts_no_timeout_and_validation_is_shared(tiny, t
     assert one[0]["val"] == pytest.approx(two[0]["val"], abs=1e-3)
 
 
-INFER = "import infer, labels\nsys.exit(labels.run(infer.main, sys.argv[1:]))\n"
+INFER = "import infer, labels\nsys.exit(processes.run(infer.main, sys.argv[1:]))\n"
 
 
 @pytest.mark.slow
@@ -341,7 +340,7 @@ def test_two_processes_share_the_scans_of_a_folder(tiny, tmp_path):
     torch.manual_seed(0)
     cfg = train.Config(data=(str(tiny / "raw/Dataset901_Liver"),), out=str(tmp_path / "run"),
                        text="onehot", spacing_mm=4.0, patch=32, width=8, steps=1, batch=1,
-                       val_fraction=0.0, cache=str(tiny / "cache"), device="cpu")
+                       val_fraction=0.0, device="cpu")
     train.train(cfg)
     images = tmp_path / "imagesTs"
     images.mkdir()

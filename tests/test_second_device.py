@@ -245,8 +245,8 @@ def test_text_features_are_those_of_the_cpu():
 # ---- training ------------------------------------------------------------------------------------
 def config(tiny, out, form, **how):
     base = {"data": (str(tiny / "raw"),), "out": str(out), "text": "onehot", "spacing_mm": 8.0,
-            "patch": 32, "width": 8, "steps": 2, "batch": 2, "lr": 1e-3, "save_every": 2,
-            "val_fraction": 0.25, "val_every": 2, "cache": str(tiny / "cache_8mm"), "workers": 0,
+            "patch": 32, "width": 8, "steps": 2, "batch": 2, "lr": 1e-3,
+            "val_fraction": 0.25, "val_every": 2, "workers": 0,
             "amp": False, "plain": form == "plain", "device": "cpu"}
     return train.Config(**{**base, **how})
 
@@ -354,7 +354,8 @@ def test_training_ends_as_on_the_cpu_and_a_step_fetches_once(tiny, tmp_path, mon
         if step == 1:
             raise KeyboardInterrupt
         return at(step, cfg)
-    cfg = config(tiny, there, form, resume=True, save_every=1, **how)
+    cfg = config(tiny, there, form, resume=True, **how)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
     with monkeypatch.context() as patch:
         patch.setattr(train, "lr_at", stop)
         with pytest.raises(KeyboardInterrupt):

@@ -240,8 +240,7 @@ def test_a_copy_of_a_held_out_scan_is_left_out_and_named(capsys):
 # ---- a run with a split --------------------------------------------------------------------------
 def config(tiny, out, **how):
     base = {"data": (str(tiny / "raw"),), "out": str(out), "text": "onehot", "spacing_mm": 4.0,
-            "patch": 32, "width": 8, "steps": 1, "batch": 1, "val_fraction": 0.0, "val_scans": 1,
-            "cache": str(tiny / "cache")}
+            "patch": 32, "width": 8, "steps": 1, "batch": 1, "val_fraction": 0.0}
     return train.Config(**{**base, **how})
 
 
@@ -267,8 +266,7 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, untrained, tmp_pat
     scan is not trained on. The same scans by another split file are the same run."""
     split = split_file(tmp_path / "split.json", {
         "train": ["Dataset901_Liver/c0", "Dataset902_Kidney/c0"], "val": ["Dataset901_Liver/c1"]})
-    cfg = config(tiny, tmp_path / "run", split=(str(split),), val_fraction=0.5,
-                 cache=str(tmp_path / "cache"))
+    cfg = config(tiny, tmp_path / "run", split=(str(split),), val_fraction=0.5)
     train.train(cfg)
     assert len(list((tmp_path / "cache").glob("*/meta.json"))) == 3     # not the fourth scan
     out = capsys.readouterr().out
@@ -300,13 +298,14 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, untrained, tmp_pat
 
 def test_a_split_that_does_not_fit_is_refused_before_any_work(tiny, tmp_path, capsys):
     split = split_file(tmp_path / "split.json", {"train": ["x"], "val": ["Dataset901_Liver/c0"]})
-    cfg = config(tiny, tmp_path / "run", split=(str(split),), cache=str(tmp_path / "cache"))
+    cfg = config(tiny, tmp_path / "run", split=(str(split),))
     assert "split.json: none of its training scans is in --data" in refused(capsys, cfg)
     split_file(split, {"train": ["Dataset901_Liver/c0"], "test": ["Dataset901_Liver/c0"]})
     assert "Dataset901_Liver/c0 is in two parts" in refused(capsys, cfg)
-    assert "has no folds" in refused(capsys, train.dataclasses.replace(cfg, fold="0/5"))
+    assert "has no folds" in refused(capsys, train.dataclasses.replace(cfg, fold="0"))
     alone = train.dataclasses.replace(cfg, split=(), fold="1")
-    assert "--fold 1: is the number of a fold of the splits_final.json" in refused(capsys, alone)
+    error = refused(capsys, alone)
+    assert "--fold 1: is the number of a fold of the splits_final.json" in error
     out = train.dataclasses.replace(cfg, split=(str(tmp_path / "run/config.json"),))
     split_file(tmp_path / "run/config.json", {"train": ["Dataset901_Liver/c0"]})
     assert "would overwrite the input file" in refused(capsys, out)

@@ -26,10 +26,14 @@ from support import cache, checkpoints, datasets, extension, processes
 ROOT = Path(train.__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def checkpoints_after_every_second_step(monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+
+
 def config(tiny, out, **how):
     base = {"data": (str(tiny / "raw"),), "out": str(out), "text": "onehot", "spacing_mm": 4.0,
-            "patch": 32, "width": 8, "steps": 4, "batch": 1, "lr": 1e-3, "save_every": 2,
-            "val_fraction": 0.0, "cache": str(tiny / "cache")}
+            "patch": 32, "width": 8, "steps": 4, "batch": 1, "lr": 1e-3, "val_fraction": 0.0}
     return train.Config(**{**base, **how})
 
 
@@ -43,7 +47,7 @@ def same(a, b):
 
 def test_learning_rate_rises_then_follows_a_cosine():
     """steps 100, 5 of warm-up: 1/5 of the rate, all of it, half of it in the middle, nearly 0."""
-    cfg = train.Config(steps=100, warmup=0.05, lr=1.0)
+    cfg = train.Config(steps=100, lr=1.0)
     assert [round(train.lr_at(s, cfg), 3) for s in (0, 4, 5)] == [0.2, 1.0, 1.0]
     assert train.lr_at(52, cfg) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
     assert train.lr_at(99, cfg) < 0.001
@@ -60,12 +64,13 @@ def test_four_steps_train_and_the_log_has_a_line_each(tiny, tmp_path, capsys):
     assert "annotated: Liver, Liver Tumor" in out and "annotated: Right Kidney, Left Kidney" in out
 
 
-def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
+def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path, monkeypatch):
     """A model that says yes everywhere has a Dice of 2 n / (N + n)."""
     class Yes(torch.nn.Module):
         def forward(self, x, w):
             return x.new_ones(len(x), len(w), *x.shape[2:])
-    cfg = config(tiny, tmp_path, val_scans=3)
+    cfg = config(tiny, tmp_path)
+    monkeypatch.setattr(train, "VAL_SCANS", 3)
     cases = datasets.read_datasets(cfg.data, labels.CLASSES)
     scans = cache.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
     w = torch.eye(len(labels.CLASSES))
@@ -73,8 +78,8 @@ def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path):
     assert {d: set(v) for d, v in scores.items()} == {
         "Dataset901_Liver": {"Liver", "Liver Tumor"},
         "Dataset902_Kidney": {"Right Kidney", "Left Kidney"}}
-    two = train.validate(Yes(), w, scans, labels.CLASSES,
-                         dataclasses.replace(cfg, val_scans=2), False)
+    monkeypatch.setattr(train, "VAL_SCANS", 2)
+    two = train.validate(Yes(), w, scans, labels.CLASSES, cfg, False)
     assert two.keys() == scores.keys()                         # not two scans of the first
     ns = [(np.count_nonzero(s.label_rows() == 2), s.label_rows().size) for s in scans[:2]]
     assert scores["Dataset901_Liver"]["Liver Tumor"] == pytest.approx(
@@ -137,9 +142,40 @@ def test_a_loss_that_is_not_finite_names_scan_and_step(tiny, tmp_path, capsys, m
 def test_flags_come_from_the_fields_and_unknown_ones_are_refused(capsys):
     cfg = train.parse(["--data", "a", "b", "--lr", "0.5", "--no-amp", "--spacing-mm", "3"])
     assert (cfg.data, cfg.lr, cfg.amp, cfg.spacing_mm) == (("a", "b"), 0.5, False, 3.0)
-    with pytest.raises(SystemExit) as e:
-        train.parse(["--data", "a", "--learning-rate", "1"])
-    assert e.value.code == 2
+    both = train.parse(["--data", "a", "--split", "s", "--data", "b", "c", "--split", "t"])
+    assert (both.data, both.split) == (("a", "b", "c"), ("s", "t"))
+    for wrong in (["--data", "a", "--learning-rate", "1"], ["--lr", "1"], ["--data", "a", "--batch",
+                  "two"], ["--data"]):
+        assert processes.run(train.main, wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "--help" in error
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(train.Config)
+                                  if f.type in ("int", "float")])
+def test_every_number_is_checked_and_its_flag_named(tmp_path, capsys, name):
+    """0 is allowed where it means something, and elsewhere refused like any other wrong number."""
+    flag, kind = "--" + name.replace("_", "-"), type(getattr(train.Config, name))
+    with_zero = {"spacing_mm", "width", "head_lr", "clip_grad", "val_every", "val_fraction",
+                 "workers", "seed", "lr"}
+    wrong = [-2, 10**30] + [0] * (name not in with_zero)
+    for value in [str(kind(v)) for v in wrong] + ["nan", "inf"] * (kind is float):
+        argv = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), f"{flag}={value}"]
+        assert processes.run(train.main, argv) == 2
+        assert f"error: {flag} {value}: must be from" in capsys.readouterr().err
+    if name in with_zero:
+        train.check_settings(train.Config(out=str(tmp_path / "run"), **{name: kind(0)}))
+
+
+def test_clip_grad_0_does_not_clip_and_val_every_0_validates_at_the_end(tiny, tmp_path,
+                                                                        monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
+    train.train(config(tiny, tmp_path / "run", steps=2, clip_grad=0.0, val_every=0,
+                       val_fraction=0.25))
+    rows = [json.loads(r) for r in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "val" in r] == [1]
+    with pytest.raises(ZeroDivisionError):
+        train.train(config(tiny, tmp_path / "other", steps=1))
 
 
 @needs_shared
@@ -150,12 +186,21 @@ def test_released_text_embeddings_are_a_file():
         [8.1, 9.6]
 
 
+def saves_often(folder, more="", name="train.py"):
+    """A script that trains with a checkpoint after every second step."""
+    script = folder / "script" / name
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+                      f"train.SAVE_EVERY = 2\n{more}train.main(sys.argv[1:])\n")
+    return str(script)
+
+
 def two_processes(out, tiny, *more):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            "train.py", "--data", str(tiny / "raw"), "--out", str(out), "--text", "onehot",
-            "--spacing-mm", "4", "--patch", "32", "--width", "8", "--steps", "4", "--batch", "1",
-            "--lr", "1e-3", "--save-every", "2", "--val-fraction", "0", "--no-amp", "--cache",
-            str(tiny / "cache"), *more]
+            saves_often(out.parent), "--data", str(tiny / "raw"), "--out", str(out),
+            "--text", "onehot", "--spacing-mm", "4", "--patch", "32", "--width", "8",
+            "--steps", "4", "--batch", "1", "--lr", "1e-3", "--val-fraction", "0", "--no-amp",
+            *more]
 
 
 def close(a, b):
@@ -182,13 +227,10 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(tiny, tmp_path, blind
     assert close(weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt"))
     if not blind:
         shutil.copytree(tmp_path / "two", tmp_path / "half")
-        script = tmp_path / "stop.py"       # two processes that stop in the middle
-        script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
-                          "at = train.lr_at\n"
-                          "def stop(s, c):\n    if s == 3: sys.exit(3)\n    return at(s, c)\n"
-                          "train.lr_at = stop\ntrain.main(sys.argv[1:])\n")
         args = two_processes(tmp_path / "half2", tiny)
-        args[args.index("train.py")] = str(script)
+        saves_often(tmp_path, "at = train.lr_at\n"      # two processes that stop in the middle
+                    "def stop(s, c):\n    if s == 3: sys.exit(3)\n    return at(s, c)\n"
+                    "train.lr_at = stop\n")
         assert subprocess.run(args, cwd=ROOT, capture_output=True, timeout=300).returncode != 0
         train.train(config(tiny, tmp_path / "half2", batch=2, resume=True, amp=False))
         assert close(weights(tmp_path / "half2/last.pt"), weights(tmp_path / "one/last.pt"))
@@ -223,12 +265,13 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tiny, tmp_path, monkeypatc
         return at(step, cfg)
     before = signal.getsignal(number)
     monkeypatch.setattr(train, "lr_at", ask)
-    assert processes.run(train.main, config(tiny, tmp_path / "a", save_every=100)) == 130
+    monkeypatch.setattr(train, "SAVE_EVERY", 100)
+    assert processes.run(train.main, config(tiny, tmp_path / "a")) == 130
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert checkpoints.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
-    train.train(config(tiny, tmp_path / "a", resume=True, save_every=100))
-    train.train(config(tiny, tmp_path / "b", save_every=100))
+    train.train(config(tiny, tmp_path / "a", resume=True))
+    train.train(config(tiny, tmp_path / "b"))
     assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
 
 
@@ -300,7 +343,7 @@ def test_an_unclear_channel_stops_the_run_unless_the_modality_is_given(tiny, tmp
     train.train(dataclasses.replace(cfg, modality="mri"))
     assert "Dataset901_Liver: 2 scans, mri, " in capsys.readouterr().out
     assert train.parse(["--data", "x", "--modality", "mri"]).modality == "mri"
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--modality: invalid choice"):
         train.parse(["--data", "x", "--modality", "pet"])
     with pytest.raises(ValueError, match="ct or mri"):
         train.train(dataclasses.replace(cfg, modality="pet"))
@@ -333,8 +376,7 @@ def test_a_bad_scan_is_one_line_that_names_it(tiny, tmp_path, capsys):
     shutil.copytree(tiny / "raw", tmp_path / "raw")
     bad = tmp_path / "raw/Dataset901_Liver/imagesTr/c1_0000.nii.gz"
     bad.write_bytes(bad.read_bytes()[:999])
-    cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True,
-                 cache=str(tmp_path / "cache"))
+    cfg = config(tiny, tmp_path / "run", data=(str(tmp_path / "raw"),), dry_run=True)
     assert processes.run(train.main, cfg) == 2
     assert "c1_0000.nii.gz: its voxels cannot be read" in capsys.readouterr().err
 
@@ -348,16 +390,17 @@ def test_a_pretrained_backbone_is_reported_and_used(tiny, tmp_path, capsys, back
                                network.state_dict().items() if "backbone" in k}},
                tmp_path / "pre.pt")
     train.train(config(tiny, tmp_path / "run", backbone=backbone, width=width, patch=64, lr=0.0,
-                       steps=1, pretrained=str(tmp_path / "pre.pt"), weight_decay=0.0))
+                       steps=1, pretrained=str(tmp_path / "pre.pt")))
     n = len(network.backbone.state_dict())
     assert f"pre.pt: {n} of {n} tensors" in capsys.readouterr().out
     got = weights(tmp_path / "run/last.pt")
     assert all((v == 0.125).all() for k, v in got.items() if "backbone" in k)
 
 
-def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path):
+def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path, monkeypatch):
     """Adam's first step moves every number by its rate (or not at all)."""
-    train.train(config(tiny, tmp_path / "run", steps=1, lr=1e-3, head_lr=1e-4, weight_decay=0.0))
+    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.0)
+    train.train(config(tiny, tmp_path / "run", steps=1, lr=1e-3, head_lr=1e-4))
     after = weights(tmp_path / "run/last.pt")
     torch.manual_seed(0)
     before = model.build_model({"backbone": "unet", "text_dim": 512, "width": 8}).state_dict()
@@ -586,7 +629,7 @@ def test_what_identifies_the_scans_of_a_run():
 
 def test_other_data_and_another_split_do_not_resume_but_moved_data_do(tiny, tmp_path, capsys):
     raw = shutil.copytree(tiny / "raw", tmp_path / "raw")
-    base = {"steps": 1, "val_fraction": 0.25, "val_scans": 1, "data": (str(raw),)}
+    base = {"steps": 1, "val_fraction": 0.25, "data": (str(raw),)}
     train.train(config(tiny, tmp_path / "run", **base))
     content = torch.load(tmp_path / "run/last.pt", weights_only=True)
     # one of three different scans is held out; two of the four files are copies of it

@@ -182,11 +182,12 @@ def test_a_run_records_the_scans_of_its_base_and_warns_of_them(base, tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path):
+def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
     whole = liver_run(tiny, tmp_path / "whole", init=str(base))
     whole.lr, whole.steps = 1e-3, 4
     train.train(whole)
-    part = liver_run(tiny, tmp_path / "part", init=str(base), save_every=2, resume=True)
+    part = liver_run(tiny, tmp_path / "part", init=str(base), resume=True)
     part.lr, part.steps = 1e-3, 4
 
     class Killed(Exception):
