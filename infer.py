@@ -12,8 +12,6 @@ K classes   D, H, W voxels   p side of a window
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import json
 import os
 import re
@@ -29,7 +27,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from tqdm import tqdm
 
 import clip_text
@@ -51,7 +48,6 @@ from support import (
 
 STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
                             # probability, a little smaller so that rounding does not exceed 1
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")     # of x86, x86 and ARM
 
 
 # ---- a whole scan ------------------------------------------------------------------------------
@@ -116,139 +112,9 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
 
 
 # ---- devices -----------------------------------------------------------------------------------
-def best_device() -> str:
-    """The default of --device: the first of cuda, mps and cpu that this machine has."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def open_device(name: str) -> torch.device:
-    """The device on which this process computes; of several processes, each gets its own GPU.
-
-    raises ValueError  if PyTorch cannot compute there
-    """
-    try:
-        device = torch.device(name)
-        if process_count() > 1 and device.type == "cuda":
-            if device.index is not None:
-                raise ValueError(f"--device {name}: is one GPU for {process_count()} processes; "
-                                 "--device cuda gives each its own")
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0][:100]
-        raise ValueError(f"--device {name}: PyTorch cannot compute there ({reason}); this machine "
-                         f"has {_devices_here()}") from None
-    return device
-
-
-def _devices_here() -> str:
-    """The devices of this machine, for an error message."""
-    gpus = torch.cuda.device_count()
-    found = [f"{gpus} GPU(s) (cuda)"] if gpus else []
-    return " and ".join([*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"])
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this machine's processor computes in bf16."""
-    processor = torch.cpu.get_capabilities()
-    return any(processor.get(name) for name in BF16_INSTRUCTIONS)
-
-
-def choose_amp(device: str | torch.device, asked: bool | None) -> bool:
-    """Whether to compute in bf16.
-
-    asked   what --amp says; None: bf16 on CUDA from compute capability 8.0 on (Ampere), and float32
-            elsewhere
-    raises  ValueError  if a processor would have to emulate bf16: the weight gradients of small
-                        convolutions that PyTorch 2.13 then computes contain uninitialised memory
-    """
-    device = torch.device(device)
-    if asked is None:
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if asked and device.type == "cpu" and not has_bf16_instructions():
-        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
-                         "PyTorch computes in emulated bf16 are wrong; leave out --amp")
-    return asked
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(device: str | torch.device, advice: str):
-    """Turn a lack of memory in the block into a ValueError of one line that says what helps."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).split("\n")[0]
-        words = ("out of memory", "allocate memory", "not enough memory", "DataLoader worker")
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and not any(word in reason for word in words):
-            raise
-        raise ValueError(f"out of memory (--device {device}: {reason[:200]}); {advice}") from None
 
 
 # ---- processes ---------------------------------------------------------------------------------
-MEETING_TIME = datetime.timedelta(minutes=10)    # in which all processes of torchrun must appear
-GROUP_TIMEOUT = datetime.timedelta(days=1)       # of one exchange among processes, which may wait
-                                                 # for the slowest scan of a validation
-
-
-def process_count() -> int:
-    """How many processes work together.
-
-    raises ValueError  if WORLD_SIZE was set by something else than torchrun
-    """
-    given = os.environ.get("WORLD_SIZE", "1")
-    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if not given.isdecimal() or (int(given) > 1 and missing):
-        raise ValueError(f"WORLD_SIZE={given} is set in the environment, but {', '.join(missing)} "
-                         "not: start several processes with torchrun, or `unset WORLD_SIZE`")
-    return int(given)
-
-
-def process_rank() -> int:
-    return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
-
-
-def join_processes(device: torch.device) -> None:
-    """Meet the other processes of torchrun, to exchange tensors on this kind of device.
-
-    Work that takes each process a different time, such as downloads and preprocessing, belongs
-    before this call.
-
-    raises ValueError  if the others do not appear
-    """
-    if process_count() == 1:
-        return
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: several processes need --device cuda or cpu")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIME))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count,
-                                timeout=GROUP_TIMEOUT)
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"process {process_rank()} of {process_count()} did not meet the others "
-                         f"({reason}); start them with torchrun, or `unset WORLD_SIZE`") from None
-
-
-def exchange(own) -> list:
-    """One object of each process, in the order of the processes."""
-    if process_count() == 1:
-        return [own]
-    everyone = [None] * process_count()
-    dist.all_gather_object(everyone, own)
-    return everyone
-
-
-def leave_processes() -> None:
-    """The end of what join_processes began."""
-    if process_count() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -395,11 +261,6 @@ def write_itksnap_labels(path: Path, classes) -> None:
 
 
 # ---- the command -------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
 
 
 @dataclass
@@ -427,7 +288,7 @@ class Summary:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    ap = Parser(
+    ap = processes.Parser(
         description="Segment CT scans. Results have the grid of their scan.")
     ap.add_argument("--checkpoint", required=True, metavar="FILE",
                     help="a checkpoint of train.py, or one of the authors' released models")
@@ -479,7 +340,7 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--overlap", type=float, default=data.OVERLAP, metavar="X",
                     help="overlap of neighbouring windows, at least 0 and below 1 (default: "
                          "%(default)s; 0.25 takes about half the time)")
-    ap.add_argument("--device", default=best_device(),
+    ap.add_argument("--device", default=processes.best_device(),
                     help="the device to compute on: cuda, cuda:N, mps or cpu (default: the best "
                          "that this machine has, %(default)s)")
     return ap.parse_args(argv)
@@ -540,7 +401,7 @@ def find_scans(path: Path) -> list[Path]:
     if not scans:
         raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or in the folders in "
                          f"it; results of infer.py are not scans{'; ' * bool(note)}{note}")
-    if note and process_rank() == 0:
+    if note and processes.process_rank() == 0:
         print(f"note: {note}")
     return scans
 
@@ -710,7 +571,7 @@ def read_text_of_prompts(args: argparse.Namespace, names: list[str], trained_nam
     similarity = clip_text.cosine(torch.cat([w, trained_w]))[:len(names), len(names):]
     for name, row in zip(names, similarity, strict=True):
         nearest = int(row.argmax())
-        if process_rank() == 0:
+        if processes.process_rank() == 0:
             doubt = "; what is found may mean nothing" if row[nearest] < CLOSE_COSINE else ""
             print(f"prompt {name!r}: of the texts of training, that of {trained_names[nearest]!r} "
                   f"is the most similar (cosine {row[nearest]:.3f}){doubt}")
@@ -738,7 +599,7 @@ def read_text(args: argparse.Namespace, classes, trained_w: Tensor, trained_prom
         names = trained_names
         given = clip_text.read_text(args.text, names)
         note = transfer.check_text(args.checkpoint, names, trained_w, names, given)
-    if note and process_rank() == 0:
+    if note and processes.process_rank() == 0:
         print(f"{note}; results may be far worse than with the text of training")
     w = trained_w.clone()
     for name, row in zip(names, given, strict=True):
@@ -784,7 +645,7 @@ def load_job(args: argparse.Namespace) -> Job:
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
-    amp = choose_amp(args.device, args.amp)
+    amp = processes.choose_amp(args.device, args.amp)
     flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain,
              args.probabilities]
     settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
@@ -804,11 +665,11 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     seen, seen_as = checkpoints.look_up(job.seen, volume.array)
     if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
-    with explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
+    with processes.explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
         seg = streaming.segment(
             volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
             overlap=args.overlap, batch=args.batch, amp=job.amp,
-            probabilities=args.probabilities, progress=process_rank() == 0)
+            probabilities=args.probabilities, progress=processes.process_rank() == 0)
     if args.postprocess:
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
@@ -822,7 +683,7 @@ def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> S
     Several processes deal the scans out among themselves. An error in one of several scans is
     recorded and the others are segmented; an error in a single scan is raised.
     """
-    summary, count, rank = Summary(), process_count(), process_rank()
+    summary, count, rank = Summary(), processes.process_count(), processes.process_rank()
     title = "segment" if count == 1 else f"segment (1 of {count} processes)"
     with tqdm(list(scans.items())[rank::count], title, unit="scan", disable=rank > 0) as bar:
         for name, scan in bar:
@@ -871,17 +732,17 @@ def report(summary: Summary, output: Path) -> None:
 def main(argv=None) -> int:
     args = parse(argv)
     check_flags(args)
-    args.device = open_device(args.device)
+    args.device = processes.open_device(args.device)
     scans = name_scans(find_scans(args.input), args.input)
     job = load_job(args)
     outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
     inputs = [file for file in (args.checkpoint, args.text, args.clip_weights) if file]
     results.refuse_overwriting_inputs([*scans.values(), *inputs], outputs, "--output")
     refuse_losing_files(scans, job, args)
-    join_processes(torch.device("cpu"))                  # which only exchange their summaries
-    summary = join_summaries(exchange(segment_all(scans, job, args)))
-    leave_processes()
-    if process_rank() > 0:
+    processes.join_processes(torch.device("cpu"))                  # which only exchange their summaries
+    summary = join_summaries(processes.exchange(segment_all(scans, job, args)))
+    processes.leave_processes()
+    if processes.process_rank() > 0:
         return 0
     report(summary, args.output)
     return 1 if summary.failed else 0

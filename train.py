@@ -33,7 +33,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -54,7 +53,6 @@ import labels
 import losses
 import metrics
 from data import PATCH, SPACING_MM
-from infer import process_count, process_rank
 from model import (
     BACKBONES,
     UniversalModel,
@@ -151,7 +149,7 @@ class Config:
     seed: int = setting(0, "seed of all random numbers", 0, 2**32 - 1)
     amp: bool | None = setting(None, "compute in bf16 (default: only on CUDA, from compute "
                                "capability 8.0 on)")
-    device: str = setting(infer.best_device(), "the device to compute on: cuda, cuda:N, mps or "
+    device: str = setting(processes.best_device(), "the device to compute on: cuda, cuda:N, mps or "
                           "cpu")
 
 
@@ -265,7 +263,7 @@ def text_embeddings(text: str, classes, base: Base | None = None, *, template: s
         w = clip_text.read_text(text, names)
         if base is not None:
             note = transfer.check_text(base.path, base.names, base.w, names, w)
-    if note and process_rank() == 0:
+    if note and processes.process_rank() == 0:
         print(note)
     return w, prompts
 
@@ -311,7 +309,7 @@ def initial_task(base: Base, classes, text: str, words: dict) -> Task:
         base.model = extension.build_model(spec)
         base.model.load_state_dict({name: state[name] for name in base.model.state_dict()})
     w, prompts = text_embeddings(text, classes, base, **words)
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         shared = [c.name for c in classes if c.name in base.names]
         new = [c.name for c in classes if c.name not in base.names]
         print(f"{base.path}: all {len(base.model.state_dict())} tensors of a {spec['backbone']} of "
@@ -334,7 +332,7 @@ def extended_task(base: Base, classes, text: str, words: dict) -> Task:
     if not new:
         raise ValueError(f"--extend {base.path}: --classes must name a class that is not in its "
                          "table; one that is in it but was never trained is trained with --init")
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
         print(f"{base.path}: its {len(base.names)} classes are kept and frozen; new: "
               f"{', '.join(c.name for c in new)}{left}")
@@ -363,7 +361,7 @@ def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
     text = f"{path}: was trained at {before:g} mm, now --spacing-mm is {now:g}"
     if extended:
         raise ValueError(f"{text}; its old classes need --spacing-mm {before:g}")
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         print(f"note: {text}")
 
 
@@ -456,10 +454,10 @@ def describe(scans, val, classes, missing: list[str]) -> None:
 def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoader:
     """This process's batches from first_step on. Step s of rank r takes the crops
     (s * processes + r) * batch + 0 ... batch - 1 of the run."""
-    n = process_count()
+    n = processes.process_count()
     crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
     numbers = np.arange(len(crops)).reshape(cfg.steps, n, cfg.batch)
-    order = numbers[first_step:, process_rank()].ravel().tolist()
+    order = numbers[first_step:, processes.process_rank()].ravel().tolist()
     on_gpu = cfg.device.startswith("cuda")
     workers = cfg.workers
     if workers < 0:
@@ -520,7 +518,7 @@ def warn_of_seen(path: str, seen: dict | None, validation: list[data.Scan]) -> N
     """Name the validation scans that a checkpoint was trained on: their Dice says little."""
     known = [scan.case.name for scan in validation
              if seen and scan.meta["fingerprint"] in seen["training"]]
-    if known and process_rank() == 0:
+    if known and processes.process_rank() == 0:
         print(f"note: {path}: was trained on {len(known)} of {len(validation)} validation scans, "
               f"whose Dice says little: {', '.join(known)}")
 
@@ -549,7 +547,7 @@ def describe_run(run: Run, cfg: Config) -> dict:
         entry = dataclasses.asdict(c)
         classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
     config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
-              "batch": cfg.batch * process_count()}
+              "batch": cfg.batch * processes.process_count()}
     return {"format": checkpoints.FORMAT, "spec": run.spec, "w": run.w.cpu(),
             "prompts": run.prompts, "classes": classes, "config": config, "trained": run.trained,
             "modality": run.modality, "step": run.step, "best": run.best, "scans": run.scans,
@@ -598,7 +596,7 @@ def resume(path: Path, run: Run, cfg: Config) -> None:
         run.step, run.best, run.seen = content["step"], content["best"], content["seen"]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         print(f"{path}: continued after {run.step} steps")
 
 
@@ -654,22 +652,6 @@ def step_loss(net, batch: dict, w: Tensor, *,
     return bce + dice, bce, dice
 
 
-class Stop:
-    """Ctrl-C and SIGTERM end a run after the step under way, with its checkpoint."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number, frame):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
 # ---- validation ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Score:
@@ -708,13 +690,13 @@ def validate(network, w: Tensor, scans, classes, cfg: Config,
         by_dataset.setdefault(scan.case.dataset, []).append(scan)
     turns = itertools.chain(*itertools.zip_longest(*by_dataset.values()))
     chosen = [scan for scan in turns if scan is not None][:VAL_SCANS]
-    rank, n = process_rank(), process_count()
+    rank, n = processes.process_rank(), processes.process_count()
     network.eval()
     own = {i: score_scan(chosen[i], network, w, classes, cfg, amp)
            for i in range(rank, len(chosen), n)}
     network.train()
     of_scan: dict[int, list[Score]] = {}
-    for part in infer.exchange(own):
+    for part in processes.exchange(own):
         of_scan.update(part)
     dice: dict[str, dict[str, list[float]]] = {}
     for i in range(len(chosen)):           # in this order, so that rounding is that of one process
@@ -732,7 +714,7 @@ def validate_and_keep_best(run: Run, val, cfg: Config, amp: bool, file, bar) -> 
     mean = sum(means.values()) / max(1, len(means))
     is_best = mean > run.best
     run.best = max(mean, run.best)
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
         each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
         bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
@@ -807,7 +789,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     if cfg.resume and (out / "last.pt").exists():
         resume(out / "last.pt", run, cfg)
     out.mkdir(parents=True, exist_ok=True)
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         start_log(out / "log.jsonl", run.step)
         with files.atomic_write(out / "config.json") as part:
             text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
@@ -815,7 +797,7 @@ def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
     return run
 
 
-def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tuple[dict, bool]:
+def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: processes.Stop) -> tuple[dict, bool]:
     """One optimiser step -> (its numbers for the log, whether some process was asked to stop).
 
     The only values fetched from the device are one stack of four numbers, before the weights
@@ -823,7 +805,7 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: Stop) -> tu
     """
     loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
     asked = torch.tensor(float(stop.asked), device=loss.device)
-    if process_count() > 1:
+    if processes.process_count() > 1:
         dist.all_reduce(asked)
     numbers = torch.stack([loss.detach(), bce.detach(), dice.detach(), asked]).tolist()
     if not math.isfinite(numbers[0]):
@@ -860,9 +842,9 @@ def prepare(cfg: Config) -> Prepared | None:
     torch.manual_seed(cfg.seed)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
-    device = infer.open_device(cfg.device)
+    device = processes.open_device(cfg.device)
     cfg = dataclasses.replace(cfg, device=str(device))
-    amp = infer.choose_amp(device, cfg.amp)
+    amp = processes.choose_amp(device, cfg.amp)
     datasets.find_datasets(cfg.data)     # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
     cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality)
@@ -875,12 +857,12 @@ def prepare(cfg: Config) -> Prepared | None:
                       extended=bool(cfg.extend))
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:
-        infer.join_processes(device)
+        processes.join_processes(device)
     scans, val = split(cfg, scans, parts)
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
-    if process_rank() == 0:
+    if processes.process_rank() == 0:
         describe(scans, val, task.classes, missing)
     warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
     if len(missing) == len(task.classes) - task.frozen:
@@ -897,12 +879,12 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     ready = prepare(cfg)
     if ready is None:
         return {}
-    cfg, run, net, first = ready.cfg, ready.run, ready.run.network, process_rank() == 0
+    cfg, run, net, first = ready.cfg, ready.run, ready.run.network, processes.process_rank() == 0
     last, log = Path(cfg.out) / "last.pt", Path(cfg.out) / "log.jsonl"
-    if process_count() > 1:
+    if processes.process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
     scores: dict[str, dict[str, float]] = {}
-    with open(log if first else os.devnull, "a", encoding="utf-8") as file, Stop() as stop, tqdm(
+    with open(log if first else os.devnull, "a", encoding="utf-8") as file, processes.Stop() as stop, tqdm(
             total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first) as bar:
         for batch in load_crops(cfg, ready.training, run.step):
             start, rate = time.perf_counter(), lr_at(run.step, cfg)
@@ -926,7 +908,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 save(last, run, cfg)
             if leave:
                 raise KeyboardInterrupt
-    infer.leave_processes()
+    processes.leave_processes()
     if first:
         with contextlib.suppress(ValueError):              # matplotlib is not installed
             pictures.draw_curve(Path(cfg.out) / "curve.png", read_log(log))
@@ -942,7 +924,7 @@ OUT_OF_MEMORY = ("try --recompute, a smaller --batch, --patch or --width, fewer 
 # ---- the command ---------------------------------------------------------------------------------
 def parse(argv=None) -> Config:
     """Flags from the fields of Config."""
-    parser = infer.Parser(description="Train the universal model on partial labels.")
+    parser = processes.Parser(description="Train the universal model on partial labels.")
     for f in dataclasses.fields(Config):
         flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.default not in ("", (), None, False):
@@ -964,7 +946,7 @@ def parse(argv=None) -> Config:
 
 def main(argv=None) -> None:
     cfg = argv if isinstance(argv, Config) else parse(argv)
-    with infer.explain_out_of_memory(cfg.device, OUT_OF_MEMORY):
+    with processes.explain_out_of_memory(cfg.device, OUT_OF_MEMORY):
         train(cfg)
 
 

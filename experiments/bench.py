@@ -55,7 +55,7 @@ import losses
 import metrics
 import model as plain_form
 import postprocess
-from support import cache, datasets, fast, files, nifti
+from support import cache, datasets, fast, files, nifti, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -318,7 +318,7 @@ def peak_gb() -> float:
 
 def bf16() -> bool:
     """Whether this processor computes in bf16; elsewhere it is not measured."""
-    return infer.has_bf16_instructions()
+    return processes.has_bf16_instructions()
 
 
 # ---- calls of single rows ------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """TODO"""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
+import datetime
 import multiprocessing
 import os
 import signal
@@ -11,6 +13,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 from tqdm import tqdm
 
 try:
@@ -116,3 +119,163 @@ def run(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")     # of x86, x86 and ARM
+
+
+def best_device() -> str:
+    """The default of --device: the first of cuda, mps and cpu that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def open_device(name: str) -> torch.device:
+    """The device on which this process computes; of several processes, each gets its own GPU.
+
+    raises ValueError  if PyTorch cannot compute there
+    """
+    try:
+        device = torch.device(name)
+        if process_count() > 1 and device.type == "cuda":
+            if device.index is not None:
+                raise ValueError(f"--device {name}: is one GPU for {process_count()} processes; "
+                                 "--device cuda gives each its own")
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise ValueError(f"--device {name}: PyTorch cannot compute there ({reason}); this machine "
+                         f"has {_devices_here()}") from None
+    return device
+
+
+def _devices_here() -> str:
+    """The devices of this machine, for an error message."""
+    gpus = torch.cuda.device_count()
+    found = [f"{gpus} GPU(s) (cuda)"] if gpus else []
+    return " and ".join([*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"])
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this machine's processor computes in bf16."""
+    processor = torch.cpu.get_capabilities()
+    return any(processor.get(name) for name in BF16_INSTRUCTIONS)
+
+
+def choose_amp(device: str | torch.device, asked: bool | None) -> bool:
+    """Whether to compute in bf16.
+
+    asked   what --amp says; None: bf16 on CUDA from compute capability 8.0 on (Ampere), and float32
+            elsewhere
+    raises  ValueError  if a processor would have to emulate bf16: the weight gradients of small
+                        convolutions that PyTorch 2.13 then computes contain uninitialised memory
+    """
+    device = torch.device(device)
+    if asked is None:
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked and device.type == "cpu" and not has_bf16_instructions():
+        raise ValueError("--amp: this processor has no instructions for bf16, and gradients that "
+                         "PyTorch computes in emulated bf16 are wrong; leave out --amp")
+    return asked
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(device: str | torch.device, advice: str):
+    """Turn a lack of memory in the block into a ValueError of one line that says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        words = ("out of memory", "allocate memory", "not enough memory", "DataLoader worker")
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and not any(word in reason for word in words):
+            raise
+        raise ValueError(f"out of memory (--device {device}: {reason[:200]}); {advice}") from None
+
+
+MEETING_TIME = datetime.timedelta(minutes=10)    # in which all processes of torchrun must appear
+GROUP_TIMEOUT = datetime.timedelta(days=1)       # of one exchange among processes, which may wait
+                                                 # for the slowest scan of a validation
+
+
+def process_count() -> int:
+    """How many processes work together.
+
+    raises ValueError  if WORLD_SIZE was set by something else than torchrun
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if not given.isdecimal() or (int(given) > 1 and missing):
+        raise ValueError(f"WORLD_SIZE={given} is set in the environment, but {', '.join(missing)} "
+                         "not: start several processes with torchrun, or `unset WORLD_SIZE`")
+    return int(given)
+
+
+def process_rank() -> int:
+    return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes of torchrun, to exchange tensors on this kind of device.
+
+    Work that takes each process a different time, such as downloads and preprocessing, belongs
+    before this call.
+
+    raises ValueError  if the others do not appear
+    """
+    if process_count() == 1:
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: several processes need --device cuda or cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count,
+                                timeout=GROUP_TIMEOUT)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"process {process_rank()} of {process_count()} did not meet the others "
+                         f"({reason}); start them with torchrun, or `unset WORLD_SIZE`") from None
+
+
+def exchange(own) -> list:
+    """One object of each process, in the order of the processes."""
+    if process_count() == 1:
+        return [own]
+    everyone = [None] * process_count()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def leave_processes() -> None:
+    """The end of what join_processes began."""
+    if process_count() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end a run after the step under way, with its checkpoint."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)

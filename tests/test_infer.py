@@ -97,19 +97,19 @@ def test_bf16_is_the_default_only_on_cuda_from_ampere_on(monkeypatch):
     oneDNN emulates bf16 without them, and then computes wrong gradients."""
     for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert infer.choose_amp("cuda", None) is expected
-        assert infer.choose_amp("cuda", True) and not infer.choose_amp("cuda", False)
+        assert processes.choose_amp("cuda", None) is expected
+        assert processes.choose_amp("cuda", True) and not processes.choose_amp("cuda", False)
     processors = (({"avx512_f": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True),
                   ({"amx_bf16": True}, True), ({"architecture": "aarch64", "bf16": True}, True))
     for processor, allowed in processors:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda p=processor: p)
-        assert infer.choose_amp("cpu", None) is infer.choose_amp("cpu", False) is False
+        assert processes.choose_amp("cpu", None) is processes.choose_amp("cpu", False) is False
         if allowed:
-            assert infer.choose_amp(torch.device("cpu"), True)
+            assert processes.choose_amp(torch.device("cpu"), True)
         else:
             with pytest.raises(ValueError, match="--amp: this processor has no instructions"):
-                infer.choose_amp("cpu", True)
-    assert infer.choose_amp("mps", None) is False
+                processes.choose_amp("cpu", True)
+    assert processes.choose_amp("mps", None) is False
 
 
 def sphere_scan(tmp_path, codes="LPS", spacing=(2.0, 2.5, 3.0), shape=(70, 60, 52)):

@@ -234,11 +234,11 @@ def test_several_processes_get_a_gpu_each(monkeypatch):
     used, zeros = [], torch.zeros
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
-    assert infer.open_device("cuda") == torch.device("cuda:1") == used[0]
+    assert processes.open_device("cuda") == torch.device("cuda:1") == used[0]
     with pytest.raises(ValueError, match="cuda:0: is one GPU for 4 processes"):
-        infer.open_device("cuda:0")
+        processes.open_device("cuda:0")
     with pytest.raises(ValueError, match="several processes need --device cuda or cpu"):
-        infer.join_processes(torch.device("mps"))
+        processes.join_processes(torch.device("mps"))
 
 
 def test_a_lack_of_memory_names_the_flags_that_help(tiny, tmp_path, capsys, monkeypatch):
@@ -263,10 +263,10 @@ def test_a_lack_of_memory_names_the_flags_that_help(tiny, tmp_path, capsys, monk
 
 def test_a_real_lack_of_memory_is_recognised():
     with pytest.raises(ValueError, match="out of memory .*; buy more"):
-        with infer.explain_out_of_memory("cpu", "buy more"):
+        with processes.explain_out_of_memory("cpu", "buy more"):
             torch.empty(1 << 50)
     with pytest.raises(ValueError, match="out of memory .*; buy more"):
-        with infer.explain_out_of_memory("cpu", "buy more"):
+        with processes.explain_out_of_memory("cpu", "buy more"):
             np.empty(1 << 50, np.uint8)
 
 
@@ -287,9 +287,9 @@ def test_processes_that_do_not_appear_are_one_line(monkeypatch):
     for key, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(infer, "MEETING_TIME", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(processes, "MEETING_TIME", datetime.timedelta(seconds=1))
     with pytest.raises(ValueError, match="process 0 of 2 did not meet the others"):
-        infer.join_processes(torch.device("cpu"))
+        processes.join_processes(torch.device("cpu"))
 
 
 SLOW_TRAINING = """

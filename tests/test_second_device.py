@@ -22,10 +22,10 @@ import infer
 import labels
 import model
 import train
-from support import checkpoints, fast, streaming
+from support import checkpoints, fast, processes, streaming
 
 slow = pytest.mark.slow
-bf16 = [slow, pytest.mark.skipif(not infer.has_bf16_instructions(), reason="gradients in emulated "
+bf16 = [slow, pytest.mark.skipif(not processes.has_bf16_instructions(), reason="gradients in emulated "
                                  "bf16 are wrong")]
 
 

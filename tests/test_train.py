@@ -17,7 +17,6 @@ from conftest import SHARED, needs_shared
 
 import clip_text
 import data
-import infer
 import labels
 import model
 import train
@@ -456,7 +455,7 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, 
 
 
 def test_bf16_is_refused_where_its_gradients_would_be_wrong(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(processes, "has_bf16_instructions", lambda: False)
     with pytest.raises(ValueError, match="--amp: this processor has no instructions for bf16"):
         train.train(config(tiny, tmp_path / "run", amp=True))
     assert not (tmp_path / "run").exists()
