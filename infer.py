@@ -12,18 +12,14 @@ K classes   D, H, W voxels   p side of a window
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # Limit OpenMP spinning before torch loads; otherwise a shared CPU can be 10x slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,9 +41,6 @@ from support import (
     streaming,
     transfer,
 )
-
-STEP = float(np.nextafter(np.float32(1 / streaming.LEVELS), np.float32(0)))     # of a stored
-                            # probability, a little smaller so that rounding does not exceed 1
 
 
 # ---- a whole scan ------------------------------------------------------------------------------
@@ -118,146 +111,6 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
 
 
 # ---- results -----------------------------------------------------------------------------------
-DESCRIPTION = "CLIP-Driven Universal Model"     # in the headers of all NIfTI files and pictures
-                                                # that infer.py writes; tells them from others
-LONGEST_FILE_NAME = 200     # bytes; file systems allow 255, and unfinished files have longer names
-
-
-def mask_file(class_name: str) -> str:
-    """The file name of one class's mask: "Liver Tumor" -> "liver_tumor.nii.gz"."""
-    return class_name.lower().replace(" ", "_").replace("/", "_") + ".nii.gz"
-
-
-def probability_file(class_name: str) -> str:
-    """The file name of one class's probabilities: "Liver Tumor" ->
-    "liver_tumor_probability.nii.gz"."""
-    return mask_file(f"{class_name} probability")
-
-
-def result_files(name: str, class_names: list[str], *, masks: bool = False,
-                 probabilities: bool = False, preview: bool = False) -> list[str]:
-    """The files of one scan's result, relative to the output folder.
-
-    raises ValueError  if two classes would write one file, or a name is too long for a file
-    """
-    files = [f"{name}.nii.gz", f"{name}.json"]
-    if preview:
-        files.append(f"{name}.png")
-    if masks:
-        files += [f"{name}/{mask_file(c)}" for c in class_names]
-    if probabilities:
-        files += [f"{name}/{probability_file(c)}" for c in class_names]
-    for i, file in enumerate(files):
-        if len(os.path.basename(file).encode()) > LONGEST_FILE_NAME:
-            raise ValueError(f"{file}: is too long for the name of a file; shorten the name of the "
-                             "class, or leave out --masks and --probabilities")
-        if file in files[:i]:
-            raise ValueError(f"two classes would write the same file {file}; rename one of them "
-                             "in the class table, or segment one at a time with --classes")
-    return files
-
-
-def is_result(path: Path) -> bool:
-    """Whether infer.py wrote this NIfTI file: a label map, a mask or probabilities. Its header says
-    so."""
-    try:
-        return nib.load(path).header["descrip"].item() == DESCRIPTION.encode()
-    except Exception:                            # no such file, or not a readable NIfTI
-        return False
-
-
-def is_own_file(path: Path) -> bool:
-    """Whether infer.py wrote this file, of any kind."""
-    if path.name.endswith(files.ENDINGS):
-        return is_result(path)
-    if path.suffix == ".json":
-        return read_record(path) is not None
-    return path.is_file() and DESCRIPTION.encode() in path.read_bytes()[:1000]
-
-
-def read_record(path: Path) -> dict | None:
-    """The JSON of a result; None if there is none, or another program wrote it (as BIDS does).
-
-    "made_with" holds the settings and the identity of the scan, "files" the names of the result's
-    files, relative to the output folder.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        is_ours = isinstance(record["made_with"]["scan"]["path"], str)
-        return record if is_ours and isinstance(record["files"], list) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def remove_result(out_dir: Path, name: str, *, keep: list[str]) -> None:
-    """Remove the JSON of an earlier result, which makes it unfinished, and then those of its files
-    that the new result does not replace.
-
-    keep  the files of the new result
-    """
-    record = read_record(out_dir / f"{name}.json")
-    if record is None:
-        return
-    (out_dir / f"{name}.json").unlink()
-    for file in set(record["files"]) - set(keep):
-        if is_own_file(out_dir / file):
-            (out_dir / file).unlink()
-
-
-def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentation, classes,
-                  indices: list[int], made_with: dict, *, masks: bool, preview: bool,
-                  volume: data.Volume, seen: str = "") -> list[dict]:
-    """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
-
-    classes    the class table; a label map's value is a class's index in it plus 1
-    indices    the classes that `seg` holds, in its order
-    made_with  the settings that the JSON records, and the identity of the scan
-    seen       whether the model was made with this scan; see data.look_up
-    returns    results: value, name and volume in ml of each class
-
-    Probabilities are written if `seg` holds them. The JSON of an earlier result is removed first
-    and that of the new one is written last: a result with a JSON is complete.
-    """
-    names = [classes[k].name for k in indices]
-    content = {"scan": str(scan), "seen": seen, "classes": [], "made_with": made_with}
-    content["files"] = result_files(name, names, masks=masks, preview=preview,
-                                    probabilities=seg.levels is not None)
-    remove_result(out_dir, name, keep=content["files"])
-    value = np.array([0, *(k + 1 for k in indices)], np.uint8 if len(classes) < 256 else np.uint16)
-    label = value[seg.merge([classes[k] for k in indices])]
-    voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    for i, k in enumerate(indices):
-        mask = seg.masks.get(i)
-        volume_ml = round(float(np.count_nonzero(mask)) * voxel_ml, 3)
-        content["classes"].append({"value": k + 1, "name": names[i], "volume_ml": volume_ml})
-        if masks:
-            nifti.save(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
-                           description=DESCRIPTION)
-        if seg.levels is not None:
-            nifti.save(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
-                           slope=STEP, description=DESCRIPTION)
-    if preview:
-        pictures.draw(out_dir / f"{name}.png", volume, label, classes, title=name,
-                      software=DESCRIPTION)
-    nifti.save(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
-    write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
-    with files.atomic_write(out_dir / f"{name}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return content["classes"]
-
-
-CLEAR_LABEL = '    0     0    0    0        0  0  0    "Clear Label"'    # the first line of ours
-
-
-def write_itksnap_labels(path: Path, classes) -> None:
-    """The label description file of ITK-SNAP: value, colour, visibility and name of every class."""
-    lines = [CLEAR_LABEL]
-    for k, c in enumerate(classes):
-        red, green, blue = pictures.COLOURS[k % len(pictures.COLOURS)]
-        name = c.name.replace('"', "'")
-        lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{name}"')
-    with files.atomic_write(path) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -364,127 +217,26 @@ def check_flags(args: argparse.Namespace) -> None:
         pictures.new_figure(1, 1)                # needs matplotlib
 
 
-# In the path of a label map below --input, such as case_seg.nii.gz or labelsTr/x.nii
-LABEL_WORD = re.compile(r"(?<![a-z])(label|mask|seg(mentation)?)(s|s?t[rs])?(?![a-z])", re.I)
-CHANNEL = re.compile(r"(.+_)\d{4}(\.nii(\.gz)?)")        # the name of a file of an nnU-Net dataset
-
-
-def find_scans(path: Path) -> list[Path]:
-    """A scan, or all scans of a folder: its own *.nii.gz and *.nii files, or else those of the
-    folders in it.
-
-        study/patient1/ct.nii.gz, study/segmentations/liver.nii.gz, study/patient2/ct.nii
-        find_scans(study) -> [study/patient1/ct.nii.gz, study/patient2/ct.nii]
-
-    Hidden files, results of infer.py and further channels of an nnU-Net case are not scans. Files
-    whose path below the folder contains a word for label maps are passed over, and counted in a
-    note.
-
-    raises ValueError  if the file is a result, or the folder holds no scan
-    """
-    if not path.is_dir():
-        if is_result(path):
-            raise ValueError(f"{path}: is a result of infer.py, not a scan")
-        return [path]
-    inner = [folder for folder in sorted(path.iterdir())
-             if folder.is_dir() and not files.is_hidden(folder)]
-    passed: list[Path] = []
-    for folders in ([path], inner):
-        found = [file for folder in folders for file in _scan_files(folder)]
-        labelled = [file for file in found if LABEL_WORD.search(str(file.relative_to(path)))]
-        scans = [file for file in found if file not in labelled]
-        passed += labelled
-        if scans:
-            break
-    note = (f"{len(passed)} files passed over because their names are those of label maps, the "
-            f"first {passed[0]}; to segment one, name it with --input") if passed else ""
-    if not scans:
-        raise ValueError(f"{path}: no scan (*.nii.gz, *.nii) in this folder or in the folders in "
-                         f"it; results of infer.py are not scans{'; ' * bool(note)}{note}")
-    if note and processes.process_rank() == 0:
-        print(f"note: {note}")
-    return scans
-
-
-def _scan_files(folder: Path) -> list[Path]:
-    """The files of a folder that may be scans; of an nnU-Net case its first channel only."""
-    found = [p for p in sorted(folder.iterdir()) if p.name.endswith(files.ENDINGS)
-             and not files.is_hidden(p) and not p.is_dir() and not is_result(p)]
-    if _is_nnunet(folder):
-        found = [p for p in found if not _is_further_channel(p)]
-    return found
-
-
-def _is_nnunet(folder: Path) -> bool:
-    """Whether file names end with the number of a channel, as in nnU-Net's datasets: the folder is
-    called imagesTr or imagesTs, or dataset.json lies in it or in the folder above."""
-    return (folder.name in ("imagesTr", "imagesTs") or (folder / "dataset.json").is_file()
-            or (folder.parent / "dataset.json").is_file())
-
-
-def _is_further_channel(file: Path) -> bool:
-    """Whether a file is called CASE_0001 or higher and CASE_0000 lies beside it."""
-    found = CHANNEL.fullmatch(file.name)
-    if found is None:
-        return False
-    first = file.with_name(f"{found[1]}0000{found[2]}")
-    return first != file and first.exists()
-
-
-def name_scans(scans: list[Path], folder: Path) -> dict[str, Path]:
-    """The name of each scan's result.
-
-    scans   find_scans(folder)
-    returns {name: scan}
-
-        folder/ct_2.nii.gz                                         -> ct_2
-        folder/imagesTr/liver_1_0000.nii.gz, as nnU-Net names it   -> liver_1
-        folder/patient1/ct.nii.gz, the only scan in its folder     -> patient1
-        folder/patient1/ct.nii.gz, beside folder/patient1/pet.nii  -> patient1_ct, patient1_pet
-
-    raises ValueError  if two scans would write one result, also where case makes no difference
-    """
-    in_folder = Counter(scan.parent for scan in scans)
-    named: dict[str, Path] = {}
-    taken: dict[str, Path] = {}
-    for scan in scans:
-        parent = scan.parent
-        case = scan.name.removesuffix(".gz").removesuffix(".nii")
-        if _is_nnunet(parent):
-            case = case.removesuffix("_0000")
-        if parent == folder or scan == folder or parent.name in ("imagesTr", "imagesTs"):
-            name = case
-        else:
-            name = parent.name if in_folder[parent] == 1 else f"{parent.name}_{case}"
-        other = taken.setdefault(name.casefold(), scan)
-        if other != scan:
-            raise ValueError(f"{other} and {scan} would write the same result {name}.nii.gz; "
-                             "rename one of them, or segment one at a time with --input FILE and "
-                             "another --output each")
-        named[name] = scan
-    return named
-
-
 def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> None:
     """raises ValueError  if the results would replace a file that infer.py did not write, or, but
     for --overwrite, the result of another scan; or if masks of an unfinished result would seem to
     belong to the new one
     """
     shared = args.output / "itksnap_labels.txt"
-    if os.path.lexists(shared) and not shared.read_bytes().startswith(CLEAR_LABEL.encode()):
+    if os.path.lexists(shared) and not shared.read_bytes().startswith(results.CLEAR_LABEL.encode()):
         raise ValueError(f"{shared}: exists and was not written by infer.py; choose another folder "
                          "with --output, or move this file away")
     for name, scan in scans.items():
         planned = [args.output / file for file in planned_files(name, job, args)]
         for path in planned:
-            if os.path.lexists(path) and not is_own_file(path):
+            if os.path.lexists(path) and not results.is_own_file(path):
                 raise ValueError(f"{path}: exists and was not written by infer.py; choose another "
                                  "folder with --output, or move this file away")
-        record = read_record(args.output / f"{name}.json")
+        record = results.read_record(args.output / f"{name}.json")
         if record is None:
             masks = (args.output / name).glob("*.nii.gz")
             for path in sorted({args.output / f"{name}.png", *masks} - set(planned)):
-                if is_own_file(path):
+                if results.is_own_file(path):
                     raise ValueError(f"{path}: is not of the result that would be written beside "
                                      "it, but of another or an unfinished one; move it away")
         elif record["made_with"]["scan"]["path"] != os.path.realpath(scan) and not args.overwrite:
@@ -495,16 +247,8 @@ def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespa
 
 def planned_files(name: str, job: Job, args: argparse.Namespace) -> list[str]:
     """The files that this run writes for one scan, relative to the output folder."""
-    return result_files(name, [job.classes[k].name for k in job.indices], masks=args.masks,
+    return results.result_files(name, [job.classes[k].name for k in job.indices], masks=args.masks,
                         probabilities=args.probabilities, preview=args.preview)
-
-
-def file_identity(path: Path) -> dict | None:
-    """What tells a file from all others and from an earlier file of the same name."""
-    if not path.is_file():
-        return None
-    found = path.stat()
-    return {"path": os.path.realpath(path), "size": found.st_size, "changed": found.st_mtime_ns}
 
 
 def read_prompts(path: Path, classes) -> dict[str, str]:
@@ -631,7 +375,7 @@ def load_job(args: argparse.Namespace) -> Job:
     if args.text:
         w, prompts = read_text(args, classes, trained_w, trained_prompts,
                                extension.part_of(model, w))
-        words["text"] = {"file": file_identity(args.text), "prompts": prompts}
+        words["text"] = {"file": results.file_identity(args.text), "prompts": prompts}
     if args.prompt:
         new = classes_of_prompts(args.prompt, classes)
         own = [k for k, c in enumerate(classes) if c.name in trained]
@@ -641,14 +385,14 @@ def load_job(args: argparse.Namespace) -> Job:
         indices = [*indices, *range(len(classes), len(classes) + len(new))]
         classes, w = (*classes, *new), torch.cat([w, new_w])
     if args.clip_weights:
-        words["clip_weights"] = file_identity(Path(args.clip_weights))
+        words["clip_weights"] = results.file_identity(Path(args.clip_weights))
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
     amp = processes.choose_amp(args.device, args.amp)
     flags = [args.postprocess, args.masks, args.preview, args.modality, amp, args.plain,
              args.probabilities]
-    settings = {"checkpoint": file_identity(Path(args.checkpoint)), "classes": indices,
+    settings = {"checkpoint": results.file_identity(Path(args.checkpoint)), "classes": indices,
                 "flags": flags, "overlap": args.overlap, **words}
     return Job(model, w[indices].to(args.device), classes, indices,
                config["spacing_mm"], config["patch"],
@@ -673,7 +417,7 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     if args.postprocess:
         asked = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
-    return write_results(name, args.output, scan, seg, job.classes, job.indices, made_with,
+    return results.write_results(name, args.output, scan, seg, job.classes, job.indices, made_with,
                          masks=args.masks, preview=args.preview, volume=volume, seen=seen)
 
 
@@ -688,8 +432,8 @@ def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> S
     with tqdm(list(scans.items())[rank::count], title, unit="scan", disable=rank > 0) as bar:
         for name, scan in bar:
             bar.set_postfix_str(name)
-            made_with = {"scan": file_identity(scan), **job.settings}
-            record = read_record(args.output / f"{name}.json")
+            made_with = {"scan": results.file_identity(scan), **job.settings}
+            record = results.read_record(args.output / f"{name}.json")
             is_there = (record is not None and record["made_with"] == made_with
                         and all((args.output / file).exists() for file in record["files"]))
             if is_there and not args.overwrite:
@@ -733,7 +477,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     check_flags(args)
     args.device = processes.open_device(args.device)
-    scans = name_scans(find_scans(args.input), args.input)
+    scans = results.name_scans(results.find_scans(args.input), args.input)
     job = load_job(args)
     outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
     inputs = [file for file in (args.checkpoint, args.text, args.clip_weights) if file]

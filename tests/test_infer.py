@@ -11,7 +11,7 @@ import data
 import infer
 import labels
 from model import build_model
-from support import checkpoints, pictures, processes, streaming
+from support import checkpoints, pictures, processes, results, streaming
 
 
 def identity(x, w):
@@ -133,7 +133,7 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
     v = data.load_volume(path)
     seg = streaming.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
     classes = labels.make_classes(["Ball", "Nothing"])
-    results = infer.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
+    results = results.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
                                   masks=True, preview=False, volume=v)
     got = nib.load(tmp_path / "out/scan.nii.gz")
     assert np.array_equal(got.affine, nib.load(path).affine) and got.shape == expected.shape
@@ -435,7 +435,7 @@ def test_results_beside_scans_are_not_scans(tmp_path, checkpoint, capsys, no_mod
     for more, said in (([], "1 scan(s)"), ([], "1 there already"), (["--overwrite"], "1 scan(s)")):
         assert command(checkpoint, tmp_path, tmp_path, *flags, *more) == 0
         assert said in capsys.readouterr().out
-        assert infer.find_scans(tmp_path) == [scan]
+        assert results.find_scans(tmp_path) == [scan]
     for result in ("x.nii.gz", "x/liver.nii.gz", "x/liver_probability.nii.gz"):
         assert command(checkpoint, tmp_path / result, tmp_path / "other") == 2
         assert "is a result of infer.py, not a scan" in error_line(capsys)
@@ -460,7 +460,7 @@ def test_a_result_without_json_is_unfinished(tmp_path, checkpoint, capsys, no_mo
         assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
     assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.nii.gz", "x/liver.nii.gz",
                                        "x/spleen.nii.gz"]
-    assert infer.is_result(out / "x.nii.gz") and infer.is_result(out / "x/liver.nii.gz")
+    assert results.is_result(out / "x.nii.gz") and results.is_result(out / "x/liver.nii.gz")
     capsys.readouterr()
     assert command(checkpoint, scan, out) == 2
     assert "x/liver.nii.gz: is not of the result that would be written" in error_line(capsys)
@@ -480,12 +480,12 @@ def test_every_nifti_file_of_a_result_says_who_wrote_it(tmp_path, checkpoint, no
     img = nib.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), np.eye(4))
     img.header["descrip"] = b"my scanner"
     nib.save(img, scan)
-    assert not infer.is_result(scan)
+    assert not results.is_result(scan)
     assert command(checkpoint, scan, out, "--masks", "--probabilities") == 0
     files = list(out.rglob("*.nii.gz"))
-    assert len(files) == 5 and all(map(infer.is_result, files))
+    assert len(files) == 5 and all(map(results.is_result, files))
     (tmp_path / "copy.nii.gz").write_bytes(files[0].read_bytes())
-    assert infer.is_result(tmp_path / "copy.nii.gz")
+    assert results.is_result(tmp_path / "copy.nii.gz")
     drawn = tiny_scan(out / "x/liver.nii.gz").read_bytes()
     assert command(checkpoint, scan, out, "--masks", "--overwrite") == 2
     assert command(checkpoint, scan, out, "--classes", "spleen") == 0
@@ -497,8 +497,8 @@ def test_a_json_of_another_program_is_no_record(tmp_path):
     for text in ("", "{}", "[1]", '{"made_with": 3}', '{"made_with": {"scan": null}}',
                  '{"made_with": {"scan": {"path": "x"}}, "files": 4}'):
         (tmp_path / "x.json").write_text(text)
-        assert infer.read_record(tmp_path / "x.json") is None, text
-    assert infer.read_record(tmp_path / "y.json") is None
+        assert results.read_record(tmp_path / "x.json") is None, text
+    assert results.read_record(tmp_path / "y.json") is None
 
 
 @pytest.mark.parametrize("first, second", [
@@ -517,7 +517,7 @@ def test_two_scans_that_would_write_one_result_are_refused(tmp_path, checkpoint,
 
 
 def names_found(folder) -> list[str]:
-    return list(infer.name_scans(infer.find_scans(folder), folder))
+    return list(results.name_scans(results.find_scans(folder), folder))
 
 
 @pytest.mark.parametrize("files, names", [
@@ -544,7 +544,7 @@ def test_results_are_named_after_folder_and_file(tmp_path, files, names):
 def test_a_single_file_of_a_dataset_is_called_like_its_case(tmp_path):
     for file, name in (("imagesTs/p_0000.nii.gz", "p"), ("other/p_0000.nii.gz", "p_0000")):
         scan = tiny_scan(tmp_path / file)
-        assert infer.name_scans(infer.find_scans(scan), scan) == {name: scan}
+        assert results.name_scans(results.find_scans(scan), scan) == {name: scan}
 
 
 def test_a_study_with_one_folder_per_patient(tmp_path, checkpoint, capsys, no_model):
@@ -578,14 +578,14 @@ def test_label_maps_in_a_folder_are_not_segmented(tmp_path, name):
     """Only a file that is named with --input."""
     scan = tiny_scan(tmp_path / f"{name}.nii.gz")
     with pytest.raises(ValueError, match="no scan.*1 files passed over.*name it with --input"):
-        infer.find_scans(tmp_path)
-    assert infer.find_scans(scan) == [scan]
+        results.find_scans(tmp_path)
+    assert results.find_scans(scan) == [scan]
 
 
 @pytest.mark.parametrize("name", ["ct", "segovia", "unlabelled", "damask"])
 def test_words_that_only_contain_a_word_for_label_maps(tmp_path, name):
     scan = tiny_scan(tmp_path / f"{name}.nii.gz")
-    assert infer.find_scans(tmp_path) == [scan]
+    assert results.find_scans(tmp_path) == [scan]
 
 
 def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
@@ -617,7 +617,7 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         assert np.abs(seg.levels[k] / 255 - prob)[inside].max() < 0.5 / 255 + 1e-4
         assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
     seg.levels[1, 0, 0, 0] = 255
-    infer.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
+    results.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
                         [0, 1, 2], {}, masks=False, preview=False, volume=v)
     assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [
         "a_probability.nii.gz", "b_probability.nii.gz", "c_d_probability.nii.gz"]
@@ -640,9 +640,9 @@ def test_probability_one_half_is_rounded_down_and_one_is_255():
 
 def test_two_classes_that_would_write_one_file_are_refused():
     names = ["Liver", "Liver Probability"]
-    assert len(infer.result_files("x", names, masks=True)) == 4
+    assert len(results.result_files("x", names, masks=True)) == 4
     with pytest.raises(ValueError, match="two classes.*x/liver_probability.nii.gz"):
-        infer.result_files("x", names, masks=True, probabilities=True)
+        results.result_files("x", names, masks=True, probabilities=True)
 
 
 def test_overlap_sets_the_number_of_windows_and_is_a_setting_of_a_result(tmp_path, checkpoint,

@@ -12,7 +12,7 @@ import infer
 import labels
 import train
 from model import build_model
-from support import checkpoints, processes, transfer
+from support import checkpoints, processes, results, transfer
 
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
 AB = ["a", "b"]
@@ -378,7 +378,7 @@ def test_the_prompt_of_a_class_finds_what_the_class_finds(tmp_path, tiny, monkey
 
 
 def test_a_prompt_too_long_for_a_file_is_refused_before_anything_is_computed():
-    assert infer.result_files("c0", ["x" * 193], masks=True)[-1] == f"c0/{'x' * 193}.nii.gz"
+    assert results.result_files("c0", ["x" * 193], masks=True)[-1] == f"c0/{'x' * 193}.nii.gz"
     with pytest.raises(ValueError, match="too long for the name of a file; shorten the name"):
-        infer.result_files("c0", ["x" * 194], masks=True)
-    assert infer.result_files("c0", ["x" * 194]) == ["c0.nii.gz", "c0.json"]
+        results.result_files("c0", ["x" * 194], masks=True)
+    assert results.result_files("c0", ["x" * 194]) == ["c0.nii.gz", "c0.json"]
