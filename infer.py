@@ -33,7 +33,6 @@ from support import (
     checkpoints,
     extension,
     fast,
-    files,
     nifti,
     pictures,
     processes,
@@ -251,55 +250,6 @@ def planned_files(name: str, job: Job, args: argparse.Namespace) -> list[str]:
                         probabilities=args.probabilities, preview=args.preview)
 
 
-def read_prompts(path: Path, classes) -> dict[str, str]:
-    """A JSON file {"aorta": "A CT of the main artery"} -> {name in the class table: prompt}.
-
-    raises ValueError  in one line with the path
-    """
-    content = files.read_json(path)
-    if not content:
-        raise ValueError(f'{path}: expected prompts such as {{"Liver": "A CT of a liver"}}')
-    prompts: dict[str, str] = {}
-    for given, prompt in content.items():
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{path}: {given}: a prompt is a text, got {prompt!r}")
-        try:
-            found = [classes[k].name for k in labels.select([given], classes)]
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
-        if len(found) > 1 or found[0] in prompts:
-            raise ValueError(f"{path}: {given!r} stands for {' and '.join(found)}; give one prompt "
-                             "for each class of the checkpoint")
-        prompts[found[0]] = prompt
-    return prompts
-
-
-def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
-    """A class for each --prompt, whose name is the prompt.
-
-    raises ValueError  if a prompt is empty, is given twice or is the name of a class
-    """
-    known = {labels.name_key(c.name): c.name for c in classes}
-    names: list[str] = []
-    for prompt in prompts:
-        name = " ".join(prompt.split())
-        if not name:
-            raise ValueError("--prompt: is empty; write what is to be segmented, such as "
-                             '"A computerized tomography of a spleen"')
-        if labels.name_key(name) in known:
-            raise ValueError(f"--prompt {name!r}: {known[labels.name_key(name)]!r} is a class of "
-                             "the checkpoint; ask for it with --classes, or write a sentence")
-        if name in names:
-            raise ValueError(f"--prompt {name!r}: is given twice")
-        names.append(name)
-    return [labels.Class(name) for name in names]
-
-
-# Of the texts of a prompt and of a trained class: there organs lose a third of their Dice, see
-# "Other words" in experiments/RESULTS.md
-CLOSE_COSINE = 0.95
-
-
 def read_text_of_prompts(args: argparse.Namespace, names: list[str], trained_names: list[str],
                          trained_w: Tensor, trained_prompts: list[str]) -> Tensor:
     """The text embeddings of --prompt, w (number of prompts, E).
@@ -316,7 +266,7 @@ def read_text_of_prompts(args: argparse.Namespace, names: list[str], trained_nam
     for name, row in zip(names, similarity, strict=True):
         nearest = int(row.argmax())
         if processes.process_rank() == 0:
-            doubt = "; what is found may mean nothing" if row[nearest] < CLOSE_COSINE else ""
+            doubt = "; what is found may mean nothing" if row[nearest] < transfer.CLOSE_COSINE else ""
             print(f"prompt {name!r}: of the texts of training, that of {trained_names[nearest]!r} "
                   f"is the most similar (cosine {row[nearest]:.3f}){doubt}")
     return w
@@ -334,7 +284,7 @@ def read_text(args: argparse.Namespace, classes, trained_w: Tensor, trained_prom
     trained_names = [c.name for c in classes]
     prompts: dict[str, str] = {}
     if args.text.suffix == ".json":
-        prompts = read_prompts(args.text, classes)
+        prompts = transfer.read_prompts(args.text, classes)
         names = list(prompts)
         given, note = transfer.encode_for(
             args.checkpoint, trained_names, trained_w, trained_prompts, names,
@@ -377,7 +327,7 @@ def load_job(args: argparse.Namespace) -> Job:
                                extension.part_of(model, w))
         words["text"] = {"file": results.file_identity(args.text), "prompts": prompts}
     if args.prompt:
-        new = classes_of_prompts(args.prompt, classes)
+        new = transfer.classes_of_prompts(args.prompt, classes)
         own = [k for k, c in enumerate(classes) if c.name in trained]
         new_w = read_text_of_prompts(args, [c.name for c in new], [classes[k].name for k in own],
                                      trained_w[own], [trained_prompts[k] for k in own])

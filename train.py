@@ -46,7 +46,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm import tqdm
 
-import clip_text
 import data
 import infer
 import labels
@@ -78,9 +77,6 @@ WEIGHT_DECAY = 1e-5    # of AdamW (release)
 SAVE_EVERY = 500       # steps between checkpoints
 VAL_SCANS = 20         # largest number of scans in a validation
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
-ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
-ONEHOT_AXES = 512      # width of one-hot text embeddings, that of CLIP's
-ONEHOT = torch.eye(ONEHOT_AXES) * ONEHOT_NORM
 
 
 def setting(default, help_text: str, low: float | None = None, high: float | None = None, *,
@@ -175,103 +171,9 @@ def lr_at(step: int, cfg: Config) -> float:
 
 
 # ---- classes, their text embeddings, and what training starts from -------------------------------
-@dataclass
-class Task:
-    """What is to be learned."""
-    classes: tuple[labels.Class, ...]
-    w: Tensor                                  # (K, E) text embeddings
-    prompts: list[str]                         # of w, if CLIP encoded it; otherwise none
-    base: UniversalModel | None = None         # the model that --init or --extend starts from
-    base_spec: dict = dataclasses.field(default_factory=dict)  # what build_model needs for it
-    frozen: int = 0                # how many classes, the first ones, --extend leaves as they are
-    frozen_trained: tuple[str, ...] = ()       # names of those of them that it was trained on
-    base_spacing_mm: float = 0.0               # at which the base model was trained
-    base_seen: dict | None = None  # "seen" of the checkpoint that training starts from, if any
 
 
-@dataclass
-class Base:
-    """A checkpoint that --init or --extend starts from."""
-    path: str
-    model: UniversalModel
-    spec: dict                                 # what build_model needs to make the model
-    classes: tuple[labels.Class, ...]          # () if they have no names
-    names: list[str]                           # of the n classes; "" where there are none
-    w: Tensor                                  # (n, E) text embeddings
-    content: dict                              # what else the file holds
-
-
-def read_base(path: str, needs_names: bool) -> Base:
-    """Read a checkpoint of train.py or a released one.
-
-    raises ValueError  if needs_names and the file does not say which classes it was trained on
-    """
-    model, w, content = checkpoints.load_checkpoint(path)
-    name = next(name for name, kind in BACKBONES.items() if isinstance(model.backbone, kind))
-    spec = {"backbone": name, "text_dim": w.shape[1],
-            WIDTH_ARGUMENT[name]: model.backbone.fine_channels}
-    spec = content.get("spec", spec)
-    if "classes" not in content and len(w) != len(labels.CLASSES) and not needs_names:
-        return Base(path, model, spec, (), [""] * len(w), w, content)
-    classes = checkpoints.classes_of_checkpoint(content, len(w), path)
-    return Base(path, model, spec, classes, [c.name for c in classes], w, content)
-
-
-def onehot_embeddings(names: list[str], base: Base | None = None) -> Tensor:
-    """One-hot text embeddings w (K, 512): every class has an axis of its own.
-
-    A class of the same name as in `base` keeps its axis; any other takes the next free one.
-
-    raises ValueError  if there are more classes than axes, or base was trained with other text
-    """
-    axis: dict[str, int] = {}
-    if base is not None:
-        taken = base.w.argmax(1)
-        if base.w.shape[1] != ONEHOT_AXES or not torch.equal(base.w, ONEHOT[taken]):
-            raise ValueError(f"{base.path}: was not trained with --text onehot; pass the --text "
-                             "that it was trained with")
-        axis = dict(zip(base.names, taken.tolist(), strict=True))
-    new = [name for name in names if name not in axis]
-    free = [i for i in range(ONEHOT_AXES) if i not in axis.values()]
-    if len(new) > len(free):
-        raise ValueError(f"--text onehot: has axes for {len(free)} new classes, not for {len(new)}")
-    axis.update(zip(new, free, strict=False))
-    return ONEHOT[[axis[name] for name in names]]
-
-
-def text_embeddings(text: str, classes, base: Base | None = None, *, template: str = "V3",
-                    clip_weights: str | None = None) -> tuple[Tensor, list[str]]:
-    """-> (the text embeddings w (K, E) of classes, their prompts if CLIP encoded them).
-
-    text    clip, onehot, or a file of text embeddings
-    base    the checkpoint whose network is to be given them, if any
-    raises  ValueError  if they mean nothing to that network
-    """
-    names = [c.name for c in classes]
-    if text == "onehot":
-        return onehot_embeddings(names, base), []
-    prompts, note = [], ""
-    if text == "clip":
-        prompts = [c.sentence(template) for c in classes]
-    if text == "clip" and base is None:
-        w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
-    elif text == "clip":
-        trained_prompts = transfer.prompts_of(base.content, base.classes)
-        w, note = transfer.encode_for(base.path, base.names, base.w, trained_prompts, names,
-                                       prompts, weights=clip_weights)
-    else:
-        w = clip_text.read_text(text, names)
-        if base is not None:
-            note = transfer.check_text(base.path, base.names, base.w, names, w)
-    if note and processes.process_rank() == 0:
-        print(note)
-    return w, prompts
-
-
-WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
-
-
-def load_task(cfg: Config) -> Task:
+def load_task(cfg: Config) -> transfer.Task:
     """The classes of --classes and their embeddings, and the model that training starts from."""
     words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
     path = cfg.init or cfg.extend
@@ -279,8 +181,8 @@ def load_task(cfg: Config) -> Task:
         classes = labels.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
         seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
-        return Task(classes, *text_embeddings(cfg.text, classes, **words), base_seen=seen)
-    base = read_base(path, needs_names=bool(cfg.extend))
+        return transfer.Task(classes, *transfer.text_embeddings(cfg.text, classes, **words), base_seen=seen)
+    base = transfer.read_base(path, needs_names=bool(cfg.extend))
     check_side((cfg.patch,) * 3, base.model.backbone)
     width = base.model.backbone.fine_channels
     if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
@@ -289,80 +191,10 @@ def load_task(cfg: Config) -> Task:
     classes = labels.load_classes(cfg.classes or None, beside=base.classes if cfg.extend else ())
     spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
     base.names = [spelling.get(labels.name_key(name), name) for name in base.names]
-    task = (extended_task if cfg.extend else initial_task)(base, classes, cfg.text, words)
+    task = (transfer.extended_task if cfg.extend else transfer.initial_task)(base, classes, cfg.text, words)
     task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
     task.base_seen = base.content.get("seen")
     return task
-
-
-def initial_task(base: Base, classes, text: str, words: dict) -> Task:
-    """--init: all weights of a checkpoint under a class table of one's own.
-
-    text, words  see text_embeddings
-    """
-    left_out = sum(base.spec.get("extensions", []))     # each is made for its own classes
-    kept = len(base.names) - left_out
-    base = dataclasses.replace(base, names=base.names[:kept], w=base.w[:kept])
-    spec = {key: value for key, value in base.spec.items() if key != "extensions"}
-    if left_out:
-        state = base.model.state_dict()
-        base.model = extension.build_model(spec)
-        base.model.load_state_dict({name: state[name] for name in base.model.state_dict()})
-    w, prompts = text_embeddings(text, classes, base, **words)
-    if processes.process_rank() == 0:
-        shared = [c.name for c in classes if c.name in base.names]
-        new = [c.name for c in classes if c.name not in base.names]
-        print(f"{base.path}: all {len(base.model.state_dict())} tensors of a {spec['backbone']} of "
-              f"width {base.model.backbone.fine_channels} taken (backbone, pooling branch, "
-              "controller, reduction); optimiser and schedule start anew")
-        print(f"  classes known to it: {', '.join(shared) or 'none'}; "
-              f"new: {', '.join(new) or 'none'}")
-        if left_out:
-            print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w, prompts, base.model.requires_grad_(), spec)
-
-
-def extended_task(base: Base, classes, text: str, words: dict) -> Task:
-    """--extend: the frozen classes of a checkpoint, and after them the new ones.
-
-    text, words  see text_embeddings
-    """
-    new = tuple(c for c in classes if c.name not in base.names)
-    known = [c.name for c in classes if c.name in base.names]
-    if not new:
-        raise ValueError(f"--extend {base.path}: --classes must name a class that is not in its "
-                         "table; one that is in it but was never trained is trained with --init")
-    if processes.process_rank() == 0:
-        left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
-        print(f"{base.path}: its {len(base.names)} classes are kept and frozen; new: "
-              f"{', '.join(c.name for c in new)}{left}")
-    w, prompts = text_embeddings(text, new, base, **words)
-    for k, c in enumerate(new):
-        if (torch.cat([base.w, w[:k]]) == w[k]).all(1).any():
-            raise ValueError(f"--extend {base.path}: the text embedding of {c.name!r} is that of "
-                             "another class, too, so the two cannot be told apart; give it another "
-                             "prompt in --classes or another embedding in --text")
-    if prompts:
-        prompts = [*transfer.prompts_of(base.content, base.classes), *prompts]
-    table = labels.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
-    trained = base.content.get("trained", [c.name for c in base.classes])
-    return Task(table, torch.cat([base.w, w]), prompts, base.model, base.spec,
-                frozen=len(base.names), frozen_trained=tuple(trained))
-
-
-def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
-    """Compare the spacing of this run, in mm, with that of the checkpoint that it starts from.
-
-    raises ValueError  if it differs for --extend, because old classes need the spacing that they
-                       were trained at
-    """
-    if before == now:
-        return
-    text = f"{path}: was trained at {before:g} mm, now --spacing-mm is {now:g}"
-    if extended:
-        raise ValueError(f"{text}; its old classes need --spacing-mm {before:g}")
-    if processes.process_rank() == 0:
-        print(f"note: {text}")
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -404,7 +236,7 @@ def split(cfg: Config, scans: list[data.Scan],
     return training, validation
 
 
-def covered_classes(task: Task, scans) -> Tensor:
+def covered_classes(task: transfer.Task, scans) -> Tensor:
     """(K,) bool: classes that some training scan annotates, or that were trained and are frozen."""
     covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))
     for k in range(task.frozen):
@@ -468,12 +300,12 @@ def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoad
 
 
 # ---- network and optimiser -----------------------------------------------------------------------
-def build_network(cfg: Config, task: Task) -> tuple[UniversalModel, dict]:
+def build_network(cfg: Config, task: transfer.Task) -> tuple[UniversalModel, dict]:
     """-> (the network on the device, what build_model needs to make it again)."""
     if task.base is None:
         spec = {"backbone": cfg.backbone, "text_dim": task.w.shape[1]}
         if cfg.width:
-            spec[WIDTH_ARGUMENT[cfg.backbone]] = cfg.width
+            spec[transfer.WIDTH_ARGUMENT[cfg.backbone]] = cfg.width
         network = extension.build_model(spec)
     else:
         network, spec = task.base, task.base_spec
@@ -778,7 +610,7 @@ def check_settings(cfg: Config) -> None:
                          f"--text {cfg.text}")
 
 
-def start_run(cfg: Config, task: Task, scans, val, trained: list[str]) -> Run:
+def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) -> Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
@@ -853,7 +685,7 @@ def prepare(cfg: Config) -> Prepared | None:
         spacing_mm = round(data.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     if task.base is not None:
-        check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
+        transfer.check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
                       extended=bool(cfg.extend))
     scans = preprocess(cfg, cases)
     if not cfg.dry_run:

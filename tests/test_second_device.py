@@ -22,7 +22,7 @@ import infer
 import labels
 import model
 import train
-from support import checkpoints, fast, processes, streaming
+from support import checkpoints, fast, processes, streaming, transfer
 
 slow = pytest.mark.slow
 bf16 = [slow, pytest.mark.skipif(not processes.has_bf16_instructions(), reason="gradients in emulated "
@@ -427,7 +427,7 @@ def checkpoint(tmp_path_factory, scan):
     """A random U-Net for windows of 32^3, whose heads say yes to about half of the body."""
     spec = {"backbone": "unet", "width": 8, "text_dim": 32}
     torch.manual_seed(0)
-    network, w = model.build_model(spec), torch.eye(32) * train.ONEHOT_NORM
+    network, w = model.build_model(spec), torch.eye(32) * transfer.ONEHOT_NORM
     image = torch.from_numpy(data.preprocess(data.load_volume(scan), 4.0)[0])[:32, :32, :32]
     with torch.no_grad():
         logits = network(image[None, None], w)

@@ -150,7 +150,7 @@ def task(tmp_path, start, names, **how):
 
 @pytest.mark.parametrize("flag", ["init", "extend"])
 @pytest.mark.parametrize("w, text, words", [
-    (train.ONEHOT[:3], "clip", "of width 512, now they have width 4"),
+    (transfer.ONEHOT[:3], "clip", "of width 512, now they have width 4"),
     (torch.eye(4)[[2, 1, 0]] * 8.8, "clip", "the text embedding of 'Liver' has a cosine of 0.00"),
     (-CLIP_W, "clip", "has a cosine of -1.00"),
     (CLIP_W, "onehot", "was not trained with --text onehot"),
@@ -237,7 +237,7 @@ def test_a_wrong_file_of_prompts_is_named(tmp_path, content, words):
     path = tmp_path / "words.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=words) as e:
-        infer.read_prompts(path, labels.make_classes(CLASSES))
+        transfer.read_prompts(path, labels.make_classes(CLASSES))
     assert str(e.value).startswith(str(path)) and len(str(e.value).splitlines()) == 1
 
 
@@ -245,7 +245,7 @@ def test_a_prompt_for_both_sides_names_them(tmp_path):
     path = tmp_path / "words.json"
     path.write_text('{"kidney": "A CT of a kidney"}')
     with pytest.raises(ValueError, match="stands for Right Kidney and Left Kidney"):
-        infer.read_prompts(path, labels.CLASSES)
+        transfer.read_prompts(path, labels.CLASSES)
 
 
 def test_a_class_of_an_extension_keeps_the_embedding_by_which_it_is_known(tmp_path, clip):
@@ -344,7 +344,7 @@ def test_a_prompt_that_names_nothing_new_is_refused(tmp_path, no_clip, prompts, 
 
 @pytest.mark.parametrize("w, words", [
     (torch.eye(4)[[2, 1, 0]] * 8.8, "a cosine of 0.00"), (-CLIP_W, "a cosine of -1.00"),
-    (train.ONEHOT[:3], "of width 512, now they have width 4"),
+    (transfer.ONEHOT[:3], "of width 512, now they have width 4"),
 ])
 def test_a_prompt_for_a_model_of_other_texts_is_refused(tmp_path, clip, w, words):
     """A model of one-hot text, of other CLIP weights, and of another width."""

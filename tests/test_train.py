@@ -20,7 +20,7 @@ import data
 import labels
 import model
 import train
-from support import cache, checkpoints, datasets, extension, processes
+from support import cache, checkpoints, datasets, extension, processes, transfer
 
 ROOT = Path(train.__file__).parent
 
@@ -179,7 +179,7 @@ def test_clip_grad_0_does_not_clip_and_val_every_0_validates_at_the_end(tiny, tm
 
 @needs_shared
 def test_released_text_embeddings_are_a_file():
-    w, _ = train.text_embeddings(str(SHARED / "clip/txt_encoding.pth"), labels.CLASSES)
+    w, _ = transfer.text_embeddings(str(SHARED / "clip/txt_encoding.pth"), labels.CLASSES)
     assert w.shape == (32, 512) and w.dtype == torch.float32
     assert [round(n, 1) for n in (w.norm(dim=1).min().item(), w.norm(dim=1).max().item())] == \
         [8.1, 9.6]

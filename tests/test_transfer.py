@@ -8,7 +8,7 @@ from test_model import small_released
 from test_train import config, same, weights
 
 import train
-from support import checkpoints, processes
+from support import checkpoints, processes, transfer
 
 KIDNEYS = [{"name": "Right Kidney", "side": "right"}, {"name": "Left Kidney", "side": "left"}]
 
@@ -36,35 +36,35 @@ def liver_run(tiny, out, **how):
 
 
 def base_of(names, w):
-    return train.Base("base.pt", None, {}, (), names, w, {})
+    return transfer.Base("base.pt", None, {}, (), names, w, {})
 
 
 # ---- one-hot text --------------------------------------------------------------------------------
 def test_onehot_axes_by_hand():
     """a, b and c have the axes 0, 2 and 4. A class of the same name keeps its axis, x and y take
     the next free ones, 1 and 3."""
-    old = base_of(["a", "b", "c"], train.ONEHOT[[0, 2, 4]])
-    w = train.onehot_embeddings(["x", "b", "y"], old)
+    old = base_of(["a", "b", "c"], transfer.ONEHOT[[0, 2, 4]])
+    w = transfer.onehot_embeddings(["x", "b", "y"], old)
     assert w.shape == (3, 512) and w.argmax(1).tolist() == [1, 2, 3]
     assert w.sum(1).tolist() == w.amax(1).tolist() == [torch.tensor(8.8).item()] * 3
-    assert torch.equal(train.onehot_embeddings(["a", "b"]), train.ONEHOT[:2])
+    assert torch.equal(transfer.onehot_embeddings(["a", "b"]), transfer.ONEHOT[:2])
 
 
 def test_there_are_axes_for_512_classes():
     names = [f"class {k}" for k in range(513)]
-    assert torch.equal(train.onehot_embeddings(names[:512]), train.ONEHOT)
-    old = base_of(names[:510], train.ONEHOT[:510])
-    assert train.onehot_embeddings(["x", "y"], old).argmax(1).tolist() == [510, 511]
+    assert torch.equal(transfer.onehot_embeddings(names[:512]), transfer.ONEHOT)
+    old = base_of(names[:510], transfer.ONEHOT[:510])
+    assert transfer.onehot_embeddings(["x", "y"], old).argmax(1).tolist() == [510, 511]
     for more, base in ((names, None), (["x", "y", "z"], old)):
         with pytest.raises(ValueError, match="--text onehot: has axes for"):
-            train.onehot_embeddings(more, base)
+            transfer.onehot_embeddings(more, base)
 
 
-@pytest.mark.parametrize("w", [torch.eye(3) * 8.8, -train.ONEHOT[:3], train.ONEHOT[:3] / 2,
+@pytest.mark.parametrize("w", [torch.eye(3) * 8.8, -transfer.ONEHOT[:3], transfer.ONEHOT[:3] / 2,
                                torch.rand(3, 512), torch.rand(3, 768)])
 def test_onehot_text_is_for_networks_that_were_trained_with_it(w):
     with pytest.raises(ValueError, match="base.pt: was not trained with --text onehot"):
-        train.onehot_embeddings(["a"], base_of(["a", "b", "c"], w))
+        transfer.onehot_embeddings(["a"], base_of(["a", "b", "c"], w))
 
 
 def test_a_one_hot_run_is_one_with_a_file_of_the_same_embeddings(tiny, tmp_path):
@@ -85,7 +85,7 @@ def test_all_weights_are_taken_and_a_known_class_keeps_its_row(base, tiny, tmp_p
     assert same(weights(tmp_path / "run/last.pt"), weights(base))
     network, w, rest = checkpoints.load_checkpoint(tmp_path / "run/last.pt")
     assert [c["name"] for c in rest["classes"]] == ["Left Kidney", "Liver"]
-    assert torch.equal(w, train.ONEHOT[1:3])
+    assert torch.equal(w, transfer.ONEHOT[1:3])
     assert rest["trained"] == ["Liver"] and rest["step"] == 1
     assert all(p.requires_grad for p in network.parameters())
 
@@ -154,11 +154,11 @@ def test_a_class_in_another_spelling_is_the_same_class(base, tiny, tmp_path, cap
     cfg = liver_run(tiny, tmp_path / "a", init=str(base), classes=classes, width=0)
     task = train.load_task(cfg)
     assert "classes known to it: kidney_left; new: Liver" in capsys.readouterr().out
-    assert torch.equal(task.w, train.ONEHOT[1:3])
+    assert torch.equal(task.w, transfer.ONEHOT[1:3])
     cfg = liver_run(tiny, tmp_path / "b", extend=str(base), classes=classes, width=0)
     task = train.load_task(cfg)
     assert [c.name for c in task.classes] == ["Right Kidney", "Left Kidney", "Liver"]
-    assert torch.equal(task.w, train.ONEHOT[:3])
+    assert torch.equal(task.w, transfer.ONEHOT[:3])
     cfg = liver_run(tiny, tmp_path / "c", extend=str(base), classes=["kidney_left"], width=0)
     with pytest.raises(ValueError, match="must name a class that is not in its table"):
         train.load_task(cfg)
