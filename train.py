@@ -244,45 +244,6 @@ def covered_classes(task: transfer.Task, scans) -> Tensor:
     return covered
 
 
-def describe_dataset(name: str, training, validation, classes) -> str:
-    """One line: how many scans, their modality and spacing, what is annotated."""
-    both = training + validation
-    case = both[0].case
-    spacings = [s.meta["spacing_mm"] for s in both]
-    low, high = (" x ".join(f"{v:.2g}" for v in f(spacings)) for f in (min, max))
-    annotated = np.any([s.case.annotated for s in both], 0)
-    covered = [c.name for c, a in zip(classes, annotated, strict=True) if a]
-    line = f"{name}: {len(training)} scan" + ("" if len(training) == 1 else "s")
-    if validation:
-        line += f" + {len(validation)} validation"
-    line += f", {case.modality}, spacing {low}"
-    if min(spacings) != max(spacings):
-        line += f" to {high}"
-    line += f" mm; annotated: {', '.join(covered)}"
-    return line
-
-
-def describe(scans, val, classes, missing: list[str]) -> None:
-    """Print what the data covers, before anything is trained.
-
-    missing  names of the classes to be trained that no training scan annotates
-    """
-    first_of: dict[str, str] = {}                  # fingerprint -> name of the first scan with it
-    for name in sorted({s.case.dataset for s in scans + val}):
-        training = [s for s in scans if s.case.dataset == name]
-        validation = [s for s in val if s.case.dataset == name]
-        print(describe_dataset(name, training, validation, classes))
-        label_map = (training + validation)[0].case.label_map
-        for line in datasets.describe_values(label_map, classes):
-            print(f"  {line}")
-        for scan in training + validation:
-            twin = first_of.setdefault(scan.meta["fingerprint"], scan.case.name)
-            if twin != scan.case.name:
-                print(f"  {scan.case.name} is the same scan as {twin}")
-    if missing:
-        print(f"annotated by no dataset: {', '.join(missing)}")
-
-
 def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoader:
     """This process's batches from first_step on. Step s of rank r takes the crops
     (s * processes + r) * batch + 0 ... batch - 1 of the run."""
@@ -695,7 +656,7 @@ def prepare(cfg: Config) -> Prepared | None:
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
     if processes.process_rank() == 0:
-        describe(scans, val, task.classes, missing)
+        datasets.describe(scans, val, task.classes, missing)
     warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
     if len(missing) == len(task.classes) - task.frozen:
         raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "

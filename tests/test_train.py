@@ -352,7 +352,7 @@ def test_a_dataset_line_names_what_any_of_its_scans_annotates(tiny_scans):
     first, second = tiny_scans[2:]
     neither = dataclasses.replace(first.case, annotated=np.zeros(len(labels.CLASSES), bool))
     first = dataclasses.replace(first, case=neither)
-    line = train.describe_dataset("D", [first], [second], labels.CLASSES)
+    line = datasets.describe_dataset("D", [first], [second], labels.CLASSES)
     assert line.endswith("annotated: Right Kidney, Left Kidney")
 
 
