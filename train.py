@@ -149,19 +149,6 @@ class Config:
                           "cpu")
 
 
-# Settings in which a resumed run may differ from the run that it continues
-MAY_DIFFER = {
-    # the scans, the classes, their text embeddings and the model themselves are compared
-    "data", "split", "classes", "text", "prompt_template", "clip_weights", "backbone", "width",
-    # last.pt replaces the weights that training started from
-    "init", "extend", "pretrained",
-    # without influence on the weights
-    "out", "resume", "dry_run", "val_every",
-    # another machine may finish what one began, up to rounding
-    "device", "amp", "workers", "recompute",
-}
-
-
 def lr_at(step: int, cfg: Config) -> float:
     """Linear warm-up, then cosine to 0: a pure function of the step."""
     warm = max(1, round(WARMUP * cfg.steps))
@@ -298,42 +285,9 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-def identify_scans(training: list[data.Scan], validation: list[data.Scan]) -> str:
-    """What identifies the scans of a run, wherever they lie: how many there are, and a hash of
-    their voxels, their names and what is annotated in each."""
-    content = [sorted((scan.case.name, scan.meta["fingerprint"], scan.case.annotated.tolist())
-                      for scan in scans) for scans in (training, validation)]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-    return f"{len(training)} for training, {len(validation)} for validation ({digest})"
 
 
-def warn_of_seen(path: str, seen: dict | None, validation: list[data.Scan]) -> None:
-    """Name the validation scans that a checkpoint was trained on: their Dice says little."""
-    known = [scan.case.name for scan in validation
-             if seen and scan.meta["fingerprint"] in seen["training"]]
-    if known and processes.process_rank() == 0:
-        print(f"note: {path}: was trained on {len(known)} of {len(validation)} validation scans, "
-              f"whose Dice says little: {', '.join(known)}")
-
-
-@dataclass
-class Run:
-    """A training between two steps: all that a checkpoint holds."""
-    network: UniversalModel
-    optimiser: torch.optim.Optimizer
-    classes: tuple[labels.Class, ...]
-    w: Tensor                      # (K, E) text embeddings
-    spec: dict                     # what build_model needs to make the network again
-    trained: list[str]             # classes that some training scan annotates, for infer.py
-    modality: str                  # of most training scans: ct or mri
-    step: int = 0                  # steps done
-    best: float = -1.0             # best mean Dice of a validation
-    scans: str = ""                # what identify_scans returns
-    seen: dict | None = None       # the scans that the weights have seen, for infer.py
-    prompts: list[str] = dataclasses.field(default_factory=list)   # of w, if CLIP encoded it
-
-
-def describe_run(run: Run, cfg: Config) -> dict:
+def describe_run(run: checkpoints.Run, cfg: Config) -> dict:
     """All that a checkpoint holds but the weights and the state of the optimiser."""
     classes = []
     for c in run.classes:
@@ -347,7 +301,7 @@ def describe_run(run: Run, cfg: Config) -> dict:
             "seen": run.seen}
 
 
-def save(path: Path, run: Run, cfg: Config) -> None:
+def save(path: Path, run: checkpoints.Run, cfg: Config) -> None:
     """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
     content = {**describe_run(run, cfg), "model": run.network.state_dict(),
                "optimizer": run.optimiser.state_dict()}
@@ -361,7 +315,7 @@ def identity(content: dict) -> dict:
     The text embeddings are represented by a hash.
     """
     same = {f"--{key.replace('_', '-')}": value for key, value in content["config"].items()
-            if key not in MAY_DIFFER}
+            if key not in checkpoints.MAY_DIFFER}
     same["--batch x processes"] = same.pop("--batch")
     same["classes"] = [c["name"] for c in content["classes"]]
     same["model"] = content["spec"]
@@ -371,7 +325,7 @@ def identity(content: dict) -> dict:
     return same
 
 
-def resume(path: Path, run: Run, cfg: Config) -> None:
+def resume(path: Path, run: checkpoints.Run, cfg: Config) -> None:
     """Continue from a checkpoint of the same run.
 
     raises ValueError  naming the first thing in which the two runs differ
@@ -500,7 +454,7 @@ def validate(network, w: Tensor, scans, classes, cfg: Config,
             for dataset, of_dataset in dice.items()}
 
 
-def validate_and_keep_best(run: Run, val, cfg: Config, amp: bool, file, bar) -> dict:
+def validate_and_keep_best(run: checkpoints.Run, val, cfg: Config, amp: bool, file, bar) -> dict:
     """Validate, log, and save best.pt if the mean over datasets is the best so far."""
     scores = validate(run.network, run.w, val, run.classes, cfg, amp)
     means = {dataset: sum(own.values()) / len(own) for dataset, own in scores.items()}
@@ -571,12 +525,12 @@ def check_settings(cfg: Config) -> None:
                          f"--text {cfg.text}")
 
 
-def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) -> Run:
+def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) -> checkpoints.Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
-    run = Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              scans=identify_scans(scans, val),
+    run = checkpoints.Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
+              scans=checkpoints.identify_scans(scans, val),
               seen=checkpoints.record_seen(scans, val, task.base_seen), prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
@@ -590,7 +544,7 @@ def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) 
     return run
 
 
-def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: processes.Stop) -> tuple[dict, bool]:
+def update(run: checkpoints.Run, net, batch: dict, cfg: Config, amp: bool, stop: processes.Stop) -> tuple[dict, bool]:
     """One optimiser step -> (its numbers for the log, whether some process was asked to stop).
 
     The only values fetched from the device are one stack of four numbers, before the weights
@@ -616,7 +570,7 @@ def update(run: Run, net, batch: dict, cfg: Config, amp: bool, stop: processes.S
 class Prepared:
     """All that the loop of a run needs."""
     cfg: Config                # with the device and the spacing that were found
-    run: Run
+    run: checkpoints.Run
     training: list[data.Scan]
     validation: list[data.Scan]
     covered: Tensor            # (K,) bool, see counted_classes
@@ -657,7 +611,7 @@ def prepare(cfg: Config) -> Prepared | None:
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
     if processes.process_rank() == 0:
         datasets.describe(scans, val, task.classes, missing)
-    warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
+    checkpoints.warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
     if len(missing) == len(task.classes) - task.frozen:
         raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
                          "nothing to learn; see above how the names of each dataset.json were read")

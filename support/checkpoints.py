@@ -4,7 +4,10 @@ B batch   K classes   E text width (512)
 """
 from __future__ import annotations
 
-from dataclasses import fields
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 import data
 import labels
 from model import UniversalModel, load_released, one_line, public_weights
-from support import cache, extension
+from support import cache, extension, processes
 
 FORMAT = "universal-model/2"
 
@@ -125,3 +128,51 @@ def look_up(seen: dict | None, array: np.ndarray) -> tuple[str, str]:
             if scan_id in seen[part]:
                 return part, seen[part][scan_id]
     return "", ""
+
+
+# Settings in which a resumed run may differ from the run that it continues
+MAY_DIFFER = {
+    # the scans, the classes, their text embeddings and the model themselves are compared
+    "data", "split", "classes", "text", "prompt_template", "clip_weights", "backbone", "width",
+    # last.pt replaces the weights that training started from
+    "init", "extend", "pretrained",
+    # without influence on the weights
+    "out", "resume", "dry_run", "val_every",
+    # another machine may finish what one began, up to rounding
+    "device", "amp", "workers", "recompute",
+}
+
+
+def identify_scans(training: list[data.Scan], validation: list[data.Scan]) -> str:
+    """What identifies the scans of a run, wherever they lie: how many there are, and a hash of
+    their voxels, their names and what is annotated in each."""
+    content = [sorted((scan.case.name, scan.meta["fingerprint"], scan.case.annotated.tolist())
+                      for scan in scans) for scans in (training, validation)]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return f"{len(training)} for training, {len(validation)} for validation ({digest})"
+
+
+def warn_of_seen(path: str, seen: dict | None, validation: list[data.Scan]) -> None:
+    """Name the validation scans that a checkpoint was trained on: their Dice says little."""
+    known = [scan.case.name for scan in validation
+             if seen and scan.meta["fingerprint"] in seen["training"]]
+    if known and processes.process_rank() == 0:
+        print(f"note: {path}: was trained on {len(known)} of {len(validation)} validation scans, "
+              f"whose Dice says little: {', '.join(known)}")
+
+
+@dataclass
+class Run:
+    """A training between two steps: all that a checkpoint holds."""
+    network: UniversalModel
+    optimiser: torch.optim.Optimizer
+    classes: tuple[labels.Class, ...]
+    w: Tensor                      # (K, E) text embeddings
+    spec: dict                     # what build_model needs to make the network again
+    trained: list[str]             # classes that some training scan annotates, for infer.py
+    modality: str                  # of most training scans: ct or mri
+    step: int = 0                  # steps done
+    best: float = -1.0             # best mean Dice of a validation
+    scans: str = ""                # what identify_scans returns
+    seen: dict | None = None       # the scans that the weights have seen, for infer.py
+    prompts: list[str] = dataclasses.field(default_factory=list)   # of w, if CLIP encoded it

@@ -616,13 +616,13 @@ def scan_of(dataset, fingerprint, annotated=(True, False), name=""):
 def test_what_identifies_the_scans_of_a_run():
     """The voxels, names and annotations of the scans, and the split; neither folders nor order."""
     a, b, c = scan_of("D1", "a"), scan_of("D1", "b"), scan_of("D2", "c")
-    first = train.identify_scans([a, b], [c])
+    first = checkpoints.identify_scans([a, b], [c])
     assert first.startswith("2 for training, 1 for validation (")
-    assert train.identify_scans([b, a], [c]) == first
+    assert checkpoints.identify_scans([b, a], [c]) == first
     others = [([a, c], [b]), ([a], [c]), ([a, b, c], []), ([a, scan_of("D3", "b")], [c]),
               ([a, scan_of("D1", "x", name="b")], [c]),
               ([a, scan_of("D1", "b", (True, True))], [c])]
-    found = {train.identify_scans(*other) for other in others}
+    found = {checkpoints.identify_scans(*other) for other in others}
     assert len(found) == len(others) and first not in found
 
 
