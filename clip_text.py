@@ -514,8 +514,8 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
 def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
     """Write the text embeddings w (K, E) of the classes with these names; see read_text."""
     from support import files
-    with files.atomic_write(path) as part:
-        torch.save({"names": list(names), "w": w.clone()}, part)
+    with files.atomic_write(path) as temporary:
+        torch.save({"names": list(names), "w": w.clone()}, temporary)
 
 
 def read_text(path: str | Path, names: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Segment CT scans: sliding window, back to the scan's own grid, results (paper, Sec. 4.1).
+"""Segment CT scans: sliding window, back to the scan's own grid, results.
 
     python infer.py --checkpoint run/best.pt --input scan.nii.gz --output out --preview
     python infer.py --checkpoint run/best.pt --input imagesTs --output out --classes liver spleen
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import clip_text
 import data
 import labels
 import postprocess
@@ -64,11 +63,11 @@ def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
     windows = [np.s_[x:x + patch, y:y + patch, z:z + patch]
                for z in z_starts for x in x_starts for y in y_starts]
     for first in range(0, len(windows), batch):
-        part = windows[first:first + batch]
-        images = torch.stack([image[window] for window in part])[:, None]    # (n, 1, p, p, p)
+        group = windows[first:first + batch]
+        images = torch.stack([image[window] for window in group])[:, None]   # (n, 1, p, p, p)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images, w)                                        # (n, K, p, p, p)
-        for window, scores in zip(part, logits, strict=True):
+        for window, scores in zip(group, logits, strict=True):
             logit_sum[:, *window] += scores.float() * weight
             weight_sum[window] += weight
 
@@ -89,32 +88,21 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
     image, front = data.pad_to(image, patch)
     logits = sliding_window(image, model, w, patch=patch, overlap=overlap, batch=batch, amp=amp)
     prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
-    where = data.place(volume.array.shape, working_shape, body, front)
+    placement = data.place(volume.array.shape, working_shape, body, front)
     for axis in (2, 1, 0):
-        prob = data.interpolate(prob, where.at[axis], axis + 1)
+        prob = data.interpolate(prob, placement.at[axis], axis + 1)
     prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
 
     masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
-    masks[:, *where.box] = prob > streaming.THRESHOLD
+    masks[:, *placement.box] = prob > streaming.THRESHOLD
     seg = streaming.Segmentation(volume.array.shape, len(w))
     seg.masks = postprocess.PackedMasks.from_array(masks)
-    seg.winner[where.box] = prob.argmax(0)
+    seg.winner[placement.box] = prob.argmax(0)
     seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
     return seg
 
 
-# ---- devices -----------------------------------------------------------------------------------
-
-
-# ---- processes ---------------------------------------------------------------------------------
-
-
-# ---- results -----------------------------------------------------------------------------------
-
-
 # ---- the command -------------------------------------------------------------------------------
-
-
 @dataclass
 class Job:
     """What all scans of one run share."""
@@ -127,7 +115,7 @@ class Job:
     modality: str             # ct or mri
     amp: bool                 # compute in bf16
     settings: dict            # what a result depends on beside its scan; recorded in its JSON
-    seen: dict | None         # the scans that the model was made with, see data.record_seen
+    seen: dict | None         # the scans that the model was made with, see checkpoints.record_seen
 
 
 @dataclass
@@ -162,7 +150,7 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--text", metavar="FILE", type=Path,
                     help="ask for classes with other text embeddings than those of training: a "
                          "JSON file {class: prompt}, whose prompts are encoded with CLIP, or a "
-                         "file of embeddings (clip_text.py --out); they must be of the same origin")
+                         "file of embeddings (clip_text.py --out)")
     ap.add_argument("--clip-weights", metavar="FILE",
                     help="the CLIP weights that encode the prompts of --text and --prompt "
                          "(default: ViT-B/32, downloaded on first use)")
@@ -216,95 +204,6 @@ def check_flags(args: argparse.Namespace) -> None:
         pictures.new_figure(1, 1)                # needs matplotlib
 
 
-def refuse_losing_files(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> None:
-    """raises ValueError  if the results would replace a file that infer.py did not write, or, but
-    for --overwrite, the result of another scan; or if masks of an unfinished result would seem to
-    belong to the new one
-    """
-    shared = args.output / "itksnap_labels.txt"
-    if os.path.lexists(shared) and not shared.read_bytes().startswith(results.CLEAR_LABEL.encode()):
-        raise ValueError(f"{shared}: exists and was not written by infer.py; choose another folder "
-                         "with --output, or move this file away")
-    for name, scan in scans.items():
-        planned = [args.output / file for file in planned_files(name, job, args)]
-        for path in planned:
-            if os.path.lexists(path) and not results.is_own_file(path):
-                raise ValueError(f"{path}: exists and was not written by infer.py; choose another "
-                                 "folder with --output, or move this file away")
-        record = results.read_record(args.output / f"{name}.json")
-        if record is None:
-            masks = (args.output / name).glob("*.nii.gz")
-            for path in sorted({args.output / f"{name}.png", *masks} - set(planned)):
-                if results.is_own_file(path):
-                    raise ValueError(f"{path}: is not of the result that would be written beside "
-                                     "it, but of another or an unfinished one; move it away")
-        elif record["made_with"]["scan"]["path"] != os.path.realpath(scan) and not args.overwrite:
-            raise ValueError(f"{args.output / name}.nii.gz: is the result of another scan, "
-                             f"{record['made_with']['scan']['path']}, not of {scan}; choose "
-                             "another folder with --output, or --overwrite to replace it")
-
-
-def planned_files(name: str, job: Job, args: argparse.Namespace) -> list[str]:
-    """The files that this run writes for one scan, relative to the output folder."""
-    return results.result_files(name, [job.classes[k].name for k in job.indices], masks=args.masks,
-                        probabilities=args.probabilities, preview=args.preview)
-
-
-def read_text_of_prompts(args: argparse.Namespace, names: list[str], trained_names: list[str],
-                         trained_w: Tensor, trained_prompts: list[str]) -> Tensor:
-    """The text embeddings of --prompt, w (number of prompts, E).
-
-    For each prompt the trained class with the most similar text is printed, because a network
-    answers reliably only to texts that are close to those of training.
-
-    trained_...  of the classes that the network was trained on
-    raises       ValueError  if the embeddings mean nothing to the network
-    """
-    w, _ = transfer.encode_for(args.checkpoint, trained_names, trained_w, trained_prompts, names,
-                                names, weights=args.clip_weights)
-    similarity = clip_text.cosine(torch.cat([w, trained_w]))[:len(names), len(names):]
-    for name, row in zip(names, similarity, strict=True):
-        nearest = int(row.argmax())
-        if processes.process_rank() == 0:
-            doubt = "; what is found may mean nothing" if row[nearest] < transfer.CLOSE_COSINE else ""
-            print(f"prompt {name!r}: of the texts of training, that of {trained_names[nearest]!r} "
-                  f"is the most similar (cosine {row[nearest]:.3f}){doubt}")
-    return w
-
-
-def read_text(args: argparse.Namespace, classes, trained_w: Tensor, trained_prompts: list[str],
-              part: Tensor) -> tuple[Tensor, dict]:
-    """The text embeddings of --text, in place of those of training for the classes that it names.
-
-    trained_...  of all classes of the checkpoint
-    part         (K,) int: for each class the part of the model that computes it, see part_of
-    returns      w (K, E), and the prompts if the file holds some: {class: prompt}
-    raises       ValueError  if the embeddings mean nothing to the network
-    """
-    trained_names = [c.name for c in classes]
-    prompts: dict[str, str] = {}
-    if args.text.suffix == ".json":
-        prompts = transfer.read_prompts(args.text, classes)
-        names = list(prompts)
-        given, note = transfer.encode_for(
-            args.checkpoint, trained_names, trained_w, trained_prompts, names,
-            list(prompts.values()), weights=args.clip_weights)
-    else:
-        names = trained_names
-        given = clip_text.read_text(args.text, names)
-        note = transfer.check_text(args.checkpoint, names, trained_w, names, given)
-    if note and processes.process_rank() == 0:
-        print(f"{note}; results may be far worse than with the text of training")
-    w = trained_w.clone()
-    for name, row in zip(names, given, strict=True):
-        k = trained_names.index(name)
-        if part[k] > 0 and not torch.equal(row, w[k]):
-            raise ValueError(f"{args.text}: {name!r} was added by --extend and answers to its own "
-                             "text embedding only; leave it out")
-        w[k] = row
-    return w, prompts
-
-
 def load_job(args: argparse.Namespace) -> Job:
     """Read the checkpoint and decide what to segment, and how.
 
@@ -320,18 +219,19 @@ def load_job(args: argparse.Namespace) -> Job:
     if untrained:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
-    trained_w, trained_prompts = w, transfer.prompts_of(content, classes)
+    text = transfer.trained_text(args.checkpoint, w, content, classes)
     words = {}                             # what a result depends on beside the checkpoint's text
     if args.text:
-        w, prompts = read_text(args, classes, trained_w, trained_prompts,
-                               extension.part_of(model, w))
+        w, prompts = transfer.replace_text(text, args.text, classes, weights=args.clip_weights,
+                                           owner=extension.owner_of(model, w))
         words["text"] = {"file": results.file_identity(args.text), "prompts": prompts}
     if args.prompt:
         new = transfer.classes_of_prompts(args.prompt, classes)
-        own = [k for k, c in enumerate(classes) if c.name in trained]
-        new_w = read_text_of_prompts(args, [c.name for c in new], [classes[k].name for k in own],
-                                     trained_w[own], [trained_prompts[k] for k in own])
+        known = [k for k, name in enumerate(text.names) if name in trained]
+        text_known = transfer.TrainedText(text.path, [text.names[k] for k in known], text.w[known],
+                                          [text.prompts[k] for k in known])
         words["prompts"] = [c.name for c in new]
+        new_w = transfer.encode_prompts(text_known, words["prompts"], weights=args.clip_weights)
         indices = [*indices, *range(len(classes), len(classes) + len(new))]
         classes, w = (*classes, *new), torch.cat([w, new_w])
     if args.clip_weights:
@@ -350,6 +250,9 @@ def load_job(args: argparse.Namespace) -> Job:
                content.get("seen"))
 
 
+OUT_OF_MEMORY = "try --batch 1, fewer --classes, or --device cpu"
+
+
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
                  made_with: dict) -> list[dict]:
     """Segment one scan and write its results as NAME."""
@@ -359,16 +262,16 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
     seen, seen_as = checkpoints.look_up(job.seen, volume.array)
     if seen:
         tqdm.write(f"{name}: seen in {seen} (as {seen_as})")
-    with processes.explain_out_of_memory(args.device, "try --batch 1, fewer --classes, or --device cpu"):
+    with processes.explain_out_of_memory(args.device, OUT_OF_MEMORY):
         seg = streaming.segment(
             volume, job.model, job.w, spacing_mm=job.spacing_mm, patch=job.patch,
             overlap=args.overlap, batch=args.batch, amp=job.amp,
             probabilities=args.probabilities, progress=processes.process_rank() == 0)
     if args.postprocess:
-        asked = [job.classes[k] for k in job.indices]
-        postprocess.postprocess(seg.masks, asked, volume.spacing_mm, seg.midline)
+        classes = [job.classes[k] for k in job.indices]
+        postprocess.postprocess(seg.masks, classes, volume.spacing_mm, seg.midline)
     return results.write_results(name, args.output, scan, seg, job.classes, job.indices, made_with,
-                         masks=args.masks, preview=args.preview, volume=volume, seen=seen)
+                                 masks=args.masks, preview=args.preview, volume=volume, seen=seen)
 
 
 def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> Summary:
@@ -429,11 +332,15 @@ def main(argv=None) -> int:
     args.device = processes.open_device(args.device)
     scans = results.name_scans(results.find_scans(args.input), args.input)
     job = load_job(args)
-    outputs = [args.output / file for name in scans for file in planned_files(name, job, args)]
+    class_names = [job.classes[k].name for k in job.indices]
+    planned = {name: results.result_files(name, class_names, masks=args.masks,
+                                          probabilities=args.probabilities, preview=args.preview)
+               for name in scans}
+    outputs = [args.output / file for names in planned.values() for file in names]
     inputs = [file for file in (args.checkpoint, args.text, args.clip_weights) if file]
     results.refuse_overwriting_inputs([*scans.values(), *inputs], outputs, "--output")
-    refuse_losing_files(scans, job, args)
-    processes.join_processes(torch.device("cpu"))                  # which only exchange their summaries
+    results.refuse_losing_files(scans, planned, args.output, overwrite=args.overwrite)
+    processes.join_processes(torch.device("cpu"))        # which only exchange their summaries
     summary = join_summaries(processes.exchange(segment_all(scans, job, args)))
     processes.leave_processes()
     if processes.process_rank() > 0:

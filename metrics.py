@@ -798,16 +798,16 @@ def _write_results(folder: Path, protocol: str, results: list[dict], summary: di
     import json
 
     from support import files
-    with files.atomic_write(folder / "metrics.csv") as part:
-        with open(part, "w", newline="", encoding="utf-8") as file:
+    with files.atomic_write(folder / "metrics.csv") as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, results[0])
             writer.writeheader()
             writer.writerows(results)
     content = {"protocol": protocol, **summary, "cases": results}
     # JSON has no nan and no inf: null instead
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    with files.atomic_write(folder / "metrics.json") as part:
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with files.atomic_write(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(f"written: {folder / 'metrics.csv'}, {folder / 'metrics.json'}")
 
 

@@ -1,4 +1,4 @@
-"""Train on partially labelled datasets (the masked back-propagation of the paper).
+"""Train on partially labelled datasets (masked back-propagation).
 
     python train.py --data phantom --out run --text onehot --spacing-mm 4 --patch 64 --width 8
     python train.py --data Dataset001 Dataset002 --out run --backbone unet
@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -52,11 +51,7 @@ import labels
 import losses
 import metrics
 from data import PATCH, SPACING_MM
-from model import (
-    BACKBONES,
-    UniversalModel,
-    check_side,
-)
+from model import BACKBONES, UniversalModel, check_side
 from support import (
     cache,
     checkpoints,
@@ -157,40 +152,59 @@ def lr_at(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm)))
 
 
-# ---- classes, their text embeddings, and what training starts from -------------------------------
+# ---- one step ------------------------------------------------------------------------------------
+def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, frozen: int) -> Tensor:
+    """annotated (B, K) of a batch -> (B, K) bool: the classes that its loss counts.
+
+    covered   (K,) bool  the classes that some training scan annotates
+    unmasked             count all of them in every scan (the ablation of the paper)
+    frozen               the first classes, which --extend leaves as they are, do not count
+    """
+    counted = covered.expand_as(annotated) if unmasked else annotated
+    new = torch.arange(len(covered)) >= frozen
+    return counted & new
 
 
-def load_task(cfg: Config) -> transfer.Task:
-    """The classes of --classes and their embeddings, and the model that training starts from."""
-    words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
-    path = cfg.init or cfg.extend
-    if not path:
-        classes = labels.load_classes(cfg.classes or None)
-        check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
-        return transfer.Task(classes, *transfer.text_embeddings(cfg.text, classes, **words), base_seen=seen)
-    base = transfer.read_base(path, needs_names=bool(cfg.extend))
-    check_side((cfg.patch,) * 3, base.model.backbone)
-    width = base.model.backbone.fine_channels
-    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
-        raise ValueError(f"{path}: its backbone is a {base.spec['backbone']} of width {width}; "
-                         "--backbone and --width cannot change it, leave them out")
-    classes = labels.load_classes(cfg.classes or None, beside=base.classes if cfg.extend else ())
-    spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
-    base.names = [spelling.get(labels.name_key(name), name) for name in base.names]
-    task = (transfer.extended_task if cfg.extend else transfer.initial_task)(base, classes, cfg.text, words)
-    task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
-    task.base_seen = base.content.get("seen")
-    return task
+def step_targets(batch: dict, wanted: Tensor, device) -> tuple[Tensor, Tensor | None]:
+    """-> (y, known), each (B, k, D, H, W) bool: the masks of the classes `wanted` (k,), and where
+    the label says something about them. `known` is None if that is everywhere, as in most batches.
+    """
+    label_rows = batch["label_rows"].to(device, non_blocking=True)
+    regions = batch["regions"].to(device, non_blocking=True)
+    y = data.masks_of_classes(label_rows, regions, wanted)
+    if batch["known"][:, :, wanted].all():                              # still on the CPU
+        return y, None
+    known = batch["known"].to(device, non_blocking=True)
+    return y, data.masks_of_classes(label_rows, known, wanted)
+
+
+def step_loss(net, batch: dict, w: Tensor, *,
+              amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The masked back-propagation of the paper -> (loss, its cross-entropy, its Dice loss).
+
+    net    (x, w) -> logits
+    batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and
+           annotated (B, K) bool: the classes that count; all of them on the CPU
+    w      (K, E) text embeddings, on the device of net
+
+    The network computes the k classes that some scan of the batch annotates. The losses then take,
+    of every scan, its own.
+    """
+    annotated = batch["annotated"]                                     # (B, K), stays on the CPU
+    wanted = torch.nonzero(annotated.any(0))[:, 0]                     # (k,)
+    if len(wanted) == 0:
+        wanted = torch.tensor([len(w) - 1])        # a zero gradient, for which DDP would wait
+    annotated = annotated[:, wanted]                                   # (B, k)
+    x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
+    with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
+        logits = net(x, w[wanted])                                     # (B, k, D, H, W)
+    y, known = step_targets(batch, wanted, w.device)                   # (B, k, D, H, W)
+    bce = losses.masked_bce(logits, y, annotated, known)
+    dice = losses.masked_dice(logits, y, annotated, known)
+    return bce + dice, bce, dice
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def preprocess(cfg: Config, cases: list[data.Case]) -> list[data.Scan]:
-    """Preprocess every scan once; of the processes of torchrun, the first that comes does it."""
-    return cache.build_all(cases, Path(cfg.out).parent / "cache", cfg.spacing_mm,
-                           workers=cfg.workers)
-
-
 def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
     """-> (the cases that the run needs, {name of the case: its part} of --split).
 
@@ -247,7 +261,33 @@ def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoad
         pin_memory=on_gpu)
 
 
-# ---- network and optimiser -----------------------------------------------------------------------
+# ---- classes, network and optimiser --------------------------------------------------------------
+def load_task(cfg: Config) -> transfer.Task:
+    """The classes of --classes and their embeddings, and the model that training starts from."""
+    words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
+    path = cfg.init or cfg.extend
+    if not path:
+        classes = labels.load_classes(cfg.classes or None)
+        check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
+        seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
+        w, prompts = transfer.text_embeddings(cfg.text, classes, **words)
+        return transfer.Task(classes, w, prompts, base_seen=seen)
+    base = transfer.read_base(path, needs_names=bool(cfg.extend))
+    check_side((cfg.patch,) * 3, base.model.backbone)
+    width = base.model.backbone.fine_channels
+    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
+        raise ValueError(f"{path}: its backbone is a {base.spec['backbone']} of width {width}; "
+                         "--backbone and --width cannot change it, leave them out")
+    classes = labels.load_classes(cfg.classes or None, beside=base.classes if cfg.extend else ())
+    spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
+    base.text.names = [spelling.get(labels.name_key(name), name) for name in base.text.names]
+    make_task = transfer.extended_task if cfg.extend else transfer.initial_task
+    task = make_task(base, classes, cfg.text, words)
+    task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
+    task.base_seen = base.content.get("seen")
+    return task
+
+
 def build_network(cfg: Config, task: transfer.Task) -> tuple[UniversalModel, dict]:
     """-> (the network on the device, what build_model needs to make it again)."""
     if task.base is None:
@@ -282,121 +322,6 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
             by_rate.setdefault(rate, []).append(p)
     groups = [{"params": params, "scale": rate / (cfg.lr or 1)} for rate, params in by_rate.items()]
     return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def describe_run(run: checkpoints.Run, cfg: Config) -> dict:
-    """All that a checkpoint holds but the weights and the state of the optimiser."""
-    classes = []
-    for c in run.classes:
-        entry = dataclasses.asdict(c)
-        classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
-    config = {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
-              "batch": cfg.batch * processes.process_count()}
-    return {"format": checkpoints.FORMAT, "spec": run.spec, "w": run.w.cpu(),
-            "prompts": run.prompts, "classes": classes, "config": config, "trained": run.trained,
-            "modality": run.modality, "step": run.step, "best": run.best, "scans": run.scans,
-            "seen": run.seen}
-
-
-def save(path: Path, run: checkpoints.Run, cfg: Config) -> None:
-    """All that inference and resume need, as plain tensors, numbers and strings; atomic."""
-    content = {**describe_run(run, cfg), "model": run.network.state_dict(),
-               "optimizer": run.optimiser.state_dict()}
-    with files.atomic_write(path) as part:
-        torch.save(content, part)
-
-
-def identity(content: dict) -> dict:
-    """What a resumed run must share with the run that it continues, from what describe_run returns.
-
-    The text embeddings are represented by a hash.
-    """
-    same = {f"--{key.replace('_', '-')}": value for key, value in content["config"].items()
-            if key not in checkpoints.MAY_DIFFER}
-    same["--batch x processes"] = same.pop("--batch")
-    same["classes"] = [c["name"] for c in content["classes"]]
-    same["model"] = content["spec"]
-    same["scans"] = content["scans"]
-    w = content["w"]                                                   # (K, E)
-    same["text embeddings"] = hashlib.sha256(w.numpy().tobytes()).hexdigest()[:12]
-    return same
-
-
-def resume(path: Path, run: checkpoints.Run, cfg: Config) -> None:
-    """Continue from a checkpoint of the same run.
-
-    raises ValueError  naming the first thing in which the two runs differ
-    """
-    content = checkpoints.read_checkpoint(path)
-    try:
-        before, now = identity(content), identity(describe_run(run, cfg))
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise ValueError(f"{path}: was made with {key} {before.get(key)!s:.90}, now "
-                                 f"{value!s:.90}; a resumed run must have the same, start a new "
-                                 "--out instead")
-        run.network.load_state_dict(content["model"])
-        run.optimiser.load_state_dict(content["optimizer"])
-        run.step, run.best, run.seen = content["step"], content["best"], content["seen"]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
-    if processes.process_rank() == 0:
-        print(f"{path}: continued after {run.step} steps")
-
-
-# ---- one step ------------------------------------------------------------------------------------
-def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, frozen: int) -> Tensor:
-    """annotated (B, K) of a batch -> (B, K) bool: the classes that its loss counts.
-
-    covered   (K,) bool  the classes that some training scan annotates
-    unmasked             count all of them in every scan (the ablation of the paper)
-    frozen               the first classes, which --extend leaves as they are, do not count
-    """
-    counted = covered.expand_as(annotated) if unmasked else annotated
-    new = torch.arange(len(covered)) >= frozen
-    return counted & new
-
-
-def step_targets(batch: dict, asked: Tensor, device) -> tuple[Tensor, Tensor | None]:
-    """-> (y, known), each (B, k, D, H, W) bool: the labels of the classes `asked` (k,), and where
-    the label says something about them. `known` is None if that is everywhere, as in most batches.
-    """
-    label_rows = batch["label_rows"].to(device, non_blocking=True)
-    regions = batch["regions"].to(device, non_blocking=True)
-    y = data.masks_of_classes(label_rows, regions, asked)
-    if batch["known"][:, :, asked].all():                              # still on the CPU
-        return y, None
-    known = batch["known"].to(device, non_blocking=True)
-    return y, data.masks_of_classes(label_rows, known, asked)
-
-
-def step_loss(net, batch: dict, w: Tensor, *,
-              amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked back-propagation of the paper -> (loss, its cross-entropy, its Dice loss).
-
-    net    (x, w) -> logits
-    batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and
-           annotated (B, K) bool: the classes that count; on the CPU
-    w      (K, E) text embeddings, on the device of net
-
-    The network computes the union of the classes that the batch's scans annotate; the losses then
-    select, for every scan, its own.
-    """
-    annotated = batch["annotated"]                                     # (B, K), stays on the CPU
-    asked = torch.nonzero(annotated.any(0))[:, 0]                      # (k,)
-    if len(asked) == 0:
-        asked = torch.tensor([len(w) - 1])         # a zero gradient, for which DDP would wait
-    annotated = annotated[:, asked]                                    # (B, k)
-    x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
-    with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
-        logits = net(x, w[asked])                                      # (B, k, D, H, W)
-    y, known = step_targets(batch, asked, w.device)                    # (B, k, D, H, W)
-    bce = losses.masked_bce(logits, y, annotated, known)
-    dice = losses.masked_dice(logits, y, annotated, known)
-    return bce + dice, bce, dice
 
 
 # ---- validation ----------------------------------------------------------------------------------
@@ -466,7 +391,7 @@ def validate_and_keep_best(run: checkpoints.Run, val, cfg: Config, amp: bool, fi
         each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
         bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
         if is_best:
-            save(Path(cfg.out) / "best.pt", run, cfg)
+            checkpoints.save(Path(cfg.out) / "best.pt", run, plain_settings(cfg))
     return scores
 
 
@@ -491,8 +416,8 @@ def read_log(path: Path) -> list[dict]:
 def start_log(path: Path, step: int) -> None:
     """Cut the log back to the steps before `step`."""
     records = [record for record in read_log(path) if record["step"] < step]
-    with files.atomic_write(path) as part:
-        with open(part, "w", encoding="utf-8") as file:
+    with files.atomic_write(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
             for record in records:
                 write_record(file, record)
 
@@ -525,45 +450,30 @@ def check_settings(cfg: Config) -> None:
                          f"--text {cfg.text}")
 
 
+def plain_settings(cfg: Config) -> dict:
+    """The settings for a checkpoint, as plain values; "batch" counts the crops of all processes."""
+    return {**dataclasses.asdict(cfg), "data": list(cfg.data), "split": list(cfg.split),
+            "batch": cfg.batch * processes.process_count()}
+
+
 def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) -> checkpoints.Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
     modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
-    run = checkpoints.Run(network, make_optimiser(network, cfg), task.classes, task.w, spec, trained, modality,
-              scans=checkpoints.identify_scans(scans, val),
-              seen=checkpoints.record_seen(scans, val, task.base_seen), prompts=task.prompts)
+    run = checkpoints.Run(network, make_optimiser(network, cfg), task.classes, task.w, spec,
+                          trained, modality, scans=checkpoints.identify_scans(scans, val),
+                          seen=checkpoints.record_seen(scans, val, task.base_seen),
+                          prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
-        resume(out / "last.pt", run, cfg)
+        checkpoints.resume(out / "last.pt", run, plain_settings(cfg))
     out.mkdir(parents=True, exist_ok=True)
     if processes.process_rank() == 0:
         start_log(out / "log.jsonl", run.step)
-        with files.atomic_write(out / "config.json") as part:
+        with files.atomic_write(out / "config.json") as temporary:
             text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
-            part.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
     return run
-
-
-def update(run: checkpoints.Run, net, batch: dict, cfg: Config, amp: bool, stop: processes.Stop) -> tuple[dict, bool]:
-    """One optimiser step -> (its numbers for the log, whether some process was asked to stop).
-
-    The only values fetched from the device are one stack of four numbers, before the weights
-    change, so that a loss that is not finite leaves them as they were.
-    """
-    loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
-    asked = torch.tensor(float(stop.asked), device=loss.device)
-    if processes.process_count() > 1:
-        dist.all_reduce(asked)
-    numbers = torch.stack([loss.detach(), bce.detach(), dice.detach(), asked]).tolist()
-    if not math.isfinite(numbers[0]):
-        raise ValueError(f"the loss is {numbers[0]} at step {run.step}, scans {batch['name']}; "
-                         "last.pt holds the state before")
-    run.optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    if cfg.clip_grad:
-        nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
-    run.optimiser.step()
-    return dict(zip(("loss", "bce", "dice"), numbers, strict=False)), numbers[3] > 0
 
 
 @dataclass
@@ -602,7 +512,8 @@ def prepare(cfg: Config) -> Prepared | None:
     if task.base is not None:
         transfer.check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
                       extended=bool(cfg.extend))
-    scans = preprocess(cfg, cases)
+    scans = cache.build_all(cases, Path(cfg.out).parent / "cache", cfg.spacing_mm,
+                            workers=cfg.workers)
     if not cfg.dry_run:
         processes.join_processes(device)
     scans, val = split(cfg, scans, parts)
@@ -621,6 +532,29 @@ def prepare(cfg: Config) -> Prepared | None:
     return Prepared(cfg, run, scans, val, covered, task.frozen, amp)
 
 
+def update(run: checkpoints.Run, net, batch: dict, cfg: Config, amp: bool,
+           stop: processes.Stop) -> tuple[dict, bool]:
+    """One optimiser step -> (its numbers for the log, whether some process was asked to stop).
+
+    The only values fetched from the device are one stack of four numbers, before the weights
+    change, so that a loss that is not finite leaves them as they were.
+    """
+    loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
+    stops = torch.tensor(float(stop.requested), device=loss.device)
+    if processes.process_count() > 1:
+        dist.all_reduce(stops)
+    numbers = torch.stack([loss.detach(), bce.detach(), dice.detach(), stops]).tolist()
+    if not math.isfinite(numbers[0]):
+        raise ValueError(f"the loss is {numbers[0]} at step {run.step}, scans {batch['name']}; "
+                         "last.pt holds the state before")
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if cfg.clip_grad:
+        nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
+    run.optimiser.step()
+    return dict(zip(("loss", "bce", "dice"), numbers, strict=False)), numbers[3] > 0
+
+
 def train(cfg: Config) -> dict[str, dict[str, float]]:
     """One run -> the last validation's Dice per dataset and class."""
     ready = prepare(cfg)
@@ -631,8 +565,9 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     if processes.process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
     scores: dict[str, dict[str, float]] = {}
-    with open(log if first else os.devnull, "a", encoding="utf-8") as file, processes.Stop() as stop, tqdm(
-            total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first) as bar:
+    bar = tqdm(total=cfg.steps, initial=run.step, desc="train", unit="step", disable=not first)
+    log_or_nothing = log if first else os.devnull
+    with open(log_or_nothing, "a", encoding="utf-8") as file, processes.Stop() as stop, bar:
         for batch in load_crops(cfg, ready.training, run.step):
             start, rate = time.perf_counter(), lr_at(run.step, cfg)
             for group in run.optimiser.param_groups:
@@ -652,7 +587,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 scores = validate_and_keep_best(run, ready.validation, cfg, ready.amp, file, bar)
             if first and (run.step % SAVE_EVERY == 0 or done or leave):
                 file.flush()
-                save(last, run, cfg)
+                checkpoints.save(last, run, plain_settings(cfg))
             if leave:
                 raise KeyboardInterrupt
     processes.leave_processes()
@@ -664,11 +599,11 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     return scores
 
 
+# ---- the command ---------------------------------------------------------------------------------
 OUT_OF_MEMORY = ("try --recompute, a smaller --batch, --patch or --width, fewer --workers, or "
                  "--device cpu")
 
 
-# ---- the command ---------------------------------------------------------------------------------
 def parse(argv=None) -> Config:
     """Flags from the fields of Config."""
     parser = processes.Parser(description="Train the universal model on partial labels.")

@@ -817,10 +817,10 @@ def pieces_table(entries: list[dict]) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 def write(content: dict, out: Path) -> None:
     """The JSON, and its tables beside it."""
-    with files.atomic_write(out) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-    with files.atomic_write(out.with_suffix(".md")) as part:
-        part.write_text(markdown(content), encoding="utf-8")
+    with files.atomic_write(out) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    with files.atomic_write(out.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(content), encoding="utf-8")
 
 
 def processor() -> str:

@@ -182,8 +182,8 @@ def part_of(source: Path, to: Path, cases, structures=None, split: str = "Tr") -
             kept = np.isin(volume.array, list(info["labels"].values()))
             phantom.write_nifti(to / label, np.where(kept, volume.array, 0).astype(np.uint8),
                                 volume.affine)
-    with files.atomic_write(to / "dataset.json") as part:
-        part.write_text(json.dumps(info) + "\n")
+    with files.atomic_write(to / "dataset.json") as temporary:
+        temporary.write_text(json.dumps(info) + "\n")
     return to
 
 
@@ -208,8 +208,8 @@ def test_set(args, study: Study, name: str, **how) -> Path:
         hu, truth, affine = phantom.make_scan(10 ** 9 + i, **how)
         phantom.write_nifti(folder / f"imagesTs/t{i}_0000.nii.gz", hu, affine)
         phantom.write_nifti(folder / f"labelsTs/t{i}.nii.gz", label_value[truth], affine)
-    with files.atomic_write(folder / "dataset.json") as part:
-        shutil.copy(study.test / "dataset.json", part)
+    with files.atomic_write(folder / "dataset.json") as temporary:
+        shutil.copy(study.test / "dataset.json", temporary)
     return folder
 
 
@@ -288,8 +288,8 @@ def score(study: Study, method: Method, checkpoint: Path) -> dict:
     run |= training_cost(checkpoint.parent / "log.jsonl")
     run |= size_of(checkpoint)
     run["seconds"] = seconds
-    with files.atomic_write(kept) as part:
-        part.write_text(json.dumps(run))
+    with files.atomic_write(kept) as temporary:
+        temporary.write_text(json.dumps(run))
     return run
 
 
@@ -503,8 +503,8 @@ def draw_theta(png: Path, maps: dict) -> None:
             ax.scatter(*xy[:, k].T, s=18, color=np.array(pictures.COLOURS[k]) / 255)
             ax.annotate(name, xy[:, k].mean(0), fontsize=9)
         ax.set(title=method, xlabel="first principal axis", ylabel="second principal axis")
-    with files.atomic_write(png) as part:
-        figure.savefig(part, dpi=60)
+    with files.atomic_write(png) as temporary:
+        figure.savefig(temporary, dpi=60)
 
 
 # ---- words -------------------------------------------------------------------------------------
@@ -1024,10 +1024,10 @@ def main(argv=None) -> int:
         for run in runs:
             run.pop("cases", None)          # single scans stand in score.json of that run
     name = args.claim if args.study == claim.studies[0] else f"{args.claim}-{args.study}"
-    with files.atomic_write(args.out / f"{name}.json") as part:
-        part.write_text(json.dumps(without_nan(content)) + "\n")
-    with files.atomic_write(args.out / f"{name}.md") as part:
-        part.write_text(table(claim, content), encoding="utf-8")
+    with files.atomic_write(args.out / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(without_nan(content)) + "\n")
+    with files.atomic_write(args.out / f"{name}.md") as temporary:
+        temporary.write_text(table(claim, content), encoding="utf-8")
     print(f"\n{name}, {table(claim, content)}")
     return 0
 

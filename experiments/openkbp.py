@@ -198,8 +198,8 @@ def _write_dataset_json(path: Path, annotated: dict[str, list[str]]) -> None:
     by_number = {case: annotated[case] for case in sorted(annotated, key=_by_number)}
     content = {"channel_names": {"0": "CT"}, "labels": LABELS, "annotated": by_number,
                "file_ending": ".nii.gz", "numTraining": len(annotated), "source": SOURCE}
-    with files.atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_class_table(path: Path) -> None:
@@ -207,8 +207,8 @@ def write_class_table(path: Path) -> None:
     largest piece."""
     entries = [{"name": name, "solid": 1.0} | ({"side": SIDES[name]} if name in SIDES else {})
                for name in STRUCTURES.values()]
-    with files.atomic_write(path) as part:
-        part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv=None) -> int:

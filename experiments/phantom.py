@@ -900,8 +900,8 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image = nib.Nifti1Image(array, affine)
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
-    with files.atomic_write(path) as part:
-        part.write_bytes(gzip.compress(image.to_bytes(), 4, mtime=0))
+    with files.atomic_write(path) as temporary:
+        temporary.write_bytes(gzip.compress(image.to_bytes(), 4, mtime=0))
 
 
 class Job(NamedTuple):
@@ -951,8 +951,8 @@ def _write_dataset_json(folder: Path, training_scans: int, anatomy: str) -> None
         names[name] = values[0] if one_value else values
     content = {"channel_names": {"0": kind.modality}, "labels": names,
                "numTraining": training_scans, "file_ending": ".nii.gz"}
-    with files.atomic_write(folder / "dataset.json") as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+    with files.atomic_write(folder / "dataset.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_datasets(out, *, scans, seed, test_scans=6, processes=None, anatomy="abdomen"):
@@ -968,8 +968,8 @@ def write_datasets(out, *, scans, seed, test_scans=6, processes=None, anatomy="a
         training = sum(job.folder == folder and job.split == "Tr" for job in jobs)
         _write_dataset_json(folder, training, anatomy)
     if anatomy != "abdomen":
-        with files.atomic_write(out / f"{anatomy}.json") as part:
-            part.write_text(json.dumps(list(ANATOMY[anatomy].spelling)) + "\n")
+        with files.atomic_write(out / f"{anatomy}.json") as temporary:
+            temporary.write_text(json.dumps(list(ANATOMY[anatomy].spelling)) + "\n")
     # spawn: a forked process may inherit a lock that another thread of the caller holds
     workers = min(processes or max(2, os.cpu_count() or 2), len(jobs))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 import data
 import labels
 from model import UniversalModel, load_released, one_line, public_weights
-from support import cache, extension, processes
+from support import cache, extension, files, processes
 
 FORMAT = "universal-model/2"
 
@@ -176,3 +177,65 @@ class Run:
     scans: str = ""                # what identify_scans returns
     seen: dict | None = None       # the scans that the weights have seen, for infer.py
     prompts: list[str] = dataclasses.field(default_factory=list)   # of w, if CLIP encoded it
+
+
+def describe_run(run: Run, config: dict) -> dict:
+    """All that a checkpoint holds but the weights and the state of the optimiser.
+
+    config  the settings of the run as plain values; "batch" counts the crops of all processes
+    """
+    classes = []
+    for c in run.classes:
+        entry = dataclasses.asdict(c)
+        classes.append({k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()})
+    return {"format": FORMAT, "spec": run.spec, "w": run.w.cpu(), "prompts": run.prompts,
+            "classes": classes, "config": config, "trained": run.trained,
+            "modality": run.modality, "step": run.step, "best": run.best, "scans": run.scans,
+            "seen": run.seen}
+
+
+def save(path: Path, run: Run, config: dict) -> None:
+    """Write all that inference and resuming need, as plain tensors, numbers and strings; see
+    describe_run. The file appears complete or not at all."""
+    content = {**describe_run(run, config), "model": run.network.state_dict(),
+               "optimizer": run.optimiser.state_dict()}
+    with files.atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def identity(content: dict) -> dict:
+    """What a resumed run must share with the run that it continues, from what describe_run returns.
+
+    The text embeddings are represented by a hash.
+    """
+    same = {f"--{key.replace('_', '-')}": value for key, value in content["config"].items()
+            if key not in MAY_DIFFER}
+    same["--batch x processes"] = same.pop("--batch")
+    same["classes"] = [c["name"] for c in content["classes"]]
+    same["model"] = content["spec"]
+    same["scans"] = content["scans"]
+    w = content["w"]                                                   # (K, E)
+    same["text embeddings"] = hashlib.sha256(w.numpy().tobytes()).hexdigest()[:12]
+    return same
+
+
+def resume(path: Path, run: Run, config: dict) -> None:
+    """Continue from a checkpoint of the same run.
+
+    raises ValueError  naming the first thing in which the two runs differ
+    """
+    content = read_checkpoint(path)
+    try:
+        before, now = identity(content), identity(describe_run(run, config))
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise ValueError(f"{path}: was made with {key} {before.get(key)!s:.90}, now "
+                                 f"{value!s:.90}; a resumed run must have the same, start a new "
+                                 "--out instead")
+        run.network.load_state_dict(content["model"])
+        run.optimiser.load_state_dict(content["optimizer"])
+        run.step, run.best, run.seen = content["step"], content["best"], content["seen"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
+    if processes.process_rank() == 0:
+        print(f"{path}: continued after {run.step} steps")

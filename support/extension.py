@@ -106,12 +106,12 @@ class ExtendedModel(UniversalModel):
         """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W)."""
         model.check_side(x.shape[2:], self.backbone)
         newest = torch.full((len(w),), len(self.extensions))
-        part = newest if self.training else part_of(self, w)           # (K,)
+        owner = newest if self.training else owner_of(self, w)         # (K,)
         deep, coarse, skip = self.trunk(x)
         f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))            # (B, 256)
         logits, classes = [], []
-        for i in part.unique().tolist():
-            own = torch.nonzero(part == i)[:, 0]                       # (k,) classes of part i
+        for i in owner.unique().tolist():
+            own = torch.nonzero(owner == i)[:, 0]                      # (k,) classes of part i
             source = (self, *self.extensions)[i]
             theta = source.controller(w[own], f)                       # (B, k, 153)
             fine = self.decode(source.last_level(), coarse, skip)      # (B, C, D, H, W)
@@ -185,11 +185,11 @@ def build_model(spec: dict) -> UniversalModel:
     return network
 
 
-def part_of(network: UniversalModel, w: Tensor) -> Tensor:
+def owner_of(network: UniversalModel, w: Tensor) -> Tensor:
     """w (K, E) -> (K,) int, on the CPU: the part of the network that computes each class, 0 for the
     first model and i for extension i."""
-    part = torch.zeros(len(w), dtype=torch.long, device=w.device)
+    owner = torch.zeros(len(w), dtype=torch.long, device=w.device)
     for i, extension in enumerate(getattr(network, "extensions", ()), 1):
         known = (w[:, None] == extension.controller.w_new).all(2).any(1)       # (K,)
-        part = torch.where(known, i, part)
-    return part.cpu()
+        owner = torch.where(known, i, owner)
+    return owner.cpu()

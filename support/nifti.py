@@ -188,5 +188,5 @@ def check_grey_values(volume: data.Volume, path: str | Path) -> None:
 def save(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
          description: str | None = None) -> None:
     """`data.save_like`; the file appears complete or not at all."""
-    with files.atomic_write(path) as part:
-        data.save_like(part, array, like, slope=slope, description=description)
+    with files.atomic_write(path) as temporary:
+        data.save_like(temporary, array, like, slope=slope, description=description)

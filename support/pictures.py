@@ -100,8 +100,8 @@ def draw(path: Path, volume: data.Volume, label: np.ndarray, classes, title: str
     names = [Patch(color=colours[v], label=classes[v - 1].name) for v in shown[shown > 0][:40]]
     fig.legend(handles=names, ncols=5, loc="lower center", fontsize=9, labelcolor="white",
                frameon=False)
-    with files.atomic_write(path) as part:
-        fig.savefig(part, dpi=80, facecolor="black", metadata={"Software": software})
+    with files.atomic_write(path) as temporary:
+        fig.savefig(temporary, dpi=80, facecolor="black", metadata={"Software": software})
 
 
 def _most_labelled_plane(label: np.ndarray, axis: int) -> int:
@@ -153,8 +153,8 @@ def draw_curve(path: Path, records: list[dict]) -> None:
         ax.plot([r["step"] for r in validations], [r["val"] for r in validations], "o-",
                 label="validation Dice")
     ax.legend()
-    with files.atomic_write(path) as part:
-        fig.savefig(part, dpi=100)
+    with files.atomic_write(path) as temporary:
+        fig.savefig(temporary, dpi=100)
 
 
 # ---- text embeddings ---------------------------------------------------------------------------

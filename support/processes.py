@@ -269,12 +269,12 @@ class Stop:
     """Ctrl-C and SIGTERM end a run after the step under way, with its checkpoint."""
 
     def __enter__(self):
-        self.asked = False
+        self.requested = False
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number, frame):
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *_):
         for s, handler in self.before.items():

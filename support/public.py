@@ -177,8 +177,8 @@ def prepare(name: str, folder: Path) -> None:
     content["training"] = [{"image": PUBLIC[name].image.format(case),
                             "label": PUBLIC[name].label.format(case)} for case in cases]
     content["prepared_by"] = "support.public"
-    with files.atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {len(cases)} cases")
 
 
@@ -327,8 +327,8 @@ def write_folds(folder: Path, k: int) -> None:
     path = folder / FOLDS_FILE
     if path.exists() and files.read_json(path, (dict, list)) != folds:
         raise ValueError(f"{path}: exists and has other folds; move it away")
-    with files.atomic_write(path) as part:
-        part.write_text(json.dumps(folds, indent=1) + "\n", encoding="utf-8")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(folds, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {k} folds, for train.py --split {path} --fold 0 to {k - 1}")
 
 

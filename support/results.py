@@ -157,8 +157,8 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
                       software=DESCRIPTION)
     nifti.save(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
-    with files.atomic_write(out_dir / f"{name}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with files.atomic_write(out_dir / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content["classes"]
 
 
@@ -172,8 +172,8 @@ def write_itksnap_labels(path: Path, classes) -> None:
         red, green, blue = pictures.COLOURS[k % len(pictures.COLOURS)]
         name = c.name.replace('"', "'")
         lines.append(f'{k + 1:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{name}"')
-    with files.atomic_write(path) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # In the path of a label map below --input, such as case_seg.nii.gz or labelsTr/x.nii
@@ -283,3 +283,36 @@ def file_identity(path: Path) -> dict | None:
         return None
     found = path.stat()
     return {"path": os.path.realpath(path), "size": found.st_size, "changed": found.st_mtime_ns}
+
+
+def refuse_losing_files(scans: dict[str, Path], planned: dict[str, list[str]], out_dir: Path, *,
+                        overwrite: bool) -> None:
+    """Refuse to write over what is no result, or over the result of another scan.
+
+    scans    {name of the result: scan}
+    planned  {name of the result: the files of `result_files`}
+    raises   ValueError  if a planned file exists that infer.py did not write; or, unless
+             `overwrite`, one of another scan's result; or if masks of an unfinished result would
+             seem to belong to the new one
+    """
+    shared = out_dir / "itksnap_labels.txt"
+    if os.path.lexists(shared) and not shared.read_bytes().startswith(CLEAR_LABEL.encode()):
+        raise ValueError(f"{shared}: exists and was not written by infer.py; choose another folder "
+                         "with --output, or move this file away")
+    for name, scan in scans.items():
+        paths = [out_dir / file for file in planned[name]]
+        for path in paths:
+            if os.path.lexists(path) and not is_own_file(path):
+                raise ValueError(f"{path}: exists and was not written by infer.py; choose another "
+                                 "folder with --output, or move this file away")
+        record = read_record(out_dir / f"{name}.json")
+        if record is None:
+            masks = (out_dir / name).glob("*.nii.gz")
+            for path in sorted({out_dir / f"{name}.png", *masks} - set(paths)):
+                if is_own_file(path):
+                    raise ValueError(f"{path}: is not of the result that would be written beside "
+                                     "it, but of another or an unfinished one; move it away")
+        elif record["made_with"]["scan"]["path"] != os.path.realpath(scan) and not overwrite:
+            raise ValueError(f"{out_dir / name}.nii.gz: is the result of another scan, "
+                             f"{record['made_with']['scan']['path']}, not of {scan}; choose "
+                             "another folder with --output, or --overwrite to replace it")

@@ -1,4 +1,12 @@
-"""TODO"""
+"""Other classes and other words for a trained model: `train.py --init` and `--extend`, `infer.py
+--text` and `--prompt`.
+
+A class is a text embedding, and no weight of the network has the size K. So a trained network can
+be given any class table, as long as the embeddings are of the space of those that it was trained
+with, which `check_text` finds out.
+
+K classes   E text width (512)
+"""
 from __future__ import annotations
 
 import dataclasses
@@ -13,6 +21,27 @@ import labels
 from model import BACKBONES, UniversalModel
 from support import checkpoints, extension, files, processes
 
+
+# ---- text beside that of training ----------------------------------------------------------------
+@dataclass
+class TrainedText:
+    """The text embeddings that the network of a checkpoint was trained with."""
+    path: str                      # the checkpoint, for messages
+    names: list[str]               # of the K classes; "" for those without a name
+    w: Tensor                      # (K, E)
+    prompts: list[str]             # of the K classes
+
+
+def trained_text(path, w: Tensor, content: dict, classes) -> TrainedText:
+    """The text of a checkpoint, from what `load_checkpoint` returns and its class table.
+
+    Where no prompts are recorded, as in a released file, they are taken to be those of
+    clip_text.TEMPLATE, which `encode_beside` finds out if it is wrong.
+    """
+    prompts = content.get("prompts") or [c.sentence(clip_text.TEMPLATE) for c in classes]
+    return TrainedText(str(path), [c.name for c in classes], w, prompts)
+
+
 MIN_COSINE = 0.5            # of two text embeddings of one class in one space. In that of ViT-B/32
                             # even different classes have more, in different spaces it is near 0
 MAX_NORM_RATIO = 1.5        # of the norms of two such embeddings; the released ones differ by 1.2
@@ -20,27 +49,25 @@ ROUNDING = 0.01             # relative difference of two embeddings of one promp
                             # were computed in float16
 
 
-def check_text(path: str | Path, trained_names: list[str], trained_w: Tensor, names: list[str],
-               w: Tensor) -> str:
+def check_text(trained: TrainedText, names: list[str], w: Tensor) -> str:
     """Check that text embeddings are of the space of those that a network was trained with, by
     comparing the two embeddings of every class in both.
 
-    path                      the checkpoint of the network, for messages
-    trained_names, trained_w  the names of its classes and their text embeddings
-    names, w                  the other text embeddings
-    returns  one line for the user if they differ, or if no class is in both; "" otherwise
-    raises   ValueError  if the widths differ, or two embeddings of a class have a cosine below
-             MIN_COSINE or norms in a ratio beyond MAX_NORM_RATIO
+    names, w  the other text embeddings (K, E)
+    returns   one line for the user if they differ, or if no class is in both; "" otherwise
+    raises    ValueError  if the widths differ, or two embeddings of a class have a cosine below
+              MIN_COSINE or norms in a ratio beyond MAX_NORM_RATIO
     """
-    if w.shape[1] != trained_w.shape[1]:
-        raise ValueError(f"{path}: was trained with text embeddings of width {trained_w.shape[1]}, "
+    path = trained.path
+    if w.shape[1] != trained.w.shape[1]:
+        raise ValueError(f"{path}: was trained with text embeddings of width {trained.w.shape[1]}, "
                          f"now they have width {w.shape[1]}; give it text of the kind that it was "
                          "trained with")
-    shared = [name for name in names if name in trained_names]
+    shared = [name for name in names if name in trained.names]
     if not shared:
         return (f"note: {path}: no class has both a text embedding of training and another one, so "
                 "the two cannot be compared")
-    old = torch.stack([trained_w[trained_names.index(name)] for name in shared]).double().cpu()
+    old = torch.stack([trained.w[trained.names.index(name)] for name in shared]).double().cpu()
     new = torch.stack([w[names.index(name)] for name in shared]).double().cpu()
     cosines = nn.functional.cosine_similarity(old, new)                # (shared,)
     ratios = new.norm(dim=1) / old.norm(dim=1)
@@ -57,36 +84,21 @@ def check_text(path: str | Path, trained_names: list[str], trained_w: Tensor, na
             f"differs most (cosine {cosines[lowest]:.2f})")
 
 
-def prompts_of(content: dict, classes) -> list[str]:
-    """The prompts of a checkpoint's text embeddings. Where none are recorded, as in a released
-    file, they are taken to be those of TEMPLATE, which `encode_for` finds out if it is wrong.
+def encode_beside(trained: TrainedText, names: list[str], prompts: list[str], *,
+                  weights: str | Path | None = None) -> tuple[Tensor, str]:
+    """Encode the prompts of K classes for a network that was trained with others.
 
-    content, classes  of the checkpoint, as model.load_checkpoint returns it, and its class table
+    The first prompt of training is encoded with them and compared, too, so `check_text` also finds
+    other CLIP weights where no class is in both.
+
+    returns  w (K, E), and the note of check_text
     """
-    return content.get("prompts") or [c.sentence(clip_text.TEMPLATE) for c in classes]
+    w = clip_text.encode_classes([*prompts, *trained.prompts[:1]], "{}", weights=weights)
+    note = check_text(trained, [*names, *trained.names[:len(w) - len(names)]], w)
+    return w[:len(names)], note
 
 
-def encode_for(path: str | Path, trained_names: list[str], trained_w: Tensor,
-               trained_prompts: list[str], names: list[str], prompts: list[str], *,
-               weights: str | Path | None = None) -> tuple[Tensor, str]:
-    """Encode prompts for a network that was trained with others -> (w (K, E), note).
-
-    The first of the prompts of training is encoded with them and compared, too, so `check_text`
-    also finds other CLIP weights where no class is in both.
-
-    names, prompts  of the K classes; see check_text for the rest, the note and the errors
-    """
-    first = trained_prompts[:1]
-    w = clip_text.encode_classes([*prompts, *first], "{}", weights=weights)
-    note = check_text(path, trained_names, trained_w, [*names, *trained_names[:len(first)]], w)
-    return w[:len(prompts)], note
-
-
-# Of the texts of a prompt and of a trained class: there organs lose a third of their Dice, see
-# "Other words" in experiments/RESULTS.md
-CLOSE_COSINE = 0.95
-
-
+# ---- segmenting with other words -----------------------------------------------------------------
 def read_prompts(path: Path, classes) -> dict[str, str]:
     """A JSON file {"aorta": "A CT of the main artery"} -> {name in the class table: prompt}.
 
@@ -110,8 +122,39 @@ def read_prompts(path: Path, classes) -> dict[str, str]:
     return prompts
 
 
+def replace_text(trained: TrainedText, file: Path, classes, *, owner: Tensor,
+                 weights: str | Path | None = None) -> tuple[Tensor, dict[str, str]]:
+    """infer.py --text: other text embeddings for the classes that a file names.
+
+    file     JSON {class: prompt}, or a file of text embeddings
+    classes  the class table of the checkpoint
+    owner    (K,) int: for each class the part of the model that computes it, see owner_of
+    returns  w (K, E), and the prompts if the file holds some: {class: prompt}
+    raises   ValueError  if the embeddings mean nothing to the network
+    """
+    prompts: dict[str, str] = {}
+    if file.suffix == ".json":
+        prompts = read_prompts(file, classes)
+        names = list(prompts)
+        given, note = encode_beside(trained, names, list(prompts.values()), weights=weights)
+    else:
+        names = trained.names
+        given = clip_text.read_text(file, names)
+        note = check_text(trained, names, given)
+    if note:
+        processes.report(f"{note}; results may be far worse than with the text of training")
+    w = trained.w.clone()
+    for name, embedding in zip(names, given, strict=True):
+        k = trained.names.index(name)
+        if owner[k] > 0 and not torch.equal(embedding, w[k]):
+            raise ValueError(f"{file}: {name!r} was added by --extend and answers to its own text "
+                             "embedding only; leave it out")
+        w[k] = embedding
+    return w, prompts
+
+
 def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
-    """A class for each --prompt, whose name is the prompt.
+    """infer.py --prompt: a class for each prompt, whose name is the prompt.
 
     raises ValueError  if a prompt is empty, is given twice or is the name of a class
     """
@@ -131,24 +174,47 @@ def classes_of_prompts(prompts: list[str], classes) -> list[labels.Class]:
     return [labels.Class(name) for name in names]
 
 
-ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
-ONEHOT_AXES = 512      # width of one-hot text embeddings, that of CLIP's
-ONEHOT = torch.eye(ONEHOT_AXES) * ONEHOT_NORM
+# Of the texts of a prompt and of a trained class: there organs lose a third of their Dice, see
+# "Other words" in experiments/RESULTS.md
+CLOSE_COSINE = 0.95
 
 
+def encode_prompts(trained: TrainedText, prompts: list[str], *,
+                   weights: str | Path | None = None) -> Tensor:
+    """infer.py --prompt: the text embeddings w (number of prompts, E).
+
+    For each prompt the trained class with the most similar text is printed, because a network
+    answers reliably only to texts that are close to those of training.
+
+    trained  the classes that the network was trained on
+    raises   ValueError  if the embeddings mean nothing to the network
+    """
+    w, _ = encode_beside(trained, prompts, prompts, weights=weights)
+    similarity = clip_text.cosine(torch.cat([w, trained.w]))[:len(prompts), len(prompts):]
+    for prompt, cosines in zip(prompts, similarity, strict=True):
+        nearest = int(cosines.argmax())
+        doubt = "; what is found may mean nothing" if cosines[nearest] < CLOSE_COSINE else ""
+        processes.report(f"prompt {prompt!r}: of the texts of training, that of "
+                         f"{trained.names[nearest]!r} is the most similar (cosine "
+                         f"{cosines[nearest]:.3f}){doubt}")
+    return w
+
+
+# ---- training from a checkpoint ------------------------------------------------------------------
 @dataclass
 class Base:
     """A checkpoint that --init or --extend starts from."""
-    path: str
+    text: TrainedText
     model: UniversalModel
     spec: dict                                 # what build_model needs to make the model
     classes: tuple[labels.Class, ...]          # () if they have no names
-    names: list[str]                           # of the n classes; "" where there are none
-    w: Tensor                                  # (n, E) text embeddings
     content: dict                              # what else the file holds
 
 
-def read_base(path: str, needs_names: bool) -> Base:
+WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
+
+
+def read_base(path: str, *, needs_names: bool) -> Base:
     """Read a checkpoint of train.py or a released one.
 
     raises ValueError  if needs_names and the file does not say which classes it was trained on
@@ -159,59 +225,64 @@ def read_base(path: str, needs_names: bool) -> Base:
             WIDTH_ARGUMENT[name]: model.backbone.fine_channels}
     spec = content.get("spec", spec)
     if "classes" not in content and len(w) != len(labels.CLASSES) and not needs_names:
-        return Base(path, model, spec, (), [""] * len(w), w, content)
+        return Base(TrainedText(path, [""] * len(w), w, []), model, spec, (), content)
     classes = checkpoints.classes_of_checkpoint(content, len(w), path)
-    return Base(path, model, spec, classes, [c.name for c in classes], w, content)
+    return Base(trained_text(path, w, content, classes), model, spec, classes, content)
 
 
-def onehot_embeddings(names: list[str], base: Base | None = None) -> Tensor:
+ONEHOT_NORM = 8.8      # mean norm of the released CLIP embeddings, so that only directions differ
+ONEHOT_WIDTH = 512     # width of one-hot text embeddings, that of CLIP's
+
+
+def onehot_embeddings(names: list[str], trained: TrainedText | None = None) -> Tensor:
     """One-hot text embeddings w (K, 512): every class has an axis of its own.
 
-    A class of the same name as in `base` keeps its axis; any other takes the next free one.
+    A class of the same name as in `trained` keeps its axis; any other takes the next free one.
 
-    raises ValueError  if there are more classes than axes, or base was trained with other text
+    raises ValueError  if there are more classes than axes, or the network was trained with other
+                       text
     """
+    onehot = torch.eye(ONEHOT_WIDTH) * ONEHOT_NORM
     axis: dict[str, int] = {}
-    if base is not None:
-        taken = base.w.argmax(1)
-        if base.w.shape[1] != ONEHOT_AXES or not torch.equal(base.w, ONEHOT[taken]):
-            raise ValueError(f"{base.path}: was not trained with --text onehot; pass the --text "
+    if trained is not None:
+        taken = trained.w.argmax(1)
+        if trained.w.shape[1] != ONEHOT_WIDTH or not torch.equal(trained.w, onehot[taken]):
+            raise ValueError(f"{trained.path}: was not trained with --text onehot; pass the --text "
                              "that it was trained with")
-        axis = dict(zip(base.names, taken.tolist(), strict=True))
+        axis = dict(zip(trained.names, taken.tolist(), strict=True))
     new = [name for name in names if name not in axis]
-    free = [i for i in range(ONEHOT_AXES) if i not in axis.values()]
+    free = [i for i in range(ONEHOT_WIDTH) if i not in axis.values()]
     if len(new) > len(free):
         raise ValueError(f"--text onehot: has axes for {len(free)} new classes, not for {len(new)}")
     axis.update(zip(new, free, strict=False))
-    return ONEHOT[[axis[name] for name in names]]
+    return onehot[[axis[name] for name in names]]
 
 
-def text_embeddings(text: str, classes, base: Base | None = None, *, template: str = "V3",
+def text_embeddings(text: str, classes, trained: TrainedText | None = None, *,
+                    template: str = "V3",
                     clip_weights: str | None = None) -> tuple[Tensor, list[str]]:
     """-> (the text embeddings w (K, E) of classes, their prompts if CLIP encoded them).
 
-    text    clip, onehot, or a file of text embeddings
-    base    the checkpoint whose network is to be given them, if any
-    raises  ValueError  if they mean nothing to that network
+    text     clip, onehot, or a file of text embeddings
+    trained  the text of the network that is to be given them, if it is a trained one
+    raises   ValueError  if they mean nothing to that network
     """
     names = [c.name for c in classes]
     if text == "onehot":
-        return onehot_embeddings(names, base), []
+        return onehot_embeddings(names, trained), []
     prompts, note = [], ""
     if text == "clip":
         prompts = [c.sentence(template) for c in classes]
-    if text == "clip" and base is None:
-        w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
-    elif text == "clip":
-        trained_prompts = prompts_of(base.content, base.classes)
-        w, note = encode_for(base.path, base.names, base.w, trained_prompts, names,
-                                       prompts, weights=clip_weights)
+        if trained is None:
+            w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
+        else:
+            w, note = encode_beside(trained, names, prompts, weights=clip_weights)
     else:
         w = clip_text.read_text(text, names)
-        if base is not None:
-            note = check_text(base.path, base.names, base.w, names, w)
-    if note and processes.process_rank() == 0:
-        print(note)
+        if trained is not None:
+            note = check_text(trained, names, w)
+    if note:
+        processes.report(note)
     return w, prompts
 
 
@@ -229,65 +300,62 @@ class Task:
     base_seen: dict | None = None  # "seen" of the checkpoint that training starts from, if any
 
 
-WIDTH_ARGUMENT = {"unet": "width", "swin_unetr": "feature_size"}       # of the backbones
-
-
 def initial_task(base: Base, classes, text: str, words: dict) -> Task:
     """--init: all weights of a checkpoint under a class table of one's own.
 
-    text, words  see text_embeddings
+    text, words  see text_embeddings, whose keyword arguments `words` holds
     """
     left_out = sum(base.spec.get("extensions", []))     # each is made for its own classes
-    kept = len(base.names) - left_out
-    base = dataclasses.replace(base, names=base.names[:kept], w=base.w[:kept])
+    kept = len(base.text.names) - left_out
+    trained = dataclasses.replace(base.text, names=base.text.names[:kept], w=base.text.w[:kept])
     spec = {key: value for key, value in base.spec.items() if key != "extensions"}
+    model = base.model
     if left_out:
-        state = base.model.state_dict()
-        base.model = extension.build_model(spec)
-        base.model.load_state_dict({name: state[name] for name in base.model.state_dict()})
-    w, prompts = text_embeddings(text, classes, base, **words)
-    if processes.process_rank() == 0:
-        shared = [c.name for c in classes if c.name in base.names]
-        new = [c.name for c in classes if c.name not in base.names]
-        print(f"{base.path}: all {len(base.model.state_dict())} tensors of a {spec['backbone']} of "
-              f"width {base.model.backbone.fine_channels} taken (backbone, pooling branch, "
-              "controller, reduction); optimiser and schedule start anew")
-        print(f"  classes known to it: {', '.join(shared) or 'none'}; "
-              f"new: {', '.join(new) or 'none'}")
-        if left_out:
-            print(f"  not taken: what --extend added to it for {left_out} classes")
-    return Task(classes, w, prompts, base.model.requires_grad_(), spec)
+        state = model.state_dict()
+        model = extension.build_model(spec)
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+    w, prompts = text_embeddings(text, classes, trained, **words)
+    shared = [c.name for c in classes if c.name in trained.names]
+    new = [c.name for c in classes if c.name not in trained.names]
+    processes.report(f"{trained.path}: all {len(model.state_dict())} tensors of a "
+                     f"{spec['backbone']} of width {model.backbone.fine_channels} taken (backbone, "
+                     "pooling branch, controller, reduction); optimiser and schedule start anew")
+    processes.report(f"  classes known to it: {', '.join(shared) or 'none'}; "
+                     f"new: {', '.join(new) or 'none'}")
+    if left_out:
+        processes.report(f"  not taken: what --extend added to it for {left_out} classes")
+    return Task(classes, w, prompts, model.requires_grad_(), spec)
 
 
 def extended_task(base: Base, classes, text: str, words: dict) -> Task:
     """--extend: the frozen classes of a checkpoint, and after them the new ones.
 
-    text, words  see text_embeddings
+    text, words  see text_embeddings, whose keyword arguments `words` holds
     """
-    new = tuple(c for c in classes if c.name not in base.names)
-    known = [c.name for c in classes if c.name in base.names]
+    trained = base.text
+    new = tuple(c for c in classes if c.name not in trained.names)
+    known = [c.name for c in classes if c.name in trained.names]
     if not new:
-        raise ValueError(f"--extend {base.path}: --classes must name a class that is not in its "
+        raise ValueError(f"--extend {trained.path}: --classes must name a class that is not in its "
                          "table; one that is in it but was never trained is trained with --init")
-    if processes.process_rank() == 0:
-        left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
-        print(f"{base.path}: its {len(base.names)} classes are kept and frozen; new: "
-              f"{', '.join(c.name for c in new)}{left}")
-    w, prompts = text_embeddings(text, new, base, **words)
+    left = f"; in it already and left as they are: {', '.join(known)}" if known else ""
+    processes.report(f"{trained.path}: its {len(trained.names)} classes are kept and frozen; new: "
+                     f"{', '.join(c.name for c in new)}{left}")
+    w, prompts = text_embeddings(text, new, trained, **words)
     for k, c in enumerate(new):
-        if (torch.cat([base.w, w[:k]]) == w[k]).all(1).any():
-            raise ValueError(f"--extend {base.path}: the text embedding of {c.name!r} is that of "
-                             "another class, too, so the two cannot be told apart; give it another "
-                             "prompt in --classes or another embedding in --text")
+        if (torch.cat([trained.w, w[:k]]) == w[k]).all(1).any():
+            raise ValueError(f"--extend {trained.path}: the text embedding of {c.name!r} is that "
+                             "of another class, too, so the two cannot be told apart; give it "
+                             "another prompt in --classes or another embedding in --text")
     if prompts:
-        prompts = [*prompts_of(base.content, base.classes), *prompts]
+        prompts = [*trained.prompts, *prompts]
     table = labels.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
-    trained = base.content.get("trained", [c.name for c in base.classes])
-    return Task(table, torch.cat([base.w, w]), prompts, base.model, base.spec,
-                frozen=len(base.names), frozen_trained=tuple(trained))
+    covered = base.content.get("trained", [c.name for c in base.classes])
+    return Task(table, torch.cat([trained.w, w]), prompts, base.model, base.spec,
+                frozen=len(trained.names), frozen_trained=tuple(covered))
 
 
-def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
+def check_spacing(path: str, before: float, now: float, *, extended: bool) -> None:
     """Compare the spacing of this run, in mm, with that of the checkpoint that it starts from.
 
     raises ValueError  if it differs for --extend, because old classes need the spacing that they
@@ -298,5 +366,4 @@ def check_spacing(path: str, before: float, now: float, extended: bool) -> None:
     text = f"{path}: was trained at {before:g} mm, now --spacing-mm is {now:g}"
     if extended:
         raise ValueError(f"{text}; its old classes need --spacing-mm {before:g}")
-    if processes.process_rank() == 0:
-        print(f"note: {text}")
+    processes.report(f"note: {text}")

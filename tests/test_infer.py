@@ -133,14 +133,14 @@ def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
     v = data.load_volume(path)
     seg = streaming.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
     classes = labels.make_classes(["Ball", "Nothing"])
-    results = results.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
+    found = results.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
                                   masks=True, preview=False, volume=v)
     got = nib.load(tmp_path / "out/scan.nii.gz")
     assert np.array_equal(got.affine, nib.load(path).affine) and got.shape == expected.shape
     label = np.asarray(got.dataobj)
     assert 2 * (expected & (label == 1)).sum() / (expected.sum() + (label == 1).sum()) > 0.95
-    assert results[0]["volume_ml"] == pytest.approx((label == 1).sum() * 15 / 1000, abs=1e-3)
-    assert results[1]["volume_ml"] == 0
+    assert found[0]["volume_ml"] == pytest.approx((label == 1).sum() * 15 / 1000, abs=1e-3)
+    assert found[1]["volume_ml"] == 0
     mask = np.asarray(nib.load(tmp_path / "out/scan/ball.nii.gz").dataobj)
     assert np.array_equal(mask, label == 1)
     assert json.loads((tmp_path / "out/scan.json").read_text())["classes"][0]["value"] == 1
@@ -617,7 +617,8 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         assert np.abs(seg.levels[k] / 255 - prob)[inside].max() < 0.5 / 255 + 1e-4
         assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
     seg.levels[1, 0, 0, 0] = 255
-    results.write_results("scan", tmp_path / "out", path, seg, labels.make_classes(["A", "B", "C d"]),
+    classes = labels.make_classes(["A", "B", "C d"])
+    results.write_results("scan", tmp_path / "out", path, seg, classes,
                         [0, 1, 2], {}, masks=False, preview=False, volume=v)
     assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [
         "a_probability.nii.gz", "b_probability.nii.gz", "c_d_probability.nii.gz"]

@@ -658,9 +658,9 @@ def test_an_extension_leaves_old_logits_bit_identical(backbone, form):
         assert torch.equal(both[:, 1:4], before)
         assert torch.allclose(both[:, [4, 0]], new(x, w_new), atol=1e-5)
         assert not torch.allclose(both[:, 4], both[:, 0])
-    part = extension.part_of(new, torch.cat([w_new[1:], w, w_new[:1]]))
+    part = extension.owner_of(new, torch.cat([w_new[1:], w, w_new[:1]]))
     assert part.tolist() == [1, 0, 0, 0, 1]
-    assert extension.part_of(old, w).tolist() == [0, 0, 0]
+    assert extension.owner_of(old, w).tolist() == [0, 0, 0]
 
 
 def test_in_training_mode_all_classes_are_of_the_newest_extension():
@@ -680,7 +680,7 @@ def test_only_an_extension_is_trained_and_an_extended_model_can_be_extended_agai
     with torch.no_grad():
         before = network(x, torch.cat([first, w]))
     assert extension.extend(network, second) is network
-    part = extension.part_of(network, torch.cat([second, w, first]))
+    part = extension.owner_of(network, torch.cat([second, w, first]))
     assert part.tolist() == [2, 0, 0, 0, 1, 1]
     network(x, torch.cat([w, second, first])).square().mean().backward()
     for name, p in network.named_parameters():

@@ -234,8 +234,8 @@ def test_an_interrupted_run_is_resumed_and_ends_as_one_that_was_not(small, tmp_p
 
     @contextlib.contextmanager
     def interrupted(path):
-        with atomic_write(path) as part:
-            yield part
+        with atomic_write(path) as temporary:
+            yield temporary
             if len(done) == writes:
                 raise KeyboardInterrupt
         done.append(path)

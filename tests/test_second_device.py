@@ -25,7 +25,8 @@ import train
 from support import checkpoints, fast, processes, streaming, transfer
 
 slow = pytest.mark.slow
-bf16 = [slow, pytest.mark.skipif(not processes.has_bf16_instructions(), reason="gradients in emulated "
+bf16 = [slow, pytest.mark.skipif(not processes.has_bf16_instructions(),
+                                 reason="gradients in emulated "
                                  "bf16 are wrong")]
 
 
