@@ -23,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from support import processes
-
 TEMPLATES = {
     "V1": "A photo of a {}.",
     "V2": "There is {} in this computerized tomography.",
@@ -648,4 +646,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    from support import processes
     sys.exit(processes.run(main))

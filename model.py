@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support import checkpoints
-
 IMAGE_DIM = 256         # width of the global image feature f
 HEAD = (8, 8, 8, 1)     # channels of a generated head: its input, two hidden layers, its output
 HEAD_LAYERS = [(c_out, c_in) for c_in, c_out in pairwise(HEAD)]    # (8, 8), (8, 8), (1, 8)
@@ -504,7 +502,7 @@ def check_side(size, backbone) -> None:
                          f"got {tuple(size)}")
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
+# ---- making and reading ------------------------------------------------------------------------
 BACKBONES = {"unet": UNet, "swin_unetr": SwinUNETR}
 
 
@@ -529,6 +527,22 @@ def one_line(error: Exception) -> str:
     text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
     lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
     return " ".join([f"{type(error).__name__}:", *lines])
+
+
+def read_checkpoint(path) -> dict:
+    """The content of a checkpoint file: tensors, numbers and strings. No code in it is run.
+
+    raises OSError, ValueError  with a message of one line that names the file
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except Exception as e:             # torch and pickle raise all kinds on a damaged file
+        raise ValueError(f"{path}: not a readable checkpoint ({one_line(e)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a checkpoint is a dict, this is {type(content).__name__}")
+    return content
 
 
 # ---- public weights ----------------------------------------------------------------------------
@@ -626,7 +640,7 @@ def load_released(source, *, where: str = "state dict") -> tuple[UniversalModel,
     raises  ValueError  saying which parameters are missing, unknown or of another shape
     """
     if not isinstance(source, dict):
-        where, source = str(source), checkpoints.read_checkpoint(source)
+        where, source = str(source), read_checkpoint(source)
     state = public_weights(source, where)
     try:
         w = state.pop("organ_embedding").float()

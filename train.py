@@ -504,10 +504,10 @@ def prepare(cfg: Config) -> Prepared | None:
     amp = processes.choose_amp(device, cfg.amp)
     datasets.find_datasets(cfg.data)     # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
-    cases = data.read_datasets(cfg.data, task.classes, modality=cfg.modality)
+    cases = datasets.read_datasets(cfg.data, task.classes, modality=cfg.modality)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
-        spacing_mm = round(data.median_spacing(cases), 2)
+        spacing_mm = round(datasets.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     if task.base is not None:
         transfer.check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,

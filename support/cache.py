@@ -131,7 +131,7 @@ def fingerprint(array: np.ndarray) -> str:
     planes = array.transpose(np.argsort([-abs(stride) for stride in array.strides]))
     low, high = float(planes.min()), float(planes.max())
     scale = 1.0
-    if low < high and not FEW_LEVELS <= high - low <= data.MOST_LEVELS:
+    if low < high and not FEW_LEVELS <= high - low <= MOST_LEVELS:
         scale = FINE_LEVELS * 2.0 ** -math.floor(math.log2(high - low))
     first, last = round(low * scale), round(high * scale)
     counts = np.zeros(last - first + 1, np.int64)

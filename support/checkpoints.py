@@ -16,26 +16,10 @@ from torch import Tensor
 
 import data
 import labels
-from model import UniversalModel, load_released, one_line, public_weights
+from model import UniversalModel, load_released, one_line, public_weights, read_checkpoint
 from support import cache, extension, files, processes
 
 FORMAT = "universal-model/2"
-
-
-def read_checkpoint(path) -> dict:
-    """The content of a checkpoint file: tensors, numbers and strings. No code in it is run.
-
-    raises OSError, ValueError  with a message of one line that names the file
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except Exception as e:             # torch and pickle raise all kinds on a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({one_line(e)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a checkpoint is a dict, this is {type(content).__name__}")
-    return content
 
 
 def load_checkpoint(path) -> tuple[UniversalModel, Tensor, dict]:

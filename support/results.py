@@ -56,21 +56,21 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
 
     raises ValueError  if two classes would write one file, or a name is too long for a file
     """
-    files = [f"{name}.nii.gz", f"{name}.json"]
+    names = [f"{name}.nii.gz", f"{name}.json"]
     if preview:
-        files.append(f"{name}.png")
+        names.append(f"{name}.png")
     if masks:
-        files += [f"{name}/{mask_file(c)}" for c in class_names]
+        names += [f"{name}/{mask_file(c)}" for c in class_names]
     if probabilities:
-        files += [f"{name}/{probability_file(c)}" for c in class_names]
-    for i, file in enumerate(files):
+        names += [f"{name}/{probability_file(c)}" for c in class_names]
+    for i, file in enumerate(names):
         if len(os.path.basename(file).encode()) > LONGEST_FILE_NAME:
             raise ValueError(f"{file}: is too long for the name of a file; shorten the name of the "
                              "class, or leave out --masks and --probabilities")
-        if file in files[:i]:
+        if file in names[:i]:
             raise ValueError(f"two classes would write the same file {file}; rename one of them "
                              "in the class table, or segment one at a time with --classes")
-    return files
+    return names
 
 
 def is_result(path: Path) -> bool:

@@ -323,7 +323,8 @@ def test_a_picture_of_more_classes_than_the_legend_holds(tmp_path):
 def test_a_derivative_with_other_classes_than_the_built_in_ones_is_refused(tmp_path, capsys,
                                                                            monkeypatch):
     network = build_model({"backbone": "unet", "width": 8, "text_dim": 3})
-    monkeypatch.setattr(infer, "load_checkpoint", lambda path: (network, torch.eye(25, 3), {}))
+    monkeypatch.setattr(checkpoints, "load_checkpoint",
+                        lambda path: (network, torch.eye(25, 3), {}))
     path, _ = sphere_scan(tmp_path)
     assert command(tmp_path / "x.pth", path, tmp_path / "out", "--classes", "liver") == 2
     error = capsys.readouterr().err

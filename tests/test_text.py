@@ -14,12 +14,14 @@ import train
 from model import build_model
 from support import checkpoints, processes, results, transfer
 
+ONEHOT = torch.eye(transfer.ONEHOT_WIDTH) * transfer.ONEHOT_NORM
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
 AB = ["a", "b"]
 
 
 def note(names, w, trained=W):
-    return transfer.check_text("m.pt", AB[:len(trained)], trained, names, w)
+    text = transfer.TrainedText("m.pt", AB[:len(trained)], trained, [])
+    return transfer.check_text(text, names, w)
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
@@ -136,9 +138,10 @@ def write_checkpoint(path, w, **more) -> str:
 
 def test_the_prompts_of_a_checkpoint_are_recorded_or_those_of_the_release():
     classes = labels.make_classes(CLASSES)
-    assert transfer.prompts_of({"prompts": ["x", "y", "z"]}, classes) == ["x", "y", "z"]
+    text = transfer.trained_text("m.pt", CLIP_W, {"prompts": ["x", "y", "z"]}, classes)
+    assert text.prompts == ["x", "y", "z"]
     for content in ({}, {"prompts": []}, {"text": {"kind": "clip"}}):
-        assert transfer.prompts_of(content, classes) == V3
+        assert transfer.trained_text("m.pt", CLIP_W, content, classes).prompts == V3
 
 
 # ---- train.py --init and --extend ----------------------------------------------------------------
@@ -150,7 +153,7 @@ def task(tmp_path, start, names, **how):
 
 @pytest.mark.parametrize("flag", ["init", "extend"])
 @pytest.mark.parametrize("w, text, words", [
-    (transfer.ONEHOT[:3], "clip", "of width 512, now they have width 4"),
+    (ONEHOT[:3], "clip", "of width 512, now they have width 4"),
     (torch.eye(4)[[2, 1, 0]] * 8.8, "clip", "the text embedding of 'Liver' has a cosine of 0.00"),
     (-CLIP_W, "clip", "has a cosine of -1.00"),
     (CLIP_W, "onehot", "was not trained with --text onehot"),
@@ -250,15 +253,14 @@ def test_a_prompt_for_both_sides_names_them(tmp_path):
 
 def test_a_class_of_an_extension_keeps_the_embedding_by_which_it_is_known(tmp_path, clip):
     classes = labels.make_classes(CLASSES)
-    args = infer.parse(["--checkpoint", "m.pt", "--input", "x", "--output", "y", "--text",
-                        str(tmp_path / "words.json")])
+    trained = transfer.TrainedText("m.pt", [c.name for c in classes], CLIP_W, V3)
     (tmp_path / "words.json").write_text('{"Colon": "The large bowel"}')
-    part = torch.tensor([0, 0, 1])
+    owner = torch.tensor([0, 0, 1])
     with pytest.raises(ValueError, match="'Colon' was added by --extend"):
-        infer.read_text(args, classes, CLIP_W, V3, part)
-    args.text = tmp_path / "text.pt"
-    torch.save(CLIP_W * torch.tensor([[2.], [1.], [1.]]).sqrt(), args.text)   # Colon's unchanged
-    w, _ = infer.read_text(args, classes, CLIP_W, V3, part)
+        transfer.replace_text(trained, tmp_path / "words.json", classes, owner=owner)
+    file = tmp_path / "text.pt"
+    torch.save(CLIP_W * torch.tensor([[2.], [1.], [1.]]).sqrt(), file)        # Colon's unchanged
+    w, _ = transfer.replace_text(trained, file, classes, owner=owner)
     assert torch.equal(w[1:], CLIP_W[1:]) and not torch.equal(w[0], CLIP_W[0])
 
 
@@ -344,7 +346,7 @@ def test_a_prompt_that_names_nothing_new_is_refused(tmp_path, no_clip, prompts, 
 
 @pytest.mark.parametrize("w, words", [
     (torch.eye(4)[[2, 1, 0]] * 8.8, "a cosine of 0.00"), (-CLIP_W, "a cosine of -1.00"),
-    (transfer.ONEHOT[:3], "of width 512, now they have width 4"),
+    (ONEHOT[:3], "of width 512, now they have width 4"),
 ])
 def test_a_prompt_for_a_model_of_other_texts_is_refused(tmp_path, clip, w, words):
     """A model of one-hot text, of other CLIP weights, and of another width."""

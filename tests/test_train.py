@@ -416,12 +416,12 @@ def test_clip_embeddings_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     def encode(names, template, weights=None):
         asked.extend(names)
         return torch.arange(32.0)[:, None] * torch.ones(7)
-    monkeypatch.setattr(train.clip_text, "encode_classes", encode)
+    monkeypatch.setattr(clip_text, "encode_classes", encode)
     train.train(config(tiny, tmp_path / "run", text="clip", prompt_template="V1", steps=1))
     assert asked[0] == "A photo of a Spleen." and "A photo of a Arota." in asked
     content = checkpoints.read_checkpoint(tmp_path / "run/last.pt")
     assert content["w"].shape == (32, 7) and content["w"][5, 0] == 5
-    monkeypatch.setattr(train.clip_text, "encode_classes",
+    monkeypatch.setattr(clip_text, "encode_classes",
                         lambda *a, **k: torch.ones(32, 7))
     assert processes.run(train.main, config(tiny, tmp_path / "run", text="clip", steps=1,
                                     resume=True)) == 2

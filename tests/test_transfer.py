@@ -12,6 +12,9 @@ from support import checkpoints, processes, transfer
 
 KIDNEYS = [{"name": "Right Kidney", "side": "right"}, {"name": "Left Kidney", "side": "left"}]
 
+ONEHOT = torch.eye(transfer.ONEHOT_WIDTH) * transfer.ONEHOT_NORM
+
+
 
 def table(path, entries):
     path.write_text(json.dumps(entries))
@@ -36,31 +39,31 @@ def liver_run(tiny, out, **how):
 
 
 def base_of(names, w):
-    return transfer.Base("base.pt", None, {}, (), names, w, {})
+    return transfer.TrainedText("base.pt", names, w, [])
 
 
 # ---- one-hot text --------------------------------------------------------------------------------
 def test_onehot_axes_by_hand():
     """a, b and c have the axes 0, 2 and 4. A class of the same name keeps its axis, x and y take
     the next free ones, 1 and 3."""
-    old = base_of(["a", "b", "c"], transfer.ONEHOT[[0, 2, 4]])
+    old = base_of(["a", "b", "c"], ONEHOT[[0, 2, 4]])
     w = transfer.onehot_embeddings(["x", "b", "y"], old)
     assert w.shape == (3, 512) and w.argmax(1).tolist() == [1, 2, 3]
     assert w.sum(1).tolist() == w.amax(1).tolist() == [torch.tensor(8.8).item()] * 3
-    assert torch.equal(transfer.onehot_embeddings(["a", "b"]), transfer.ONEHOT[:2])
+    assert torch.equal(transfer.onehot_embeddings(["a", "b"]), ONEHOT[:2])
 
 
 def test_there_are_axes_for_512_classes():
     names = [f"class {k}" for k in range(513)]
-    assert torch.equal(transfer.onehot_embeddings(names[:512]), transfer.ONEHOT)
-    old = base_of(names[:510], transfer.ONEHOT[:510])
+    assert torch.equal(transfer.onehot_embeddings(names[:512]), ONEHOT)
+    old = base_of(names[:510], ONEHOT[:510])
     assert transfer.onehot_embeddings(["x", "y"], old).argmax(1).tolist() == [510, 511]
     for more, base in ((names, None), (["x", "y", "z"], old)):
         with pytest.raises(ValueError, match="--text onehot: has axes for"):
             transfer.onehot_embeddings(more, base)
 
 
-@pytest.mark.parametrize("w", [torch.eye(3) * 8.8, -transfer.ONEHOT[:3], transfer.ONEHOT[:3] / 2,
+@pytest.mark.parametrize("w", [torch.eye(3) * 8.8, -ONEHOT[:3], ONEHOT[:3] / 2,
                                torch.rand(3, 512), torch.rand(3, 768)])
 def test_onehot_text_is_for_networks_that_were_trained_with_it(w):
     with pytest.raises(ValueError, match="base.pt: was not trained with --text onehot"):
@@ -85,7 +88,7 @@ def test_all_weights_are_taken_and_a_known_class_keeps_its_row(base, tiny, tmp_p
     assert same(weights(tmp_path / "run/last.pt"), weights(base))
     network, w, rest = checkpoints.load_checkpoint(tmp_path / "run/last.pt")
     assert [c["name"] for c in rest["classes"]] == ["Left Kidney", "Liver"]
-    assert torch.equal(w, transfer.ONEHOT[1:3])
+    assert torch.equal(w, ONEHOT[1:3])
     assert rest["trained"] == ["Liver"] and rest["step"] == 1
     assert all(p.requires_grad for p in network.parameters())
 
@@ -154,11 +157,11 @@ def test_a_class_in_another_spelling_is_the_same_class(base, tiny, tmp_path, cap
     cfg = liver_run(tiny, tmp_path / "a", init=str(base), classes=classes, width=0)
     task = train.load_task(cfg)
     assert "classes known to it: kidney_left; new: Liver" in capsys.readouterr().out
-    assert torch.equal(task.w, transfer.ONEHOT[1:3])
+    assert torch.equal(task.w, ONEHOT[1:3])
     cfg = liver_run(tiny, tmp_path / "b", extend=str(base), classes=classes, width=0)
     task = train.load_task(cfg)
     assert [c.name for c in task.classes] == ["Right Kidney", "Left Kidney", "Liver"]
-    assert torch.equal(task.w, transfer.ONEHOT[:3])
+    assert torch.equal(task.w, ONEHOT[:3])
     cfg = liver_run(tiny, tmp_path / "c", extend=str(base), classes=["kidney_left"], width=0)
     with pytest.raises(ValueError, match="must name a class that is not in its table"):
         train.load_task(cfg)
@@ -192,13 +195,13 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys,
 
     class Killed(Exception):
         pass
-    save = train.save
+    save = checkpoints.save
 
-    def save_and_die(path, run, cfg):
-        save(path, run, cfg)
+    def save_and_die(path, run, config):
+        save(path, run, config)
         raise Killed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save", save_and_die)
+        patch.setattr(checkpoints, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(part)
     train.train(part)
