@@ -1,25 +1,17 @@
-"""CT scans in and out, and the crops that a training step sees (paper, Sec. 4.1).
+"""A scan and its label in memory: volumes, preprocessing, crops, batches, windows.
 
-On disk, a dataset is an nnU-Net raw folder (imagesTr, labelsTr, dataset.json) or an MSD task
-folder, as its user already has it. In memory, a volume has closest-canonical RAS+ axes (D, H, W),
-which are nibabel's three array axes: axis 0 grows towards the patient's right, axis 1 to the
-front, axis 2 to the head. Every scan is preprocessed once, into a cache that is memory-mapped
-afterwards; an epoch then reads only the crops it needs.
+A volume has closest-canonical RAS+ axes (D, H, W), which are nibabel's three array axes: axis 0
+grows towards the patient's right, axis 1 to the front, axis 2 to the head.
 
 A label is stored as label rows: the integer at a voxel is the index of a row of `regions`
 (V, K), which says to which classes the voxel belongs (see labels.LabelMap).
 
-B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop
+B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop or window
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:                # Windows: several processes may then do the same work
-    fcntl = None
 
 import nibabel as nib
 import numpy as np
@@ -30,26 +22,11 @@ from torch import Tensor
 
 import labels
 
-HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
 SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
 PATCH = 96                      # side of a training crop and of an inference window, voxels
-FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
-BACKGROUND = -1                 # instead of a class: a crop is centred on unlabelled body
-MSD_CROPS = (5, 1, 1)           # tumour : organ : background crops of MSD tasks (release)
-SHIFT, SHIFT_P = 0.1, 0.2       # largest intensity shift, and its probability (release)
-ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
-                                # axis (release); no flips, so that left and right keep their sense
-ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
-BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
-QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
-                                # is taken for one that was rounded
-BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
-BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
-CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
-                                # halves: 0.6 to 0.95
 
 
-# ---- files -------------------------------------------------------------------------------------
+# ---- volumes -------------------------------------------------------------------------------------
 @dataclass
 class Volume:
     """A scan in RAS+ axes: array (D, H, W) in the file's own type, affine (4, 4) voxel -> mm."""
@@ -65,10 +42,14 @@ class Volume:
 def load_volume(path: str | Path) -> Volume:
     """Read a NIfTI file, with its axes flipped and permuted to closest RAS+.
 
-    Nothing is checked; `read_checked` reads the file of a user.
+    Nothing is checked; support.nifti.read_checked reads the file of a user.
     """
     img = open_nifti(path)
     return volume_of(img.dataobj, img.affine)
+
+
+QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
+                                # is taken for one that was rounded
 
 
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
@@ -141,13 +122,7 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: f
     out.to_filename(path)
 
 
-# ---- checks of a user's file -------------------------------------------------------------------
-
-
-# ---- files that are written ---------------------------------------------------------------------
-
-
-# ---- geometry ----------------------------------------------------------------------------------
+# ---- geometry ------------------------------------------------------------------------------------
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
     """The smallest box that holds every true voxel, widened by `margin` voxels where there is room.
 
@@ -237,7 +212,10 @@ def resample_nearest(array: np.ndarray, shape) -> np.ndarray:
     return array[np.ix_(*nearest)]
 
 
-# ---- preprocessing -----------------------------------------------------------------------------
+# ---- preprocessing -------------------------------------------------------------------------------
+HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
+
+
 def grey_range(volume: Volume) -> tuple[float, float]:
     """The lowest and highest intensity that the network sees and pictures show.
 
@@ -276,6 +254,12 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
     return x[box], shape, box
 
 
+BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
+BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
+CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
+                                # halves: 0.6 to 0.95
+
+
 def body_midline(image: np.ndarray) -> float | None:
     """The position of the body's mid-sagittal plane on axis 0, in voxels; None if it is unknown.
 
@@ -289,8 +273,8 @@ def body_midline(image: np.ndarray) -> float | None:
     """
     step = max(1, min(image.shape) // 48)
     coarse = image[::step, ::step, ::step]
-    solid = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
-    pieces, n = ndimage.label(solid)
+    tissue = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
+    pieces, n = ndimage.label(tissue)
     if n == 0:
         return None
     sizes = np.bincount(pieces.ravel())
@@ -303,10 +287,7 @@ def body_midline(image: np.ndarray) -> float | None:
     return float((planes * weight).sum() / weight.sum()) * step
 
 
-# ---- grey values that cannot be right ----------------------------------------------------------
-
-
-# ---- datasets on disk --------------------------------------------------------------------------
+# ---- labelled scans ------------------------------------------------------------------------------
 @dataclass
 class Case:
     """One labelled scan and what its label means."""
@@ -321,7 +302,6 @@ class Case:
     lesions: frozenset[int] = frozenset()       # indices of the classes that are lesions
 
 
-# ---- cache -------------------------------------------------------------------------------------
 @dataclass
 class Scan:
     """A preprocessed case in the cache; its arrays are memory-mapped.
@@ -362,10 +342,17 @@ def load_array(path: Path) -> np.ndarray:
         return np.load(path)
 
 
-# ---- training, validation and test scans ---------------------------------------------------------
+# ---- crops ---------------------------------------------------------------------------------------
+FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
+BACKGROUND = -1                 # instead of a class: a crop is centred on unlabelled body
+BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
+MSD_CROPS = (5, 1, 1)           # tumour : organ : background crops of MSD tasks (release)
+ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
+ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
+                                # axis (release); no flips, so that left and right keep their sense
+SHIFT, SHIFT_P = 0.1, 0.2       # largest intensity shift, and its probability (release)
 
 
-# ---- crops -------------------------------------------------------------------------------------
 class Crops(torch.utils.data.Dataset):
     """Crop number i of a run: a pure function of (seed, i), whatever the number of workers.
 
@@ -519,7 +506,7 @@ def rotate_and_shift(image: np.ndarray, label_rows: np.ndarray, rng: np.random.G
     return image, label_rows
 
 
-# ---- batches -----------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 def collate(items: list[dict]) -> dict:
     """Crops -> batch. Rows without a class are added, so that every scan has V of them.
 
@@ -582,7 +569,7 @@ def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tens
     return y, torch.from_numpy(annotated), known
 
 
-# ---- windows -----------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------
 OVERLAP = 0.5           # of neighbouring windows (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
 MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)

@@ -1,4 +1,10 @@
-"""TODO"""
+"""Preprocessing: every scan once, for all processes and runs.
+
+A case becomes a folder of .npy files, named after a hash of its files and settings and mapped into
+memory afterwards, so that an epoch reads only the crops that it needs.
+
+D, H, W voxels of the file   d, h, w voxels at the spacing of the run
+"""
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Datasets on disk, nnU-Net raw folders and MSD tasks -> cases, and the report on them.
+
+K classes
+"""
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Files: written completely or not at all, JSON, and the names of NIfTI files."""
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A user's NIfTI file: what is checked when it is read, and how one is written."""
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Processes and devices: locks, pools, torchrun, Ctrl-C, bf16, one line for a user's error."""
 from __future__ import annotations
 
 import argparse

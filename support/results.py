@@ -1,4 +1,8 @@
-"""TODO"""
+"""Results of infer.py: which scans are segmented, which files are written, and which never.
+
+Every NIfTI file and picture that is written carries DESCRIPTION. The JSON of a result is written
+last and removed first: a result without its JSON is unfinished.
+"""
 from __future__ import annotations
 
 import json

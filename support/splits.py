@@ -1,4 +1,4 @@
-"""TODO"""
+"""Which scans are trained on, validated, and left for tests."""
 from __future__ import annotations
 
 from dataclasses import dataclass
