@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 import data
 import labels
-import postprocess
 from support import (
     checkpoints,
     extension,
     fast,
     nifti,
     pictures,
+    postprocess,
     processes,
     results,
     streaming,

@@ -835,7 +835,8 @@ def main(argv=None) -> int:
     from support import results
     args = _parse(argv)
     if args.class_table:
-        results.refuse_overwriting_inputs([args.class_table], [args.pred / "metrics.json"], "--pred")
+        results.refuse_overwriting_inputs([args.class_table], [args.pred / "metrics.json"],
+                                          "--pred")
     classes = labels.load_classes(args.class_table)
     indices = list(range(len(classes)))
     if args.classes:

@@ -54,8 +54,7 @@ import labels
 import losses
 import metrics
 import model as plain_form
-import postprocess
-from support import cache, datasets, fast, files, nifti, processes
+from support import cache, datasets, fast, files, nifti, postprocess, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import labels
-import postprocess
+from support import postprocess
 
 THRESHOLD = 0.5         # on the probability (release)
 LEVELS = 255            # a stored probability is a whole number of steps of 1 / LEVELS

@@ -5,9 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OURS = {"labels", "clip_text", "data", "model", "losses", "metrics", "train", "infer",
-        "postprocess", "support"}
+        "support"}
 PACKAGES = {"torch", "numpy", "nibabel", "scipy", "tqdm", "ftfy", "regex", "matplotlib"}
-ALONE = {"model", "losses", "metrics", "clip_text", "postprocess"}       # people copy these
+ALONE = {"model", "losses", "metrics", "clip_text"}       # people copy these
 # What the commands (not the top level) of a file may import of ours
 INSIDE = {"labels": {"data"}, "metrics": {"data", "labels"}, "clip_text": {"data", "labels"}}
 
@@ -39,8 +39,8 @@ def test_only_the_agreed_packages_are_imported():
 
 def test_imports_point_one_way():
     """At the top level of a file; the commands at its end may import what INSIDE names."""
-    order = ["labels", "model", "losses", "metrics", "clip_text", "postprocess", "support",
-             "data", "infer", "train"]
+    order = ["labels", "model", "losses", "metrics", "clip_text", "support", "data",
+             "infer", "train"]
     for path in files():
         top = (set(imports(path, top_only=True)) & OURS) - {path.stem}
         everywhere = (set(imports(path)) & OURS) - {path.stem}
