@@ -406,7 +406,7 @@ def scores_of_metrics(maps, spacing) -> list[tuple]:
                     for a, b in zip(first, second, strict=True))
         pred, ref = (label_map[box] == value for label_map in maps)
         distances = metrics.surface_distances(pred, ref, spacing_mm=spacing)
-        scores.append((metrics.nsd_of(distances, 2.0), metrics.hd_of(distances, 95),
+        scores.append((metrics.nsd_of(distances, 2.0), metrics.hd95_of(distances),
                        metrics.dice(pred, ref)))
     return scores
 

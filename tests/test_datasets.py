@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from conftest import write_nifti
 
-import data
 import labels
-from support import cache, datasets
+from support import cache, datasets, evaluate
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -209,10 +208,8 @@ def test_an_msd_task_as_distributed(task, tmp_path):
 
 @pytest.mark.parametrize("task", MSD)
 def test_the_labels_of_an_msd_task_mean_the_same_in_evaluation(task, tmp_path):
-    import metrics
     path = msd_replica(tmp_path, task) / "labelsTr/case_001.nii.gz"
-    raw = data.load_volume(path).array
-    found = metrics._label_map_of(path, raw, "case_001", labels.CLASSES)
+    found = evaluate.read_label_map(path, labels.CLASSES)
     for value, classes in MSD[task][2].items():
         row, = found.to_label_rows(np.array([value]), "x")
         assert class_names(found.regions[row]) == classes

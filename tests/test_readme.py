@@ -22,7 +22,7 @@ import metrics
 import model
 import train
 from experiments import bench, claims, openkbp, phantom
-from support import checkpoints, processes
+from support import checkpoints, evaluate, processes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -79,7 +79,7 @@ def test_the_table_of_the_real_patients_is_that_of_the_stored_scores(document, c
     stored = json.loads((ROOT / "experiments/results/openkbp.json").read_text())
     cases = [{key: math.nan if value is None else value for key, value in case.items()}
              for case in stored["cases"]]
-    metrics._print_table(cases, metrics._summarise(cases))
+    evaluate.print_table(cases, evaluate.summarise(cases))
     assert capsys.readouterr().out in document.read_text()
 
 

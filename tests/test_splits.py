@@ -13,7 +13,6 @@ from conftest import affine_of, body, write_nifti
 import data
 import infer
 import labels
-import metrics
 import train
 from support import cache, checkpoints, datasets, processes, public, splits, streaming
 
@@ -407,43 +406,3 @@ def test_infer_says_seen_in_training_for_the_same_scan_only(tiny, trained, tmp_p
         [f"{name}: seen in training (as Dataset901_Liver/c0)"
          for name in ("packed", "unpacked", "double")]
         + ["val: seen in validation (as Dataset901_Liver/c1)"])
-
-
-def scored(tmp_path, capsys, seen, monkeypatch):
-    """Score four cases of a liver, Dice 1, 2/3, 0.5 and 0 by hand; seen: what each JSON says."""
-    monkeypatch.setattr(processes, "CAN_FORK", False)
-    ref = np.zeros((4, 4, 4), np.uint8)
-    ref[0, 0] = 6
-    for name, voxels, where in zip("abcd", (4, 2, 12, 0), seen, strict=True):
-        pred = np.zeros((4, 4, 4), np.uint8)
-        pred.ravel()[:voxels] = 6
-        write_nifti(tmp_path / f"pred/{name}.nii.gz", pred, np.eye(4))
-        write_nifti(tmp_path / f"ref/{name}.nii.gz", ref, np.eye(4))
-        record = {"classes": [{"name": "Liver", "value": 6}], "seen": where}
-        if where is None:
-            del record["seen"]
-        (tmp_path / f"pred/{name}.json").write_text(json.dumps(record))
-    assert metrics.main(["--pred", str(tmp_path / "pred"), "--ref", str(tmp_path / "ref"),
-                         "--classes", "liver"]) == 0
-    return json.loads((tmp_path / "pred/metrics.json").read_text()), capsys.readouterr().out
-
-
-def test_metrics_says_which_cases_were_seen(tmp_path, capsys, monkeypatch):
-    """Dice 1 and 2/3 were seen; the mean of the other two, 0.5 and 0, is 0.25."""
-    scores, out = scored(tmp_path, capsys, ["training", "validation", "no", "unknown"], monkeypatch)
-    assert scores["seen"] == {"training": ["a"], "validation": ["b"], "unknown": ["d"]}
-    assert scores["mean"]["organ"] == pytest.approx((1 + 2 / 3 + 0.5 + 0) / 4)
-    assert scores["mean_without_seen"]["organ"] == pytest.approx(0.25)
-    assert [r["seen"] for r in scores["cases"]] == ["training", "validation", "no", "unknown"]
-    assert "seen in training: 1 of 4 cases: a\n" in out
-    assert "seen in validation: 1 of 4 cases: b\n" in out
-    assert "not known whether seen in training: 1 of 4 cases: d\n" in out
-    assert "mean Dice without the cases seen: organs 0.250" in out
-
-
-def test_metrics_says_nothing_where_nothing_was_seen(tmp_path, capsys, monkeypatch):
-    """Also of predictions of other tools, whose JSON may say anything."""
-    scores, out = scored(tmp_path, capsys, ["no", None, 3, ["training"]], monkeypatch)
-    assert scores["seen"] == {"training": [], "validation": [], "unknown": []}
-    assert [r["seen"] for r in scores["cases"]] == ["no", "", "", ""]
-    assert "seen" not in out.replace(str(tmp_path), "")

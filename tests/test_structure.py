@@ -9,7 +9,7 @@ OURS = {"labels", "clip_text", "data", "model", "losses", "metrics", "train", "i
 PACKAGES = {"torch", "numpy", "nibabel", "scipy", "tqdm", "ftfy", "regex", "matplotlib"}
 ALONE = {"model", "losses", "metrics", "clip_text"}       # people copy these
 # What the commands (not the top level) of a file may import of ours
-INSIDE = {"labels": {"data"}, "metrics": {"data", "labels"}, "clip_text": {"data", "labels"}}
+INSIDE = {"labels": {"data"}, "metrics": {"support"}, "clip_text": {"data", "labels"}}
 
 
 def imports(path, top_only=False):
