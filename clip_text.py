@@ -507,19 +507,9 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     return encoder(tokens)                                                                 # (K, E)
 
 
-# ---- other text for a trained network ------------------------------------------------------------
-
-
 # ---- files of text embeddings --------------------------------------------------------------------
-def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
-    """Write the text embeddings w (K, E) of the classes with these names; see read_text."""
-    from support import files
-    with files.atomic_write(path) as temporary:
-        torch.save({"names": list(names), "w": w.clone()}, temporary)
-
-
 def read_text(path: str | Path, names: list[str]) -> Tensor:
-    """The text embeddings (K, E) of classes, from a file of `save_text`, or from one with a single
+    """The text embeddings (K, E) of classes, from the file of --out, or from one with a single
     tensor (K, E) in the order of the names, such as the released txt_encoding.pth.
 
     raises ValueError  in one line with the path, and which class is missing
@@ -562,32 +552,8 @@ def _classes_of(arguments: list[str]):
     return tuple(built_in.get(name.lower(), labels.Class(name)) for name in arguments)
 
 
-def _lesions_after_organs(classes) -> list[int]:
-    """The indices of the classes, a class with parents right after the last of its parents."""
-    names = [c.name for c in classes]
-
-    def sort_key(k):
-        parents = [names.index(parent) for parent in classes[k].parents if parent in names]
-        host = max(parents, default=k)
-        return host, host != k, k
-
-    return sorted(range(len(classes)), key=sort_key)
-
-
-def _report_similarity(classes, w: Tensor, png: str) -> None:
-    """Print the cosine similarities and draw them."""
-    from support import pictures
-    order = _lesions_after_organs(classes)
-    names = [classes[k].name for k in order]
-    w = w[order]
-    for name, row in zip(names, cosine(w), strict=True):
-        print(f"{name:28}" + " ".join(f"{value:4.2f}" for value in row.tolist()))
-    pictures.draw_similarity(png, names, w)
-    print(f"written: {png}")
-
-
 def main(argv=None) -> int:
-    from support import results
+    from support import pictures, results, transfer
     ap = argparse.ArgumentParser(
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
@@ -623,9 +589,9 @@ def main(argv=None) -> int:
     print(f"{len(w)} text embeddings of width {w.shape[1]}, norms {norms.min():.2f} to "
           f"{norms.max():.2f}")
     if args.out:
-        save_text(args.out, names, w)
+        transfer.save_text(args.out, names, w)
     if args.similarity:
-        _report_similarity(classes, w, "similarity.png")
+        pictures.report_similarity("similarity.png", classes, w)
     return 0
 
 

@@ -98,6 +98,13 @@ def encode_beside(trained: TrainedText, names: list[str], prompts: list[str], *,
     return w[:len(names)], note
 
 
+def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
+    """Write the text embeddings w (K, E) of the classes with these names, for clip_text.read_text;
+    the file appears complete or not at all."""
+    with files.atomic_write(path) as temporary:
+        torch.save({"names": list(names), "w": w.clone()}, temporary)
+
+
 # ---- segmenting with other words -----------------------------------------------------------------
 def read_prompts(path: Path, classes) -> dict[str, str]:
     """A JSON file {"aorta": "A CT of the main artery"} -> {name in the class table: prompt}.
