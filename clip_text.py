@@ -4,9 +4,9 @@
     python clip_text.py --classes liver "liver tumor" --template "A CT of a {}" --similarity
     python clip_text.py --text txt_encoding.pth --similarity       existing text embeddings
 
-This file imports nothing else of ours; only the command at its end uses labels.py, and its picture
-data.py. The text embeddings w_k are not normalised to unit length, because the controller of the
-released models was trained with them as they come out of CLIP (paper, Sec. 3.2).
+The functions need nothing else of this project; the command at the end uses labels.py and support/.
+The text embeddings w_k are not normalised to unit length, because the controller of the released
+models was trained with them as they come out of CLIP.
 
 N prompts   T tokens of a prompt (77)   E width of a text embedding (512)   K classes
 """
@@ -25,7 +25,6 @@ import struct
 import sys
 import textwrap
 import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +135,6 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = self.ids[START], self.ids[END]
-        self._encode_word = lru_cache(maxsize=1 << 16)(self._encode_word)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Token ids of one word, which is spelt in byte letters."""
@@ -345,7 +343,7 @@ def _one_line(error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                   # colours of a terminal
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused:
-        return f"it holds {refused[1]}, only tensors, numbers and strings are loaded"
+        return f"it holds {refused[1]}; only tensors, numbers and strings are loaded"
     text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
     lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
     return " ".join([f"{type(error).__name__}:", *lines])
@@ -524,14 +522,14 @@ def read_text(path: str | Path, names: list[str]) -> Tensor:
     if not isinstance(content, dict) or not content.keys() >= {"names", "w"}:
         raise ValueError(f"{path}: expected the text embeddings that clip_text.py --out writes, or "
                          f"one tensor (K, E), got {type(content).__name__}")
-    known, w = content["names"], content["w"]
-    if w.ndim != 2 or len(w) != len(known):
-        raise ValueError(f"{path}: expected {len(known)} text embeddings ({len(known)}, E), got "
+    stored, w = content["names"], content["w"]
+    if w.ndim != 2 or len(w) != len(stored):
+        raise ValueError(f"{path}: expected {len(stored)} text embeddings ({len(stored)}, E), got "
                          f"{tuple(w.shape)}")
-    missing = [name for name in names if name not in known]
+    missing = [name for name in names if name not in stored]
     if missing:
-        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of {known}")
-    return w[[known.index(name) for name in names]].float()
+        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of {stored}")
+    return w[[stored.index(name) for name in names]].float()
 
 
 # ---- the command ---------------------------------------------------------------------------------

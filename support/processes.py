@@ -34,13 +34,14 @@ def exclusive_lock(path: Path):
     path  a file that is made for the lock, and stays
 
     The operating system releases the lock when its process ends, in whatever way; a forked worker
-    does not inherit it. Where there are no such locks (Windows, some network file systems),
-    several processes may be in the block.
+    does not inherit it. Where there are no such locks (Windows, some network file systems, a folder
+    that cannot be written), several processes may be in the block.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "ab"))
+            if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
