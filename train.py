@@ -425,8 +425,8 @@ def start_log(path: Path, step: int) -> None:
 
 # ---- the run -------------------------------------------------------------------------------------
 def check_settings(cfg: Config) -> None:
-    """raises ValueError  if a number is out of range, or flags exclude each other; unless it is a dry
-    run, also if OUT holds a run that is not to be resumed, or an output would replace an input
+    """raises ValueError  if a number is out of range, flags exclude each other, or, but for a dry
+    run, OUT holds a run that is not to be resumed or an output would replace an input
     """
     out = Path(cfg.out)
     given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained,
