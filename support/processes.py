@@ -21,7 +21,6 @@ try:
 except ImportError:                # Windows: several processes may then do the same work
     fcntl = None
 
-
 DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
 CAN_FORK = sys.platform == "linux"                   # macOS can, but not safely
 PR_SET_PDEATHSIG = 1            # Linux's prctl: which signal a process gets when its parent ends
@@ -99,7 +98,7 @@ def core_count() -> int:
 
 def report(text: str) -> None:
     """Print one line; of several processes under torchrun, only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         tqdm.write(text)
 
 
