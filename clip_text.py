@@ -4,9 +4,9 @@
     python clip_text.py --classes liver "liver tumor" --template "A CT of a {}" --similarity
     python clip_text.py --text txt_encoding.pth --similarity       existing text embeddings
 
-This file imports nothing else of ours; only the command at its end uses labels.py, and its picture
-data.py. The text embeddings w_k are not normalised to unit length, because the controller of the
-released models was trained with them as they come out of CLIP (paper, Sec. 3.2).
+The functions need nothing else of this project; the command at the end uses labels.py and support/.
+The text embeddings w_k are not normalised to unit length, because the controller of the released
+models was trained with them as they come out of CLIP.
 
 N prompts   T tokens of a prompt (77)   E width of a text embedding (512)   K classes
 """
@@ -25,7 +25,6 @@ import struct
 import sys
 import textwrap
 import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +135,6 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = self.ids[START], self.ids[END]
-        self._encode_word = lru_cache(maxsize=1 << 16)(self._encode_word)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Token ids of one word, which is spelt in byte letters."""
@@ -345,7 +343,7 @@ def _one_line(error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                   # colours of a terminal
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused:
-        return f"it holds {refused[1]}, only tensors, numbers and strings are loaded"
+        return f"it holds {refused[1]}; only tensors, numbers and strings are loaded"
     text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
     lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
     return " ".join([f"{type(error).__name__}:", *lines])
@@ -507,19 +505,9 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
     return encoder(tokens)                                                                 # (K, E)
 
 
-# ---- other text for a trained network ------------------------------------------------------------
-
-
 # ---- files of text embeddings --------------------------------------------------------------------
-def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
-    """Write the text embeddings w (K, E) of the classes with these names; see read_text."""
-    from support import files
-    with files.atomic_write(path) as temporary:
-        torch.save({"names": list(names), "w": w.clone()}, temporary)
-
-
 def read_text(path: str | Path, names: list[str]) -> Tensor:
-    """The text embeddings (K, E) of classes, from a file of `save_text`, or from one with a single
+    """The text embeddings (K, E) of classes, from the file of --out, or from one with a single
     tensor (K, E) in the order of the names, such as the released txt_encoding.pth.
 
     raises ValueError  in one line with the path, and which class is missing
@@ -534,14 +522,14 @@ def read_text(path: str | Path, names: list[str]) -> Tensor:
     if not isinstance(content, dict) or not content.keys() >= {"names", "w"}:
         raise ValueError(f"{path}: expected the text embeddings that clip_text.py --out writes, or "
                          f"one tensor (K, E), got {type(content).__name__}")
-    known, w = content["names"], content["w"]
-    if w.ndim != 2 or len(w) != len(known):
-        raise ValueError(f"{path}: expected {len(known)} text embeddings ({len(known)}, E), got "
+    stored, w = content["names"], content["w"]
+    if w.ndim != 2 or len(w) != len(stored):
+        raise ValueError(f"{path}: expected {len(stored)} text embeddings ({len(stored)}, E), got "
                          f"{tuple(w.shape)}")
-    missing = [name for name in names if name not in known]
+    missing = [name for name in names if name not in stored]
     if missing:
-        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of {known}")
-    return w[[known.index(name) for name in names]].float()
+        raise ValueError(f"{path}: no text embedding of {missing[:4]}; it has those of {stored}")
+    return w[[stored.index(name) for name in names]].float()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -562,32 +550,8 @@ def _classes_of(arguments: list[str]):
     return tuple(built_in.get(name.lower(), labels.Class(name)) for name in arguments)
 
 
-def _lesions_after_organs(classes) -> list[int]:
-    """The indices of the classes, a class with parents right after the last of its parents."""
-    names = [c.name for c in classes]
-
-    def sort_key(k):
-        parents = [names.index(parent) for parent in classes[k].parents if parent in names]
-        host = max(parents, default=k)
-        return host, host != k, k
-
-    return sorted(range(len(classes)), key=sort_key)
-
-
-def _report_similarity(classes, w: Tensor, png: str) -> None:
-    """Print the cosine similarities and draw them."""
-    from support import pictures
-    order = _lesions_after_organs(classes)
-    names = [classes[k].name for k in order]
-    w = w[order]
-    for name, row in zip(names, cosine(w), strict=True):
-        print(f"{name:28}" + " ".join(f"{value:4.2f}" for value in row.tolist()))
-    pictures.draw_similarity(png, names, w)
-    print(f"written: {png}")
-
-
 def main(argv=None) -> int:
-    from support import results
+    from support import pictures, results, transfer
     ap = argparse.ArgumentParser(
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
@@ -623,9 +587,9 @@ def main(argv=None) -> int:
     print(f"{len(w)} text embeddings of width {w.shape[1]}, norms {norms.min():.2f} to "
           f"{norms.max():.2f}")
     if args.out:
-        save_text(args.out, names, w)
+        transfer.save_text(args.out, names, w)
     if args.similarity:
-        _report_similarity(classes, w, "similarity.png")
+        pictures.report_similarity("similarity.png", classes, w)
     return 0
 
 

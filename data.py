@@ -3,10 +3,11 @@
 A volume has closest-canonical RAS+ axes (D, H, W), which are nibabel's three array axes: axis 0
 grows towards the patient's right, axis 1 to the front, axis 2 to the head.
 
-A label is stored as label rows: the integer at a voxel is the index of a row of `regions`
+A label is stored as `label_rows`: the integer at a voxel is the number of its row in `regions`
 (V, K), which says to which classes the voxel belongs (see labels.LabelMap).
 
-B batch   V label rows   K classes   D, H, W voxels of a scan   p side of a crop or window
+B batch   V rows of a label's tables   K classes   D, H, W voxels of a scan   p side of a crop or
+window
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import labels
 
-SPACING_MM = 1.5                # isotropic resampling target, mm (authors' release)
+SPACING_MM = 1.5                # isotropic resampling target, mm (release)
 PATCH = 96                      # side of a training crop and of an inference window, voxels
 
 
@@ -45,7 +46,7 @@ def load_volume(path: str | Path) -> Volume:
     Nothing is checked; support.nifti.read_checked reads the file of a user.
     """
     img = open_nifti(path)
-    return volume_of(img.dataobj, img.affine)
+    return to_volume(img.dataobj, img.affine)
 
 
 QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
@@ -75,7 +76,7 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
             header.quaternion_threshold = threshold
 
 
-def volume_of(voxels: nib.arrayproxy.ArrayProxy, affine: np.ndarray) -> Volume:
+def to_volume(voxels: nib.arrayproxy.ArrayProxy, affine: np.ndarray) -> Volume:
     """The voxels of a NIfTI file, in the file's own type, or as float32 if its header asks for
     scaling. Trailing axes of length 1 are dropped."""
     scaled = (voxels.slope, voxels.inter) != (1, 0)
@@ -164,16 +165,16 @@ def positions(n: int, m: int) -> np.ndarray:
     return np.linspace(0.0, n - 1.0, m)
 
 
-def interpolate(x: Tensor, where: np.ndarray, axis: int) -> Tensor:
-    """Linear interpolation of x along one axis at the (fractional) positions `where`.
+def interpolate(x: Tensor, at: np.ndarray, axis: int) -> Tensor:
+    """Linear interpolation of x along one axis at the (fractional) positions `at`.
 
     x        any shape, on any device
-    returns  float32, on the device of x, len(where) long on that axis
+    returns  float32, on the device of x, len(at) long on that axis
     """
     last = x.shape[axis] - 1
-    low = np.clip(np.floor(where).astype(np.int64), 0, max(last - 1, 0))
+    low = np.clip(np.floor(at).astype(np.int64), 0, max(last - 1, 0))
     high = np.minimum(low + 1, last)
-    fraction = (where - low).astype(np.float32)
+    fraction = (at - low).astype(np.float32)
     below = x.index_select(axis, torch.from_numpy(low).to(x.device)).float()
     if not fraction.any():
         return below
@@ -205,7 +206,7 @@ def _as_torch_type(array: np.ndarray) -> np.ndarray:
 
 
 def resample_nearest(array: np.ndarray, shape) -> np.ndarray:
-    """The value of the nearest old voxel at each new one, for label maps."""
+    """The value of the nearest old voxel at each new one, for labels."""
     nearest = []
     for old, new in zip(array.shape, shape, strict=True):
         nearest.append(np.rint(positions(old, new)).astype(int))
@@ -213,28 +214,33 @@ def resample_nearest(array: np.ndarray, shape) -> np.ndarray:
 
 
 # ---- preprocessing -------------------------------------------------------------------------------
-HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (authors' release)
+HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (release)
+
+
+MRI_PERCENTILES = (0.5, 99.5)   # of an MRI's grey values, clipped there (ours: a few bright voxels
+                                # must not set the scale)
+MRI_SAMPLE = 128                # voxels per axis, at least, from which they are computed
 
 
 def grey_range(volume: Volume) -> tuple[float, float]:
     """The lowest and highest intensity that the network sees and pictures show.
 
-    The HU window of a CT. For an MRI, percentiles 0.5 and 99.5, computed on a subset of the voxels
-    (at least 128 per axis, where there are as many).
+    The HU window of a CT. For an MRI, percentiles of a sample of its voxels, to save time.
     """
     if volume.modality == "ct":
         return HU_WINDOW
-    every = tuple(slice(None, None, max(1, n // 128)) for n in volume.array.shape)
-    sample = volume.array[every].astype(np.float32)
-    low, high = np.percentile(sample, (0.5, 99.5))
-    return float(low), float(max(high, low + 1e-6))
+    steps = tuple(slice(None, None, max(1, n // MRI_SAMPLE)) for n in volume.array.shape)
+    sample = volume.array[steps].astype(np.float32)
+    low, high = np.percentile(sample, MRI_PERCENTILES)
+    return float(low), float(max(high, low + 1e-6))      # a constant scan: not divided by 0
 
 
-def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
+def preprocess(volume: Volume, spacing_mm: float = SPACING_MM) -> tuple[
+        np.ndarray, tuple[int, ...], tuple[slice, ...]]:
     """A scan as the network sees it: resampled, clipped to `grey_range`, cropped to the body.
 
-    A CT is scaled to 0..1. An MRI is divided by its standard deviation after its lowest value has
-    been subtracted, so that air stays 0.
+    The grey values are scaled to 0..1, and those of an MRI are then divided by their standard
+    deviation. Air stays 0.
 
     returns  image  (d, h, w) float32  the scan inside `box`
              shape  (D, H, W)          of the whole scan at the new spacing
@@ -256,8 +262,9 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM):
 
 BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
 BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
-CUT_SHARE = 0.4                 # see body_midline; whole bodies of real scans: 0 to 0.25, crops and
-                                # halves: 0.6 to 0.95
+CUT_SHARE = 0.4                 # largest share of the fullest sagittal plane that an outermost one
+                                # may hold (ours: whole bodies hold 0 to 0.25, cut ones 0.6 to 0.95)
+MIDLINE_GRID = 48               # voxels of the coarse grid along the shortest axis, at least
 
 
 def body_midline(image: np.ndarray) -> float | None:
@@ -266,12 +273,12 @@ def body_midline(image: np.ndarray) -> float | None:
     It is the centroid of the body: of the largest connected piece that is not air, and of others
     of about its size (two legs), on a coarse grid; thin things (clothes, cables, the edge of the
     table) are removed by an opening first. A whole body is round, so its outermost sagittal planes
-    are small. Where one of them holds CUT_SHARE as much as the fullest plane, the body is cut off
+    are small. Where one of them holds at least CUT_SHARE of the fullest plane, the body is cut off
     there, by the edge of the view or of what was scanned, and nothing tells where its middle is.
 
     image  (d, h, w)  intensities from 0 for air
     """
-    step = max(1, min(image.shape) // 48)
+    step = max(1, min(image.shape) // MIDLINE_GRID)
     coarse = image[::step, ::step, ::step]
     tissue = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
     pieces, n = ndimage.label(tissue)
@@ -296,7 +303,8 @@ class Case:
     image: Path
     label: Path
     label_map: labels.LabelMap
-    annotated: np.ndarray            # (K,) bool: the dataset's, or this case's own
+    annotated: np.ndarray            # (K,) bool: the classes that are labelled in this case, those
+                                     # of its dataset unless the dataset lists them case by case
     modality: str = "ct"             # "ct" or "mri"
     msd: bool = False                # an MSD task: zoomed, and more crops on tumours (release)
     lesions: frozenset[int] = frozenset()       # indices of the classes that are lesions
@@ -325,7 +333,7 @@ class Scan:
         return load_array(self.entry / "rows.npy")
 
     def class_voxels(self, k: int) -> np.ndarray:
-        """(n, 3) places of voxels of class k, at most VOXELS_PER_CLASS, in random order"""
+        """(n, 3) voxels of class k, at most cache.VOXELS_PER_CLASS, in random order"""
         start, stop = self.meta["points"].get(str(k), (0, 0))
         return load_array(self.entry / "points.npy")[start:stop]
 
@@ -346,33 +354,30 @@ def load_array(path: Path) -> np.ndarray:
 FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
 BACKGROUND = -1                 # instead of a class: a crop is centred on unlabelled body
 BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
-MSD_CROPS = (5, 1, 1)           # tumour : organ : background crops of MSD tasks (release)
+MSD_CROPS = (5, 1, 1)           # tumour : organ : background, in every MSD task that has a tumour
+                                # (release: in LiTS and three tasks)
 ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
 ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
-                                # axis (release); no flips, so that left and right keep their sense
+                                # axis (release); no flips, which would turn a left kidney into a
+                                # right one
 SHIFT, SHIFT_P = 0.1, 0.2       # largest intensity shift, and its probability (release)
 
 
 class Crops(torch.utils.data.Dataset):
     """Crop number i of a run: a pure function of (seed, i), whatever the number of workers.
 
-    As in the release, a dataset is drawn first, uniformly, then one of its scans; two of three
-    crops are centred on a labelled voxel, the third on unlabelled body. Of an MSD task, some crops
-    are magnified and most are centred on a tumour.
-
-    Two things differ from the release. A foreground crop is drawn by class: first one of the
-    classes of the dataset, uniformly, then one of the scans that have it, then one of its voxels.
-    So a small gland is seen as often as the liver, and a class that few scans annotate as often as
-    one that all do. The release draws by volume: any labelled voxel, so that large organs dominate.
-    And each crop comes from a scan of its own, whereas the release cuts several crops from every
-    scan it loads, so that a step sees fewer scans.
+    A dataset is drawn first, uniformly. Two of three crops are centred on a labelled voxel: of one
+    of the classes of the dataset, drawn uniformly, in one of the scans that have it. The third is
+    centred on unlabelled body. So a small gland is seen as often as the liver, and a class that few
+    scans annotate as often as one that all do. Of an MSD task, some crops are magnified and most
+    are centred on a tumour.
     """
 
-    def __init__(self, scans: list[Scan], *, patch: int = PATCH, seed: int = 0, length: int = 0,
+    def __init__(self, scans: list[Scan], *, length: int, patch: int = PATCH, seed: int = 0,
                  augment: bool = True):
         names = sorted({scan.case.dataset for scan in scans})
         self.datasets = [[scan for scan in scans if scan.case.dataset == name] for name in names]
-        self.scans_with_class = [scans_with_class(dataset) for dataset in self.datasets]
+        self.with_class = [scans_with_class(dataset) for dataset in self.datasets]
         self.patch = patch
         self.seed = seed
         self.length = length
@@ -383,11 +388,11 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         rng = np.random.default_rng([self.seed, i])
-        dataset = rng.integers(len(self.datasets))
-        scans, with_class = self.datasets[dataset], self.scans_with_class[dataset]
+        number = rng.integers(len(self.datasets))
+        scans, with_class = self.datasets[number], self.with_class[number]
         k = draw_class(sorted(with_class), scans[0].case, rng)
-        scans = with_class.get(k, scans)                 # of the background: all of them
-        scan = scans[rng.integers(len(scans))]
+        candidates = with_class.get(k, scans)            # BACKGROUND: every scan
+        scan = candidates[rng.integers(len(candidates))]
         side = self.patch
         if self.augment and scan.case.msd and rng.random() < ZOOM_P:
             side = round(self.patch / rng.uniform(*ZOOM))
@@ -408,7 +413,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 def scans_with_class(scans: list[Scan]) -> dict[int, list[Scan]]:
-    """For every annotated class that has a voxel in one of the scans, the scans in which it has."""
+    """{k: the scans in which class k is annotated and has a voxel}"""
     with_class: dict[int, list[Scan]] = {}
     for scan in scans:
         for k in scan.present_classes():
@@ -423,15 +428,15 @@ def draw_class(present: list[int], case: Case, rng: np.random.Generator) -> int:
     """
     if not present:
         return BACKGROUND
-    draw = rng.random()
-    candidates = present
-    foreground_share = FOREGROUND
+    candidates, foreground_share = present, FOREGROUND
+    draw = rng.random()          # one number decides: small for a lesion, large for background
     lesions = [k for k in present if k in case.lesions]
     if case.msd and lesions:
-        lesion_share = MSD_CROPS[0] / sum(MSD_CROPS)
-        foreground_share = (MSD_CROPS[0] + MSD_CROPS[1]) / sum(MSD_CROPS)
+        tumour, organ, background = MSD_CROPS
+        foreground_share = (tumour + organ) / (tumour + organ + background)
         organs = [k for k in present if k not in lesions]
-        candidates = organs if organs and draw >= lesion_share else lesions
+        is_organ = organs and draw >= tumour / (tumour + organ + background)
+        candidates = organs if is_organ else lesions
     if draw >= foreground_share:
         return BACKGROUND
     return int(candidates[rng.integers(len(candidates))])
@@ -450,8 +455,8 @@ def draw_background(image: np.ndarray, label_rows: np.ndarray,
     """A random voxel of the body without a label, as in the release: image > 0 and label row 0.
 
     Voxels of the whole scan are tried one by one, because the arrays are memory-mapped and a list
-    of all background voxels would read every byte. If none of BACKGROUND_TRIES voxels will do, the
-    last labelled body voxel is taken, and the last voxel of all if every one was air.
+    of all background voxels would read every byte. After BACKGROUND_TRIES tries, the last body
+    voxel that was tried is taken, labelled or not; if there was none, the last voxel tried.
     """
     in_body = None
     for _ in range(BACKGROUND_TRIES):
@@ -508,7 +513,7 @@ def rotate_and_shift(image: np.ndarray, label_rows: np.ndarray, rng: np.random.G
 
 # ---- batches -------------------------------------------------------------------------------------
 def collate(items: list[dict]) -> dict:
-    """Crops -> batch. Rows without a class are added, so that every scan has V of them.
+    """Crops -> batch. The tables are padded with rows of no class, so that every scan has V rows.
 
     returns  image (B, 1, p, p, p)   label_rows (B, p, p, p) int32   regions, known (B, V, K) bool
              annotated (B, K) bool   name: a list of B strings
@@ -516,9 +521,9 @@ def collate(items: list[dict]) -> dict:
     V = max(len(item["regions"]) for item in items)
     regions, known = [], []
     for item in items:
-        missing_rows = (0, 0, 0, V - len(item["regions"]))
-        regions.append(F.pad(item["regions"], missing_rows, value=False))
-        known.append(F.pad(item["known"], missing_rows, value=True))
+        padding = (0, 0, 0, V - len(item["regions"]))              # none along K, at the end of V
+        regions.append(F.pad(item["regions"], padding, value=False))
+        known.append(F.pad(item["known"], padding, value=True))
     return {"image": torch.stack([item["image"] for item in items]),
             "label_rows": torch.stack([item["label_rows"] for item in items]),
             "regions": torch.stack(regions),
@@ -550,8 +555,9 @@ def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tens
 
     label      (D, H, W)            integers, the values of a label file
     returns    y (K, D, H, W) bool  the voxel belongs to the class
-               annotated (K,) bool  the label covers the class. A class whose side the dataset does
-                                    not tell, as in "kidney", is not covered where it occurs
+               annotated (K,) bool  the label covers the class. A class whose side the label does
+                                    not tell, as in "kidney", counts as not annotated in a scan that
+                                    shows it
                known (K, D, H, W) bool   False: the label says nothing about the class there
 
     >>> y, annotated, known = targets(
@@ -570,7 +576,9 @@ def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tens
 
 
 # ---- windows -------------------------------------------------------------------------------------
-OVERLAP = 0.5           # of neighbouring windows (release)
+# native   the grid of the file         working  the same scan, resampled to the spacing of the run
+# body     the box of the working grid without air    padded   body, at least one window large
+OVERLAP = 0.5           # of neighbouring windows, as a share of their side (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
 MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
 
@@ -589,8 +597,8 @@ def window_starts(n: int, patch: int, overlap: float = OVERLAP) -> list[int]:
 def window_weight(patch: int) -> Tensor:
     """(p, p, p) the weight of a window's logits: a Gaussian, but nowhere below MIN_WEIGHT.
 
-    Near the border of a scan, where only the outermost voxels of windows lie, the lower bound makes
-    all windows there count equally. Blended logits are divided by the sum of their weights.
+    Blended logits are divided by the sum of their weights. In the corners of a scan only the corner
+    of one window lies, and without the bound that sum would be nearly 0.
     """
     x = (torch.arange(patch) - (patch - 1) / 2) / (SIGMA * patch)
     gauss = torch.exp(-0.5 * x * x)
@@ -639,6 +647,7 @@ def place(native_shape, working_shape, body, front) -> Placement:
     for n, m, b, f in zip(native_shape, working_shape, body, front, strict=True):
         first, last = f, f + b.stop - b.start - 1           # of the body, in the padded grid
         position = positions(m, n) - b.start + f
+        # 1e-6 voxels against rounding
         inside = np.flatnonzero((position >= first - 1e-6) & (position <= last + 1e-6))
         start, stop = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
         box.append(slice(start, stop))

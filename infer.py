@@ -43,17 +43,18 @@ from support import (
 
 # ---- a whole scan ------------------------------------------------------------------------------
 @torch.inference_mode()
-def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
+def sliding_window(image, model, w: Tensor, *, patch: int = data.PATCH,
                    overlap: float = data.OVERLAP, batch: int = 1, amp: bool = False) -> Tensor:
     """Blend the logits of overlapping windows.
 
-    volume   (D, H, W)     a preprocessed scan of any size
+    image    (D, H, W)     a preprocessed scan of any size
+    model                  (n, 1, p, p, p) windows and w -> (n, K, p, p, p) logits, in eval mode
     w        (K, E)        text embeddings, on the device of the model
     batch                  windows per call of the model
     returns  (K, D, H, W)  logits, on the same device
     """
-    device = w.device
-    padded, front = data.pad_to(np.asarray(volume, np.float32), patch)
+    device, shape = w.device, image.shape
+    padded, front = data.pad_to(np.asarray(image, np.float32), patch)
     image = torch.from_numpy(padded).to(device)
     weight = data.window_weight(patch).to(device)                            # (p, p, p)
     logit_sum = torch.zeros(len(w), *image.shape, device=device)
@@ -72,7 +73,7 @@ def sliding_window(volume, model, w: Tensor, *, patch: int = data.PATCH,
             weight_sum[window] += weight
 
     logits = logit_sum.div_(weight_sum)
-    x, y, z = (slice(f, f + n) for f, n in zip(front, volume.shape, strict=True))
+    x, y, z = (slice(f, f + n) for f, n in zip(front, shape, strict=True))
     return logits[:, x, y, z]
 
 
@@ -90,14 +91,14 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
     prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
     placement = data.place(volume.array.shape, working_shape, body, front)
     for axis in (2, 1, 0):
-        prob = data.interpolate(prob, placement.at[axis], axis + 1)
+        prob = data.interpolate(prob, placement.at[axis], axis + 1)      # axis 0: the classes
     prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
 
     masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
     masks[:, *placement.box] = prob > streaming.THRESHOLD
     seg = streaming.Segmentation(volume.array.shape, len(w))
     seg.masks = postprocess.PackedMasks.from_array(masks)
-    seg.winner[placement.box] = prob.argmax(0)
+    seg.winner[placement.box] = prob.argmax(0)               # decides where masks overlap
     seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
     return seg
 
@@ -115,7 +116,7 @@ class Job:
     modality: str             # ct or mri
     amp: bool                 # compute in bf16
     settings: dict            # what a result depends on beside its scan; recorded in its JSON
-    seen: dict | None         # the scans that the model was made with, see checkpoints.record_seen
+    seen: dict | None         # the scans that the model has seen, see checkpoints.record_seen
 
 
 @dataclass
@@ -187,8 +188,8 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """raises ValueError  if a number is out of range, --output a file, a package missing, or a flag
-    of no use
+    """raises ValueError  if a number is out of range, --output is a file, matplotlib is missing for
+    --preview, or --clip-weights has nothing to encode
     """
     if not 1 <= args.batch <= 4096:
         raise ValueError(f"--batch {args.batch}: must be from 1 to 4096")

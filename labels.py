@@ -4,12 +4,11 @@
     python labels.py --classes my.json      print a class table of your own
 
 In the code, a class is an index 0..K-1; in a segmentation file, its value is that index + 1. The
-label of a scan stays one integer map. Two tables give it its meaning (paper, Sec. 3.1, partial
-labels): `LabelMap.regions` says which classes a value belongs to (a tumour voxel is also an organ
-voxel, so a row may hold two trues), and `LabelMap.annotated` says which classes the dataset labels
-at all.
+label of a scan stays one integer array. Two tables give it its meaning: `LabelMap.regions` says to
+which classes a value belongs (a tumour voxel is also an organ voxel, so a row may hold two trues),
+and `LabelMap.annotated` says which classes the dataset labels at all.
 
-K classes   V label rows   D, H, W voxels
+K classes   V rows of the tables   D, H, W voxels
 """
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ SAME_WORD = {
     "malignancy": "tumor", "cysts": "cyst", "nodules": "nodule", "haematoma": "hematoma",
     "pdac": "pancreas tumor", "hcc": "liver tumor", "rcc": "kidney tumor", "nsclc": "lung tumor",
 }
-# The built-in classes know the first two kinds of lesion; the others belong to no class.
+# Only tumors and cysts have built-in classes; the other kinds of lesion belong to no class.
 LESION_WORDS = frozenset({"tumor", "cyst", "nodule", "abscess", "hemorrhage", "hematoma", "polyp"})
 SIDES = frozenset({"left", "right"})
 
@@ -74,8 +73,8 @@ def name_key(name: str) -> frozenset[str]:
 class Class:
     """One entry of the class table."""
     name: str                          # shown to users and matched against datasets' names
-    parents: tuple[str, ...] = ()      # names of the classes that contain this one. Two parents
-                                       # are the right and the left organ: it lies in one of them
+    parents: tuple[str, ...] = ()      # name of the class that this one lies in; or two names, of
+                                       # the right and the left organ, in one of which it lies
     side: str = ""                     # "left", "right", or "" for a structure without a side
     lesion: bool = False               # a tumour or cyst: may be absent, and is scored separately
     synonyms: tuple[str, ...] = ()     # other names that public datasets use for it
@@ -253,24 +252,31 @@ def make_classes(entries: list, where: str = "class table",
     for i, entry in enumerate(entries):
         bare = isinstance(entry, str)
         table.append(_built_in(entry) if bare else _class_of_dict(entry, f"{where}: entry {i}"))
-    own_keys = {key for entry, c in zip(entries, table, strict=True)
-                if not isinstance(entry, str) or c == Class(entry) for key in c.keys}
+    own_keys: set[frozenset[str]] = set()      # of classes that are not built in; a built-in class
+    for entry, c in zip(entries, table, strict=True):              # leaves these synonyms to them
+        if isinstance(entry, dict) or c == Class(entry):
+            own_keys |= c.keys
     classes = []
     for entry, c in zip(entries, table, strict=True):
         if isinstance(entry, str):
             synonyms = tuple(s for s in c.synonyms if name_key(s) not in own_keys)
             c = replace(c, synonyms=synonyms, parents=_parents_in((*table, *beside), c, where))
         classes.append(c)
-    names = {c.name for c in (*classes, *beside)}
+    side_of = {c.name: c.side for c in (*classes, *beside)}
     seen: dict[frozenset[str], str] = {}
     for k, c in enumerate(classes):
         for key in c.keys:
-            if not key or key in seen:
-                raise ValueError(f"{where}: {c.name!r} and {seen.get(key)!r} are the same name")
+            if not key:
+                raise ValueError(f"{where}: {c.name!r} has no word that names a structure")
+            if key in seen:
+                raise ValueError(f"{where}: {c.name!r} and {seen[key]!r} are the same name")
         seen |= dict.fromkeys(c.keys, c.name)
-        if not names.issuperset(c.parents):
+        if not side_of.keys() >= set(c.parents):
             raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be names of "
                              "other classes of the table")
+        if len(c.parents) > 1 and sorted(side_of[p] for p in c.parents) != ["left", "right"]:
+            raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be one class, or "
+                             "the right and the left side of an organ")
         if k in ancestors(k, classes):
             raise ValueError(f"{where}: {c.name} is its own ancestor")
     return tuple(classes)
@@ -306,14 +312,14 @@ def _class_of_dict(entry, where: str) -> Class:
             right_type = type(value) in (int, float) and 0 <= value <= 1
         if key in ("parents", "synonyms"):
             right_type = right_type and all(isinstance(name, str) for name in value)
-        if not right_type or key == "side" and value and value not in SIDES:
+        if not right_type or (key == "side" and value not in ("", *SIDES)):
             raise ValueError(f"{where}: {key} cannot be {value!r}")
     return c
 
 
 def _parents_in(table: tuple[Class, ...], c: Class, where: str) -> tuple[str, ...]:
-    """The names in a class table of the parents of a built-in class: both sides of an organ, or the
-    organ without a side; none, if the table has no such organ.
+    """A class table's names for the parents of a built-in class: its right and left organ, or the
+    whole organ; () if it has neither.
 
     raises  ValueError  if the table holds only one of the two sides: whether a lesion lies in it
                         would not be known
@@ -339,8 +345,8 @@ class LabelMap:
     first for the right side; support.sides moves the voxels on the left from it to the second.
     """
     values: list[int]              # (V) the value that each row stands for
-    names: dict[int, list[str]]    # the names of every value that dataset.json names, whether they
-                                   # belong to a class or not
+    names: dict[int, list[str]]    # {value: the names that dataset.json gives it}, also of values
+                                   # that belong to no class
     regions: np.ndarray            # (V, K) bool: voxels with this label row belong to class k
     known: np.ndarray              # (V, K) bool: False where a row says nothing about class k;
                                    # such voxels are left out of the loss of the class
@@ -360,40 +366,45 @@ class LabelMap:
             raise ValueError(f"{where}: label values must lie in 0..{MAX_VALUE}, "
                              f"found {low}..{high}")
         row_of_value = np.full(high + 1, -1, np.int32)                 # -1: not named
-        row_of_value[[0, *(v for v in self.names if v <= high)]] = 0
+        row_of_value[[0, *(v for v in self.names if v <= high)]] = 0   # named, but no class: 0
         for row, value in enumerate(self.values):
             if value <= high and row not in self.left_row.values():
                 row_of_value[value] = row
         if (row_of_value < 0).any():
             present = np.flatnonzero(np.bincount(raw.ravel(), minlength=high + 1))
-            unknown = [int(v) for v in present if row_of_value[v] < 0]
-            if unknown:
-                raise ValueError(f"{where}: label values {unknown[:5]} are not named in "
+            unnamed = [int(v) for v in present if row_of_value[v] < 0]
+            if unnamed:
+                raise ValueError(f"{where}: label values {unnamed[:5]} are not named in "
                                  "dataset.json; name them there or remove them from the map")
         dtype = np.uint8 if len(self.regions) <= 256 else np.uint16
         return row_of_value.astype(dtype)[raw]
 
 
+INTEGER_TOLERANCE = 1e-3       # by which a label stored as float may miss an integer
+
+
 def _as_integers(raw: np.ndarray, where: str) -> np.ndarray:
-    """A label map stored as floating-point numbers -> integers; others are returned as they are."""
-    if raw.dtype.kind in "iub":
+    """The values of a label that may be stored as floating-point numbers or bool -> integers."""
+    if raw.dtype == bool:
+        return raw.astype(np.uint8)
+    if raw.dtype.kind in "iu":
         return raw
     rounded = np.rint(raw)
-    off = ~(np.abs(raw - rounded) < 1e-3)            # NaN is off, too
-    if off.any():
-        raise ValueError(f"{where}: a label map must hold integers, found "
-                         f"{float(raw.flat[np.argmax(off)])!r}")
+    no_integer = ~(np.abs(raw - rounded) < INTEGER_TOLERANCE)      # `not <`: NaN is no integer
+    if no_integer.any():
+        raise ValueError(f"{where}: a label must hold integers, found "
+                         f"{float(raw.flat[np.argmax(no_integer)])!r}")
     return rounded.astype(np.int64)
 
 
 def parse_labels(labels: dict, where: str) -> list[tuple[str, list[int]]]:
     """Step 1 of label_map: a table in one of three spellings -> [(name, values), ...].
 
-    >>> parse_labels({"liver": 1, "liver tumor": 2}, "nnU-Net")
+    >>> parse_labels({"liver": 1, "liver tumor": 2}, "dataset.json")                   # nnU-Net
     [('liver', [1]), ('liver tumor', [2])]
-    >>> parse_labels({"liver": [1, 2], "liver tumor": 2}, "nnU-Net, region-based")
+    >>> parse_labels({"liver": [1, 2], "liver tumor": 2}, "dataset.json")     # its region lists
     [('liver', [1, 2]), ('liver tumor', [2])]
-    >>> parse_labels({"1": "liver", "2": "liver tumor"}, "MSD")
+    >>> parse_labels({"1": "liver", "2": "liver tumor"}, "dataset.json")                   # MSD
     [('liver', [1]), ('liver tumor', [2])]
     """
     if not isinstance(labels, dict):
@@ -445,7 +456,8 @@ def find_classes(names: list[str], classes: tuple[Class, ...],
         if key and not indices:
             indices = match(f"{name} {context}", classes)
         if key and not indices and key - SIDES <= LESION_WORDS and len(organs) == 1:
-            indices = match(f"{name} {min(organs)}", classes)
+            organ, = organs
+            indices = match(f"{name} {organ}", classes)
         found[name] = indices
     return found
 
@@ -516,14 +528,13 @@ def _lesions_of_one_organ(indices: tuple[int, ...], classes) -> set[int]:
 def meaning_of_name(name: str, indices: tuple[int, ...], classes) -> Meaning:
     """What a name in dataset.json says, if it denotes the classes `indices`.
 
-    a class                   the class, or one of the two sides
-    a lesion with a side      the class of the lesion, and the organ of that side
-    "ignore" (nnU-Net)        nothing about any class
-    with the word of a        nothing about the organs in the name and their lesions; without an
-    lesion, but no class      organ nothing about any class: "liver abscess", "abscess"
-    with an organ in it, but  nothing about that organ: "liver segment 4"
-    no class
-    any other                 background: Meaning()
+    a class                                   the class, or one of its two sides
+    a lesion with a side                      its class, and the organ of that side
+    "ignore" (nnU-Net)                        nothing is known about any class
+    a lesion without a class: "liver abscess"  nothing is known about the organ and its lesions
+    the same without an organ: "abscess"      nothing is known about any class
+    a part of an organ: "liver segment 4"     nothing is known about the organ
+    any other name                            background: Meaning()
     """
     key = name_key(name)
     everything = set(range(len(classes)))
@@ -553,7 +564,8 @@ def _is_other_side(c: Class, key: frozenset[str]) -> bool:
 def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[set, set]:
     """What a value means, with the parents of its classes: a child lies inside its parent.
 
-    A class with two parents lies in one of the two, unless one of them is sure already.
+    A class with two parents lies in one of the two, unless one of them is sure already. The same
+    holds for an organ without a side, if another name of the value tells the side.
 
     >>> add_parents({26}, set(), CLASSES)       # Liver Tumor: in the Liver
     ({26, 5}, set())
@@ -570,33 +582,11 @@ def add_parents(sure: set[int], either: set[tuple[int, int]], classes) -> tuple[
         if len(parents) == 1 and parents[0] not in sure:
             sure.add(parents[0])
             todo.append(parents[0])
-        elif len(parents) == 2 and not sure & set(parents):
-            either.add((parents[0], parents[1]))
+        elif len(parents) == 2:
+            right, left = sorted(parents, key=lambda k: classes[k].side == "left")
+            either.add((right, left))
+    either = {pair for pair in either if not sure & set(pair)}
     return sure, either
-
-
-def label_map(labels: dict, classes: tuple[Class, ...], where: str = "labels", *,
-              context: str = "") -> LabelMap:
-    """The meaning of `labels`, the table of names and values in a dataset.json.
-
-    where    the file, for error messages
-    context  the dataset's name, which may tell the organ of a "tumor" or a "vessel"
-    raises   ValueError  if the table is malformed or no name matches a class
-
-    >>> found = label_map({"kidney": [1, 2], "kidney tumor": 2}, CLASSES)
-    >>> found.values, found.left_row            # each value on the right, then on the left
-    ([0, 1, 1, 2, 2], {1: 2, 3: 4})
-    >>> [np.flatnonzero(row).tolist() for row in found.regions]
-    [[], [1], [2], [1, 25], [2, 25]]
-    """
-    named_values = parse_labels(labels, where)
-    meaning, annotated = match_labels(named_values, classes, where, context)
-    names: dict[int, list[str]] = {}
-    for name, values_of_name in named_values:
-        for value in values_of_name:
-            names.setdefault(value, []).append(name)
-    values, regions, known, left_row = build_rows(meaning, classes)
-    return LabelMap(values, names, regions, known, annotated, left_row)
 
 
 def build_rows(meaning: dict[int, Meaning], classes) -> tuple[list, np.ndarray, np.ndarray, dict]:
@@ -623,7 +613,31 @@ def build_rows(meaning: dict[int, Meaning], classes) -> tuple[list, np.ndarray, 
     return [value for value, _, _ in rows], regions, known | regions, left_row
 
 
-# ---- commands ----------------------------------------------------------------------------------
+def label_map(labels: dict, classes: tuple[Class, ...], where: str = "labels", *,
+              context: str = "") -> LabelMap:
+    """The meaning of `labels`, the table of names and values in a dataset.json.
+
+    where    the file, for error messages
+    context  the dataset's name, which may tell the organ of a "tumor" or a "vessel"
+    raises   ValueError  if the table is malformed or no name matches a class
+
+    >>> found = label_map({"kidney": [1, 2], "kidney tumor": 2}, CLASSES)
+    >>> found.values, found.left_row            # each value on the right, then on the left
+    ([0, 1, 1, 2, 2], {1: 2, 3: 4})
+    >>> [np.flatnonzero(row).tolist() for row in found.regions]
+    [[], [1], [2], [1, 25], [2, 25]]
+    """
+    named_values = parse_labels(labels, where)
+    meaning, annotated = match_labels(named_values, classes, where, context)
+    names: dict[int, list[str]] = {}
+    for name, values_of_name in named_values:
+        for value in values_of_name:
+            names.setdefault(value, []).append(name)
+    values, regions, known, left_row = build_rows(meaning, classes)
+    return LabelMap(values, names, regions, known, annotated, left_row)
+
+
+# ---- the command -------------------------------------------------------------------------------
 
 
 def main(argv=None) -> int:

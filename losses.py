@@ -1,11 +1,11 @@
-"""Masked back-propagation (paper, Sec. 3.3): losses over the classes a scan's dataset annotates.
+"""Masked back-propagation: losses over the classes that a scan's dataset annotates.
 
 Needs torch only. A class that the dataset of a scan does not annotate is left out by selection,
 `logits[annotated]`, and never by multiplying its loss with zero (0 * nan is nan): its logits and
 labels have no influence on the loss or its gradient.
 
 The loss of a crop is the mean over the classes that its scan annotates; the loss of a batch is the
-mean over its crops. So every scan weighs the same, whether its dataset annotates one class or many.
+mean over its crops. So every crop weighs the same, whether its scan annotates one class or many.
 For example, the first of two scans annotates one class, whose loss is 4, and the second annotates
 two classes, whose losses are 1 and 3. The loss of the batch is
 
@@ -16,10 +16,11 @@ with a loss of 0. Then the mean over processes with equally many crops each, whi
 DistributedDataParallel computes, is the mean over all crops.
 
 Some voxels say nothing about an annotated class: what nnU-Net calls "ignore", or a lesion whose
-organ is not clear. With `known`, they are left out of the mean and of the sums of that class.
+organ is not clear. With `known`, they are left out of the mean and of the sums of that class. A
+class of which no voxel of a crop is known counts there with a cross-entropy of 0 and a Dice loss of
+1, without a gradient.
 
-B batch: one crop of a scan each   K classes   D, H, W voxels   N = D H W   P annotated pairs of a
-crop and a class
+B crops of a batch   K classes   D, H, W voxels   N = D H W   P annotated pairs (crop, class)
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 def _annotated_pairs(logits: Tensor, y: Tensor, annotated: Tensor,
                      known: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-> the logits, the targets and what is known of the annotated pairs, (P, N) each.
+    """-> logits, targets and `known` of the annotated pairs, (P, N) each; `known` may be None.
 
     Logits and targets are float32 whatever the network computes in: sums over a million voxels
     follow, which bf16 cannot hold.
@@ -44,13 +45,14 @@ def _annotated_pairs(logits: Tensor, y: Tensor, annotated: Tensor,
         raise ValueError(f"known must be bool like logits {tuple(logits.shape)}, got {known.dtype} "
                          f"{tuple(known.shape)}")
 
-    def select(x: Tensor) -> Tensor:
+    def pairs(x: Tensor) -> Tensor:
         x = x.flatten(2)                                      # (B, K, N)
-        return x.flatten(0, 1) if annotated.all() else x[annotated]     # all of it without a copy
-    logits, y = select(logits).float(), select(y).float()
+        return x.flatten(0, 1) if annotated.all() else x[annotated]     # all pairs: without a copy
+
+    logits, y = pairs(logits).float(), pairs(y).float()
     if known is None:
         return logits, y, None
-    known = select(known)
+    known = pairs(known)
     return logits.where(known, 0), y.where(known, 0), known
 
 
@@ -74,7 +76,7 @@ def masked_bce(logits: Tensor, y: Tensor, annotated: Tensor,
                                 voxels are known
     returns    scalar           mean over the annotated classes of a crop, then over the crops;
                                 0 with a zero gradient if nothing is annotated
-    raises     ValueError       if the shapes disagree
+    raises     ValueError       if the shapes or the types do not fit
 
     Two voxels of a class, y = (1, 1) and p = (0.9, 0.1): (-ln 0.9 - ln 0.1) / 2 = 1.204.
     """
@@ -91,10 +93,10 @@ def masked_dice(logits: Tensor, y: Tensor, annotated: Tensor,
     """Soft Dice loss over annotated classes only; arguments, mean and errors as in `masked_bce`.
 
     The loss of a crop and a class is 1 - 2 sum(p y) / (sum p + sum y + 1), summed over all voxels
-    of the crop. (A version of the release averaged over slices instead.) The 1 keeps the fraction
-    defined where p and y are zero everywhere. With two voxels, y = (1, 0) and p = (1, 0), the loss
-    is 1 - 2 / (1 + 1 + 1) = 1/3. A class that is annotated but absent from the crop has the loss 1
-    and no gradient; it learns from masked_bce alone.
+    of the crop. The 1 keeps the fraction defined where p and y are zero everywhere; because of it,
+    n perfect voxels have a loss of 1 / (2 n + 1) instead of 0. With two voxels, y = (1, 0) and
+    p = (1, 0), the loss is 1 - 2 / (1 + 1 + 1) = 1/3. A class that is annotated but absent from the
+    crop has the loss 1 and no gradient; it learns from masked_bce alone.
     """
     logits, y, known = _annotated_pairs(logits, y, annotated, known)       # (P, N)
     p = logits.sigmoid()

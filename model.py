@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IMAGE_DIM = 256         # width of the global image feature f
+TEXT_HIDDEN = 256       # width of the text feature that the controller computes from w
 HEAD = (8, 8, 8, 1)     # channels of a generated head: its input, two hidden layers, its output
 HEAD_LAYERS = [(c_out, c_in) for c_in, c_out in pairwise(HEAD)]    # (8, 8), (8, 8), (1, 8)
 WEIGHT_SIZES = [c_out * c_in for c_out, c_in in HEAD_LAYERS]       # 64, 64, 8
@@ -37,7 +38,7 @@ class Conv(nn.Conv3d):
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 3, bias: bool = True):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
-        nn.init.kaiming_normal_(self.weight)       # small trainings start more steadily with it
+        nn.init.kaiming_normal_(self.weight)       # short trainings start more steadily with it
 
 
 class UpConv(nn.ConvTranspose3d):
@@ -99,7 +100,8 @@ class UNet(nn.Module):
     width  channels of the decoder feature
     """
     # Input sides are multiples of the first number and at least the second. Three poolings need
-    # multiples of 8; at 16 and 32 every level has even sides, and the deepest one has 4^3 voxels
+    # multiples of 8; with 16, the deepest level has even sides, too, and with at least 32 it has
+    # 4^3 voxels for the instance norm
     side_multiple, side_minimum = 16, 32
 
     def __init__(self, *, width: int = 64):
@@ -176,11 +178,12 @@ def window_reverse(windows: Tensor, window, size) -> Tensor:
 
 
 def shifted_window_mask(size, window, shift, device) -> Tensor:
-    """(windows of a grid, N, N) bool: True where a token must not attend to another of its window.
+    """(windows of a grid, N, N) bool: True for two tokens that share a window only because the roll
+    put opposite ends of the volume side by side; they must not attend to each other.
 
     A grid that was rolled by -shift ends, on every axis, with the tokens that it began with before.
-    Two tokens of a window are near each other in the volume only if both of them are such tokens
-    or neither is, on every axis.
+    Two tokens of a window are neighbours in the volume if, on every axis, both of them are such
+    tokens or neither is.
     """
     wrapped = []
     for tokens, s in zip(size, shift, strict=True):
@@ -224,7 +227,8 @@ class WindowAttention(nn.Module):
         return self.bias_table[index].permute(2, 0, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(c) + bias) v, without the masked pairs.
+        """softmax(q k^T / sqrt(c) + bias) v, without the masked pairs; a method of its own, so that
+        a subclass can replace it.
 
         q, k, v and the result are (n, heads, N, c).
         """
@@ -249,7 +253,8 @@ class SwinBlock(nn.Module):
     residual.
 
     x (B, D, H, W, C) tokens -> the same shape. With `shifted`, the windows are moved by 3 tokens
-    along every axis, so that they overlap those of the block before.
+    along every axis, so that they overlap those of the block before. As in the release, the zeros
+    that pad a grid to whole windows are tokens like the others, to which attention is paid.
     """
 
     def __init__(self, dim: int, heads: int, shifted: bool):
@@ -352,9 +357,10 @@ class SwinUNETR(nn.Module):
                  merging: str = "merging"):
         super().__init__()
         for stage, count in enumerate(heads):
-            if feature_size * 2 ** stage % count:
-                raise ValueError(f"feature_size must be a multiple of {heads[0]}, got "
-                                 f"{feature_size}: stage {stage} has {count} attention heads")
+            channels = feature_size * 2 ** stage
+            if channels % count:
+                raise ValueError(f"feature_size {feature_size}: stage {stage} has {channels} "
+                                 f"channels, which {count} attention heads do not divide")
         if merging not in OCTANTS:
             raise ValueError(f"merging must be one of {list(OCTANTS)}, got {merging!r}")
         C = feature_size
@@ -376,7 +382,7 @@ class SwinUNETR(nn.Module):
         self.dec = nn.ModuleList(ResBlock(2 * c_out, c_out) for _, c_out in steps)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """x -> five hidden states, the first (B, C, D/2, H/2, W/2); each further one has twice the
+        """x -> five hidden states, the first (B, C, D/2, H/2, W/2); each later one has twice the
         channels and half the sides. They are layer-normalised without parameters."""
         tokens = self.patch(x).permute(0, 2, 3, 4, 1)          # (B, D/2, H/2, W/2, C)
         hidden = [tokens]
@@ -387,7 +393,7 @@ class SwinUNETR(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.encode(x)
-        skips = []                                             # of depth D, D/2, D/4, D/8, D/16
+        skips = []                                             # of sides D, D/2, D/4, D/8, D/16
         for enc, h in zip(self.enc, [x, *hidden[:3]], strict=True):
             skips.append(run_stage(enc, h, recompute=self.recompute))
         skips.append(hidden[3])
@@ -423,15 +429,16 @@ def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
     x = feat.flatten(2)                                                        # (B, 8, N)
     h = F.relu(torch.einsum("bkoi,bin->bkon", w1, x) + b1[..., None])          # (B, K, 8, N)
     h = F.relu(torch.einsum("bkoi,bkin->bkon", w2, h) + b2[..., None])         # (B, K, 8, N)
-    y = torch.einsum("bkoi,bkin->bkon", w3, h) + b3[..., None]                 # (B, K, 1, N)
-    return y.squeeze(2).unflatten(2, feat.shape[2:])
+    logits = torch.einsum("bkoi,bkin->bkon", w3, h) + b3[..., None]            # (B, K, 1, N)
+    return logits.squeeze(2).unflatten(2, feat.shape[2:])
 
 
 @torch.no_grad()
 def initialise_theta(theta: Tensor) -> None:
     """Fill theta (153,) with the parameters of a head of He initialisation.
 
-    The last bias is -2: at first a head gives every voxel a probability of about 0.12.
+    The last bias is -2: at first a head gives every voxel a probability of about 0.12, because most
+    voxels do not belong to a given class.
     """
     theta.zero_()
     weights, biases = split_theta(theta)               # views: writing to them writes to theta
@@ -447,11 +454,12 @@ class Controller(nn.Module):
     w (K, E), f (B, 256)  ->  theta (B, K, 153)
     """
 
-    def __init__(self, *, text_dim: int = 512, image_dim: int = IMAGE_DIM, hidden: int = 256):
+    def __init__(self, *, text_dim: int = 512):
         super().__init__()
-        self.text = nn.Linear(text_dim, hidden)
-        self.out = nn.Linear(image_dim + hidden, THETA_DIM)
-        initialise_theta(self.out.bias)    # its weights are small: every head starts near the bias
+        self.text = nn.Linear(text_dim, TEXT_HIDDEN)
+        self.out = nn.Linear(IMAGE_DIM + TEXT_HIDDEN, THETA_DIM)
+        initialise_theta(self.out.bias)    # the weights of `out` are small, so that at first every
+                                           # head is close to its bias
 
     def forward(self, w: Tensor, f: Tensor) -> Tensor:
         text = F.relu(self.text(w))                                    # (K, 256)
@@ -459,6 +467,14 @@ class Controller(nn.Module):
         image = f[:, None].expand(B, K, -1)                            # (B, K, 256)
         text = text[None].expand(B, K, -1)                             # (B, K, 256)
         return self.out(torch.cat([image, text], 2))                   # the image feature first
+
+
+def check_side(size, backbone) -> None:
+    """Raise ValueError unless the backbone takes an input window of this size (D, H, W)."""
+    multiple, minimum = backbone.side_multiple, backbone.side_minimum
+    if any(side % multiple or side < minimum for side in size):
+        raise ValueError(f"window sides must be multiples of {multiple} and at least {minimum}, "
+                         f"got {tuple(size)}")
 
 
 class UniversalModel(nn.Module):
@@ -488,18 +504,10 @@ class UniversalModel(nn.Module):
         """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities."""
         check_side(x.shape[2:], self.backbone)
         deep, fine = self.backbone(x)                          # (B, C', D/8, ...), (B, C, D, H, W)
-        f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))    # (B, 256)
+        f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))    # (B, 256): norm, ReLU, mean, linear
         theta = self.controller(w, f)                          # (B, K, 153)
-        feat = self.reduce(self.reduce_norm(fine))             # (B, 8, D, H, W)
+        feat = self.reduce(self.reduce_norm(fine))             # (B, 8, D, H, W): norm, ReLU, linear
         return self.heads(feat, theta)                         # (B, K, D, H, W)
-
-
-def check_side(size, backbone) -> None:
-    """Raise ValueError unless the backbone takes an input window of this size (D, H, W)."""
-    multiple, minimum = backbone.side_multiple, backbone.side_minimum
-    if any(side % multiple or side < minimum for side in size):
-        raise ValueError(f"window sides must be multiples of {multiple} and at least {minimum}, "
-                         f"got {tuple(size)}")
 
 
 # ---- making and reading ------------------------------------------------------------------------
@@ -523,7 +531,7 @@ def one_line(error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))                   # colours of a terminal
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused:
-        return f"it holds {refused[1]}, only tensors, numbers and strings are loaded"
+        return f"it holds {refused[1]}; only tensors, numbers and strings are loaded"
     text = text.split("WeightsUnpickler error:")[-1].strip()           # what precedes it is advice
     lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines()[:4]]
     return " ".join([f"{type(error).__name__}:", *lines])

@@ -4,9 +4,9 @@
     python train.py --data Dataset001 Dataset002 --out run --backbone unet
     torchrun --nproc-per-node 8 train.py --data Dataset001 Dataset002 --out run --resume
 
-Randomness is a pure function of (seed, sample number): a resumed run ends bit-identical to an
-undisturbed one, on another number of processes if the crops of a step stay the same. OUT gets
-last.pt, best.pt (with a validation set), log.jsonl and config.json.
+Randomness is a pure function of (seed, number of the crop): a resumed run sees the same crops in
+the same order as an undisturbed one and, with as many processes and threads, ends bit-identical.
+OUT gets last.pt, best.pt (with a validation set), log.jsonl and config.json.
 
 What differs from the release in training:
 
@@ -69,8 +69,8 @@ from support import (
 OUTPUTS = ("last.pt", "best.pt", "log.jsonl", "config.json", "curve.png")      # of a run, in --out
 WARMUP = 0.05          # share of the steps in which the rate rises (release: 100 of 2000 epochs)
 WEIGHT_DECAY = 1e-5    # of AdamW (release)
-SAVE_EVERY = 500       # steps between checkpoints
-VAL_SCANS = 20         # largest number of scans in a validation
+SAVE_EVERY = 500       # steps between checkpoints (ours: at most so many are lost)
+VAL_SCANS = 20         # largest number of scans in a validation (ours: a bound on its time)
 CROP_WORKERS = 4       # processes that cut crops for one GPU by default
 
 
@@ -123,7 +123,7 @@ class Config:
                              "Dice stays at 0)", 1e-12, 1, zero=True)
     clip_grad: float = setting(1.0, "largest norm of the gradient; a larger one is scaled down "
                                "(release and 0: not clipped)", 1e-6, 1e6, zero=True)
-    unmasked: bool = setting(False, "ablation: take what a dataset does not label for background")
+    unmasked: bool = setting(False, "ablation: treat unlabelled classes as background")
     val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
                                   "rounds to 0)", 0, 0.99)
     fold: str = setting("", "which fold of the splits_final.json that --split names, from 0 on")
@@ -158,7 +158,7 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
 
     covered   (K,) bool  the classes that some training scan annotates
     unmasked             count all of them in every scan (the ablation of the paper)
-    frozen               the first classes, which --extend leaves as they are, do not count
+    frozen               how many classes, the first ones, --extend has frozen; they do not count
     """
     counted = covered.expand_as(annotated) if unmasked else annotated
     new = torch.arange(len(covered)) >= frozen
@@ -167,7 +167,7 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
 
 def step_targets(batch: dict, wanted: Tensor, device) -> tuple[Tensor, Tensor | None]:
     """-> (y, known), each (B, k, D, H, W) bool: the masks of the classes `wanted` (k,), and where
-    the label says something about them. `known` is None if that is everywhere, as in most batches.
+    the label says something about them. `known` is None where every voxel is known, as mostly.
     """
     label_rows = batch["label_rows"].to(device, non_blocking=True)
     regions = batch["regions"].to(device, non_blocking=True)
@@ -193,7 +193,7 @@ def step_loss(net, batch: dict, w: Tensor, *,
     annotated = batch["annotated"]                                     # (B, K), stays on the CPU
     wanted = torch.nonzero(annotated.any(0))[:, 0]                     # (k,)
     if len(wanted) == 0:
-        wanted = torch.tensor([len(w) - 1])        # a zero gradient, for which DDP would wait
+        wanted = torch.tensor([len(w) - 1])        # any class: DDP waits for a gradient, here zero
     annotated = annotated[:, wanted]                                   # (B, k)
     x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
@@ -213,7 +213,7 @@ def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], d
     if not cfg.split:
         if cfg.fold:
             raise ValueError(f"--fold {cfg.fold}: is the number of a fold of the splits_final.json "
-                             "that --split names")
+                             "that --split names; name that file, too")
         return cases, {}
     parts = splits.match_split(splits.read_split(cfg.split, cfg.fold), cases)
     if "train" not in parts.values():
@@ -232,8 +232,8 @@ def split(cfg: Config, scans: list[data.Scan],
     else:
         training, validation = splits.split_scans(scans, cfg.val_fraction, cfg.seed)
     if not training:
-        raise ValueError("no scan left to train on; "
-                         + ("see the notes on --split" if parts else "lower --val-fraction"))
+        advice = "see the notes on --split" if parts else "lower --val-fraction"
+        raise ValueError(f"no scan left to train on; {advice}")
     return training, validation
 
 
@@ -246,8 +246,8 @@ def covered_classes(task: transfer.Task, scans) -> Tensor:
 
 
 def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoader:
-    """This process's batches from first_step on. Step s of rank r takes the crops
-    (s * processes + r) * batch + 0 ... batch - 1 of the run."""
+    """This process's batches from first_step on. In step s, rank r takes the crops n, n + 1, ...,
+    n + batch - 1 of the run, with n = (s * processes + r) * batch."""
     n = processes.process_count()
     crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
     numbers = np.arange(len(crops)).reshape(cfg.steps, n, cfg.batch)
@@ -387,6 +387,7 @@ def validate_and_keep_best(run: checkpoints.Run, val, cfg: Config, amp: bool, fi
     is_best = mean > run.best
     run.best = max(mean, run.best)
     if processes.process_rank() == 0:
+        # under the number of the last step done, so that a log that is cut back keeps it
         write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
         each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
         bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
@@ -424,8 +425,8 @@ def start_log(path: Path, step: int) -> None:
 
 # ---- the run -------------------------------------------------------------------------------------
 def check_settings(cfg: Config) -> None:
-    """raises ValueError  if OUT holds a run that is not to be resumed or a file that is read (a dry
-    run writes nothing there), or flags do not go together
+    """raises ValueError  if a number is out of range, flags exclude each other, or, but for a dry
+    run, OUT holds a run that is not to be resumed or an output would replace an input
     """
     out = Path(cfg.out)
     given = (cfg.text, cfg.clip_weights, cfg.classes, cfg.init, cfg.extend, cfg.pretrained,
@@ -434,8 +435,11 @@ def check_settings(cfg: Config) -> None:
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if low is None or low <= value <= high or (f.metadata["zero"] and value == 0):
             continue
+        or_zero = ", or 0" if f.metadata["zero"] else ""
         raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be from {low:g} to {high:g}"
-                         + ", or 0" * f.metadata["zero"])
+                         f"{or_zero}")
+    if cfg.head_lr and not cfg.lr:
+        raise ValueError("--head-lr is a share of the schedule of --lr, which is 0; give --lr, too")
     if not cfg.dry_run:
         outputs = [out / name for name in OUTPUTS]
         results.refuse_overwriting_inputs(filter(None, given), outputs, "--out")
@@ -459,7 +463,8 @@ def plain_settings(cfg: Config) -> dict:
 def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) -> checkpoints.Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
-    modality = max(("ct", "mri"), key=[s.case.modality for s in scans].count)
+    modalities = [scan.case.modality for scan in scans]
+    modality = max(("ct", "mri"), key=modalities.count)
     run = checkpoints.Run(network, make_optimiser(network, cfg), task.classes, task.w, spec,
                           trained, modality, scans=checkpoints.identify_scans(scans, val),
                           seen=checkpoints.record_seen(scans, val, task.base_seen),
@@ -496,7 +501,6 @@ def prepare(cfg: Config) -> Prepared | None:
     """
     torch.manual_seed(cfg.seed)
     check_settings(cfg)
-    torch.manual_seed(cfg.seed)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     device = processes.open_device(cfg.device)
@@ -504,6 +508,7 @@ def prepare(cfg: Config) -> Prepared | None:
     amp = processes.choose_amp(device, cfg.amp)
     datasets.find_datasets(cfg.data)     # reports a misspelt folder before anything is downloaded
     task = load_task(cfg)
+    task.w = task.w.to(device)
     cases = datasets.read_datasets(cfg.data, task.classes, modality=cfg.modality)
     cases, parts = named_cases(cfg, cases)
     if not cfg.spacing_mm:
@@ -511,7 +516,7 @@ def prepare(cfg: Config) -> Prepared | None:
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
     if task.base is not None:
         transfer.check_spacing(cfg.init or cfg.extend, task.base_spacing_mm, cfg.spacing_mm,
-                      extended=bool(cfg.extend))
+                               extended=bool(cfg.extend))
     scans = cache.build_all(cases, Path(cfg.out).parent / "cache", cfg.spacing_mm,
                             workers=cfg.workers)
     if not cfg.dry_run:
@@ -536,23 +541,24 @@ def update(run: checkpoints.Run, net, batch: dict, cfg: Config, amp: bool,
            stop: processes.Stop) -> tuple[dict, bool]:
     """One optimiser step -> (its numbers for the log, whether some process was asked to stop).
 
-    The only values fetched from the device are one stack of four numbers, before the weights
-    change, so that a loss that is not finite leaves them as they were.
+    One transfer from the device, of four numbers, comes before the weights change, so that a loss
+    that is not finite leaves them as they were.
     """
     loss, bce, dice = step_loss(net, batch, run.w, amp=amp)
     stops = torch.tensor(float(stop.requested), device=loss.device)
     if processes.process_count() > 1:
         dist.all_reduce(stops)
-    numbers = torch.stack([loss.detach(), bce.detach(), dice.detach(), stops]).tolist()
-    if not math.isfinite(numbers[0]):
-        raise ValueError(f"the loss is {numbers[0]} at step {run.step}, scans {batch['name']}; "
+    numbers = torch.stack([loss.detach(), bce.detach(), dice.detach(), stops])
+    loss_value, bce_value, dice_value, stop_count = numbers.tolist()
+    if not math.isfinite(loss_value):
+        raise ValueError(f"the loss is {loss_value} at step {run.step}, scans {batch['name']}; "
                          "last.pt holds the state before")
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
     if cfg.clip_grad:
         nn.utils.clip_grad_norm_(run.network.parameters(), cfg.clip_grad)
     run.optimiser.step()
-    return dict(zip(("loss", "bce", "dice"), numbers, strict=False)), numbers[3] > 0
+    return {"loss": loss_value, "bce": bce_value, "dice": dice_value}, stop_count > 0
 
 
 def train(cfg: Config) -> dict[str, dict[str, float]]:
@@ -560,7 +566,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     ready = prepare(cfg)
     if ready is None:
         return {}
-    cfg, run, net, first = ready.cfg, ready.run, ready.run.network, processes.process_rank() == 0
+    cfg, run, net = ready.cfg, ready.run, ready.run.network
+    first = processes.process_rank() == 0
     last, log = Path(cfg.out) / "last.pt", Path(cfg.out) / "log.jsonl"
     if processes.process_count() > 1:
         net = nn.parallel.DistributedDataParallel(net)
@@ -572,6 +579,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
             start, rate = time.perf_counter(), lr_at(run.step, cfg)
             for group in run.optimiser.param_groups:
                 group["lr"] = rate * group["scale"]
+            # from here on the classes that the loss of this run counts
             batch["annotated"] = counted_classes(batch["annotated"], ready.covered,
                                                  unmasked=cfg.unmasked, frozen=ready.frozen)
             numbers, leave = update(run, net, batch, cfg, ready.amp, stop)

@@ -172,19 +172,19 @@ def _sample_voxels(case: data.Case, label_rows: np.ndarray, seed: int):
 
 def _write_entry(entry: Path, image, label_rows, voxels, meta: dict) -> None:
     """Write a cache entry under a temporary name, then rename its folder to `entry`."""
-    part = entry.with_name(f".{entry.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        np.save(part / "image.npy", image.astype(np.float16))
-        np.save(part / "rows.npy", label_rows)
-        np.save(part / "points.npy", voxels)
-        (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        temporary.mkdir(parents=True)
+        np.save(temporary / "image.npy", image.astype(np.float16))
+        np.save(temporary / "rows.npy", label_rows)
+        np.save(temporary / "points.npy", voxels)
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{entry.parent}: cannot be written, is the disk full? ({error})") from None
     shutil.rmtree(entry, ignore_errors=True)             # a damaged one
-    os.rename(part, entry)
+    os.rename(temporary, entry)
 
 
 def build_all(cases: list[data.Case], cache: Path, spacing_mm: float = data.SPACING_MM, *,

@@ -11,21 +11,21 @@ ENDINGS = (".nii.gz", ".nii")
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Write a file completely or not at all: `with atomic_write(path) as part:` writes to `part`,
-    which is renamed to `path` if the block succeeds and deleted if it fails."""
+    """Write a file completely or not at all: in `with atomic_write(path) as temporary`, the block
+    writes to `temporary`, which is renamed to `path` if the block succeeds and deleted if not."""
     path = Path(path)
     ending = path.suffix
     for known in ENDINGS:
         if path.name.endswith(known):
             ending = known
             break
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{ending}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{ending}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield part
-        os.replace(part, path)
+        yield temporary
+        os.replace(temporary, path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError | RuntimeError):    # torch.save raises RuntimeError
             raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from None
         raise

@@ -34,7 +34,7 @@ def read_checked(path: str | Path) -> data.Volume:
     img = open_checked(path)
     _note_orientation(path, img)
     try:
-        volume = data.volume_of(_verified_voxels(path, img), img.affine)
+        volume = data.to_volume(_verified_voxels(path, img), img.affine)
     except Exception as error:
         raise ValueError(f"{path}: its voxels cannot be read, the file may be cut off; copy or "
                          f"download it again ({error})") from None

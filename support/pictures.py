@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import clip_text
 import data
 from support import files
 
@@ -162,7 +163,7 @@ def draw_similarity(path: str | Path, names: list[str], w: Tensor) -> None:
     """The cosine similarities of text embeddings w (K, E), and the embeddings on their first two
     principal axes."""
     unit = torch.nn.functional.normalize(w.double(), dim=1)
-    similarity = (unit @ unit.T).float()
+    similarity = clip_text.cosine(w)
     fig = new_figure(17, 8, layout="constrained")
     left, right = fig.subplots(1, 2)
     image = left.imshow(similarity.numpy(), vmin=similarity.min(), vmax=1, aspect="auto")
@@ -176,3 +177,26 @@ def draw_similarity(path: str | Path, names: list[str], w: Tensor) -> None:
         right.annotate(name, (a, b), xytext=(4, 3), textcoords="offset points", fontsize=9)
     right.set(xlabel="first principal axis", ylabel="second principal axis")
     fig.savefig(path, dpi=75)
+
+
+def _lesions_after_organs(classes) -> list[int]:
+    """The indices of the classes, a class with parents right after the last of its parents."""
+    names = [c.name for c in classes]
+
+    def sort_key(k):
+        parents = [names.index(parent) for parent in classes[k].parents if parent in names]
+        host = max(parents, default=k)
+        return host, host != k, k
+
+    return sorted(range(len(classes)), key=sort_key)
+
+
+def report_similarity(path: str | Path, classes, w: Tensor) -> None:
+    """Print the cosine similarities of the classes' text embeddings w (K, E), and draw them."""
+    order = _lesions_after_organs(classes)
+    names = [classes[k].name for k in order]
+    w = w[order]
+    for name, cosines in zip(names, clip_text.cosine(w), strict=True):
+        print(f"{name:28}" + " ".join(f"{value:4.2f}" for value in cosines.tolist()))
+    draw_similarity(path, names, w)
+    print(f"written: {path}")

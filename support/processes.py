@@ -21,7 +21,6 @@ try:
 except ImportError:                # Windows: several processes may then do the same work
     fcntl = None
 
-
 DEFAULT_WORKERS = 4             # processes that preprocess scans, where there are as many cores
 CAN_FORK = sys.platform == "linux"                   # macOS can, but not safely
 PR_SET_PDEATHSIG = 1            # Linux's prctl: which signal a process gets when its parent ends
@@ -34,13 +33,14 @@ def exclusive_lock(path: Path):
     path  a file that is made for the lock, and stays
 
     The operating system releases the lock when its process ends, in whatever way; a forked worker
-    does not inherit it. Where there are no such locks (Windows, some network file systems),
-    several processes may be in the block.
+    does not inherit it. Where there are no such locks (Windows, some network file systems, a folder
+    that cannot be written), several processes may be in the block.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "ab"))
+            if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
@@ -98,7 +98,7 @@ def core_count() -> int:
 
 def report(text: str) -> None:
     """Print one line; of several processes under torchrun, only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         tqdm.write(text)
 
 

@@ -84,6 +84,13 @@ def check_text(trained: TrainedText, names: list[str], w: Tensor) -> str:
             f"differs most (cosine {cosines[lowest]:.2f})")
 
 
+def encode(prompts: list[str], weights: str | Path | None) -> Tensor:
+    """The CLIP embeddings of complete prompts (K, E). Of the processes of torchrun, the first
+    downloads CLIP's weights, and the others wait for it."""
+    with processes.exclusive_lock(clip_text.cache_folder() / ".lock"):
+        return clip_text.encode_classes(prompts, "{}", weights=weights)
+
+
 def encode_beside(trained: TrainedText, names: list[str], prompts: list[str], *,
                   weights: str | Path | None = None) -> tuple[Tensor, str]:
     """Encode the prompts of K classes for a network that was trained with others.
@@ -93,9 +100,16 @@ def encode_beside(trained: TrainedText, names: list[str], prompts: list[str], *,
 
     returns  w (K, E), and the note of check_text
     """
-    w = clip_text.encode_classes([*prompts, *trained.prompts[:1]], "{}", weights=weights)
+    w = encode([*prompts, *trained.prompts[:1]], weights)
     note = check_text(trained, [*names, *trained.names[:len(w) - len(names)]], w)
     return w[:len(names)], note
+
+
+def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
+    """Write the text embeddings w (K, E) of the classes with these names, for clip_text.read_text;
+    the file appears complete or not at all."""
+    with files.atomic_write(path) as temporary:
+        torch.save({"names": list(names), "w": w.clone()}, temporary)
 
 
 # ---- segmenting with other words -----------------------------------------------------------------
@@ -274,7 +288,7 @@ def text_embeddings(text: str, classes, trained: TrainedText | None = None, *,
     if text == "clip":
         prompts = [c.sentence(template) for c in classes]
         if trained is None:
-            w = clip_text.encode_classes(prompts, "{}", weights=clip_weights)
+            w = encode(prompts, clip_weights)
         else:
             w, note = encode_beside(trained, names, prompts, weights=clip_weights)
     else:

@@ -27,7 +27,7 @@ def note(names, w, trained=W):
 # ---- files of text embeddings --------------------------------------------------------------------
 def test_a_file_of_text_embeddings_finds_classes_by_name(tmp_path):
     path = tmp_path / "text.pt"
-    clip_text.save_text(path, ["a", "b", "c"], torch.arange(6.).view(3, 2))
+    transfer.save_text(path, ["a", "b", "c"], torch.arange(6.).view(3, 2))
     assert clip_text.read_text(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
     with pytest.raises(ValueError, match=r"text.pt: no text embedding of \['d'\].*'a', 'b', 'c'"):
         clip_text.read_text(path, ["a", "d"])
