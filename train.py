@@ -494,7 +494,6 @@ def prepare(cfg: Config) -> Prepared | None:
     Downloads and preprocessing come before the processes of torchrun meet, because they may take
     any time.
     """
-    torch.manual_seed(cfg.seed)
     check_settings(cfg)
     torch.manual_seed(cfg.seed)
     if cfg.dry_run and not (cfg.init or cfg.extend):
