@@ -499,7 +499,6 @@ def prepare(cfg: Config) -> Prepared | None:
     Downloads and preprocessing come before the processes of torchrun meet, because they may take
     any time.
     """
-    torch.manual_seed(cfg.seed)
     check_settings(cfg)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
