@@ -122,7 +122,7 @@ class Config:
     head_lr: float = setting(0.0, "learning rate of the controller (0: same as --lr; try 5e-4 if "
                              "Dice stays at 0)", 1e-12, 1, zero=True)
     clip_grad: float = setting(1.0, "largest norm of the gradient; a larger one is scaled down "
-                               "(release and 0: not clipped)", 1e-6, 1e6, zero=True)
+                               "(release and 0: not clipped)", 1e-12, 1e12, zero=True)
     unmasked: bool = setting(False, "ablation: treat unlabelled classes as background")
     val_fraction: float = setting(0.1, "share of the scans held out for validation (none if that "
                                   "rounds to 0)", 0, 0.99)
@@ -500,6 +500,7 @@ def prepare(cfg: Config) -> Prepared | None:
     any time.
     """
     check_settings(cfg)
+    torch.manual_seed(cfg.seed)
     if cfg.dry_run and not (cfg.init or cfg.extend):
         cfg = dataclasses.replace(cfg, text="onehot")      # the report needs no text embeddings
     device = processes.open_device(cfg.device)

@@ -459,7 +459,7 @@ def test_encode_classes_passes_the_activation_on(small_clip):
 
 # ---- why a file is refused -----------------------------------------------------------------------
 @pytest.mark.parametrize("what, wanted", [
-    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar, only tensors"),
+    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar; only tensors"),
     ("cut", "not a readable"), ("empty", "not a readable"), ("text", "not a readable")])
 @pytest.mark.parametrize("reader", ["embeddings", "weights"])
 def test_a_refused_file_is_named_with_the_cause(tmp_path, reader, what, wanted):

@@ -508,6 +508,9 @@ def test_the_first_of_several_channels_is_used_and_a_line_says_so(capsys, monkey
     assert datasets.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
     assert capsys.readouterr().out == \
         "note: d/dataset.json: of 2 channels only the first is used, CT\n"
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")                      # under torchrun, one process says it
     assert datasets.modality_of({"channel_names": channels}, "d/dataset.json") == "ct"
     assert capsys.readouterr().out == ""

@@ -352,7 +352,8 @@ def test_the_command_runs_from_a_script_without_guard(tmp_path):
     for file in ("pred/{}.nii.gz", "pred/{}.json", "ref/{}.nii.gz"):
         shutil.copy(tmp_path / file.format("a"), tmp_path / file.format("b"))
     (tmp_path / "script.py").write_text(
-        f"import data, metrics\nprint('begins')\ndata.core_count = lambda: 2\n"
+        "import metrics\nfrom support import processes\nprint('begins')\n"
+        f"processes.core_count = lambda: 2\n"
         f"metrics.main({args!r})\n")
     env = {**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parent)}
     out = subprocess.run([sys.executable, str(tmp_path / "script.py")], env=env, text=True,

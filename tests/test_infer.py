@@ -11,7 +11,7 @@ import data
 import infer
 import labels
 from model import build_model
-from support import checkpoints, pictures, processes, results, streaming
+from support import checkpoints, nifti, pictures, processes, results, streaming
 
 
 def identity(x, w):
@@ -449,15 +449,15 @@ def test_a_result_without_json_is_unfinished(tmp_path, checkpoint, capsys, no_mo
     """The run is killed after the masks, before the label map: what it wrote is not a scan and is
     replaced, but masks that were not asked for again do not stay beside the new result."""
     scan, out = tiny_scan(tmp_path / "in/x.nii"), tmp_path / "out"
-    save_like = data.save_like
+    save = nifti.save
 
     def killed(path, *args, **kwargs):
         if path.name == "x.nii.gz":
             raise KeyboardInterrupt
-        save_like(path, *args, **kwargs)
+        save(path, *args, **kwargs)
     assert command(checkpoint, scan, out) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(data, "save_like", killed)
+        patch.setattr(nifti, "save", killed)
         assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
     assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.nii.gz", "x/liver.nii.gz",
                                        "x/spleen.nii.gz"]

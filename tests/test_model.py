@@ -755,8 +755,8 @@ def test_public_names_by_hand():
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what, wanted", [
-    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar, only tensors"),
-    ("module", "it holds torch.nn.modules.linear.Linear, only tensors"),
+    ("numpy scalar", r"it holds numpy\._?core\.multiarray\.scalar; only tensors"),
+    ("module", "it holds torch.nn.modules.linear.Linear; only tensors"),
     ("cut", "not a readable checkpoint .*zip"), ("old cut", "not a readable checkpoint .*EOF"),
     ("empty", "not a readable checkpoint"), ("text", "not a readable checkpoint"),
     ("pickle", "Unsupported operand 149"), ("list", "a checkpoint is a dict")])

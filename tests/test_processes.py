@@ -53,9 +53,10 @@ def torchrun(folder, script, *arguments):
 
 # ---- locks ---------------------------------------------------------------------------------------
 HOLD = """
-import data, pathlib, time
+import pathlib, time
+from support import processes
 print("ready", flush=True)
-with data.exclusive_lock(pathlib.Path(sys.argv[1])):
+with processes.exclusive_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
     print("left", flush=True)
@@ -127,17 +128,18 @@ def test_a_killed_worker_is_one_line():
 
 # ---- preprocessing -------------------------------------------------------------------------------
 BUILD = """
-import data, labels, os, pathlib, time
+import labels, os, pathlib, time
+from support import cache as cache_, datasets
 raw, cache, log, seconds, workers = sys.argv[1:]
-make = data._make_entry
+make = cache_._make_entry
 def slowly(case, entry, spacing_mm):
     with open(log, "a") as file:
         file.write(f"{os.getpid()} {case.name}\\n")
     time.sleep(float(seconds))
     make(case, entry, spacing_mm)
-data._make_entry = slowly
-cases = [c for d in data.find_datasets([raw]) for c in data.read_dataset(d, labels.CLASSES)]
-scans = data.build_all(cases, pathlib.Path(cache), 4.0, workers=int(workers))
+cache_._make_entry = slowly
+cases = datasets.read_datasets([raw], labels.CLASSES)
+scans = cache_.build_all(cases, pathlib.Path(cache), 4.0, workers=int(workers))
 print(*[scan.case.name for scan in scans])
 """
 NAMES = ["Dataset901_Liver/c0", "Dataset901_Liver/c1", "Dataset902_Kidney/c0",
@@ -167,7 +169,8 @@ def test_no_worker_outlives_a_killed_parent_and_the_next_run_finishes(tiny, tmp_
     log = tmp_path / "log"
     log.touch()
     killed = start(tmp_path, BUILD, tiny / "raw", tmp_path / "cache", log, 100, 2)
-    while log.read_text().count("\n") < 2:
+    until = time.monotonic() + 60
+    while log.read_text().count("\n") < 2 and time.monotonic() < until:
         time.sleep(0.05)
     workers = [line.split()[0] for line in log.read_text().splitlines()]
     assert len(set(workers)) == 2 and str(killed.pid) not in workers
@@ -293,13 +296,14 @@ def test_processes_that_do_not_appear_are_one_line(monkeypatch):
 
 
 SLOW_TRAINING = """
-import datetime, os, time, data, infer, labels, train
-infer.GROUP_TIMEOUT = datetime.timedelta(seconds=10)
-make = data._make_entry
+import datetime, os, time, train
+from support import cache, processes
+processes.GROUP_TIMEOUT = datetime.timedelta(seconds=10)
+make = cache._make_entry
 def slowly(*arguments):
     time.sleep(6)
     make(*arguments)
-data._make_entry = slowly
+cache._make_entry = slowly
 score = train.score_scan
 def report(scan, *arguments):
     print("scored by", os.environ["RANK"], flush=True)

@@ -20,7 +20,7 @@ import data
 import labels
 import model
 import train
-from support import cache, checkpoints, datasets, extension, processes, transfer
+from support import cache, checkpoints, datasets, processes, transfer
 
 ROOT = Path(train.__file__).parent
 
@@ -439,7 +439,7 @@ def test_a_new_class_is_added_and_the_old_ones_stay_as_they_are(tiny, tmp_path, 
                  extend=str(tmp_path / "a/last.pt"))
     train.train(cfg)
     (old, w, _), (new, v, rest) = (
-        checkpoints.load_checkpoint(tmp_path / f"{x}/last.pt", extension.build_model) for x in "ab")
+        checkpoints.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
     assert [c["name"] for c in rest["classes"]] == ["Right Kidney", "Left Kidney", "Liver"]
     assert rest["trained"] == ["Right Kidney", "Left Kidney", "Liver"] and len(v) == 3
     x = torch.rand(1, 1, 64, 64, 64)

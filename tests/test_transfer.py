@@ -170,7 +170,7 @@ def test_a_class_in_another_spelling_is_the_same_class(base, tiny, tmp_path, cap
 def test_a_run_records_the_scans_of_its_base_and_warns_of_them(base, tiny, tmp_path, capsys):
     """Both kidney scans were trained on; now one of them is a validation scan. A resumed run
     remembers this, also if --init is left out: the classes and their axes are the same."""
-    how = {"classes": KIDNEYS, "val_fraction": 0.5, "val_scans": 1}
+    how = {"classes": KIDNEYS, "val_fraction": 0.5}
     cfg = liver_run(tiny, tmp_path / "run", init=str(base), **how)
     cfg.data = (str(tiny / "raw/Dataset902_Kidney"),)
     train.train(cfg)
