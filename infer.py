@@ -315,7 +315,7 @@ def join_summaries(summaries: list[Summary]) -> Summary:
     return whole
 
 
-def report(summary: Summary, output: Path) -> None:
+def print_summary(summary: Summary, output: Path) -> None:
     """Print what became of the scans."""
     kept = f", {len(summary.kept)} there already (--overwrite redoes)" if summary.kept else ""
     print(f"{len(summary.done)} scan(s) -> {output}{kept}")
@@ -346,7 +346,7 @@ def main(argv=None) -> int:
     processes.leave_processes()
     if processes.process_rank() > 0:
         return 0
-    report(summary, args.output)
+    print_summary(summary, args.output)
     return 1 if summary.failed else 0
 
 

@@ -392,7 +392,7 @@ def validate_and_keep_best(run: checkpoints.Run, val, cfg: Config, amp: bool, fi
         each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
         bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
         if is_best:
-            checkpoints.save(Path(cfg.out) / "best.pt", run, plain_settings(cfg))
+            checkpoints.save_checkpoint(Path(cfg.out) / "best.pt", run, plain_settings(cfg))
     return scores
 
 
@@ -595,7 +595,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 scores = validate_and_keep_best(run, ready.validation, cfg, ready.amp, file, bar)
             if first and (run.step % SAVE_EVERY == 0 or done or leave):
                 file.flush()
-                checkpoints.save(last, run, plain_settings(cfg))
+                checkpoints.save_checkpoint(last, run, plain_settings(cfg))
             if leave:
                 raise KeyboardInterrupt
     processes.leave_processes()

@@ -178,7 +178,7 @@ def describe_run(run: Run, config: dict) -> dict:
             "seen": run.seen}
 
 
-def save(path: Path, run: Run, config: dict) -> None:
+def save_checkpoint(path: Path, run: Run, config: dict) -> None:
     """Write all that inference and resuming need, as plain tensors, numbers and strings; see
     describe_run. The file appears complete or not at all."""
     content = {**describe_run(run, config), "model": run.network.state_dict(),

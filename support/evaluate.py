@@ -322,7 +322,7 @@ def report_seen(results: list[dict]) -> None:
               f"validated on {validation}")
 
 
-def write_results(folder: Path, protocol: str, results: list[dict], summary: dict) -> None:
+def write_scores(folder: Path, protocol: str, results: list[dict], summary: dict) -> None:
     """metrics.csv, one line per case and class, and metrics.json, with means over cases."""
     with files.atomic_write(folder / "metrics.csv") as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -374,5 +374,5 @@ def main(argv=None) -> int:
     summary = summarise(results)
     print_table(results, summary)
     report_seen(results)
-    write_results(args.pred, args.protocol, results, summary)
+    write_scores(args.pred, args.protocol, results, summary)
     return 0

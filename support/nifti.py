@@ -185,7 +185,7 @@ def check_grey_values(volume: data.Volume, path: str | Path) -> None:
 
 
 # ---- writing -----------------------------------------------------------------------------------
-def save(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
+def save_nifti(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
          description: str | None = None) -> None:
     """`data.save_like`; the file appears complete or not at all."""
     with files.atomic_write(path) as temporary:

@@ -139,7 +139,7 @@ def public_json(name: str) -> dict:
             "labels": {"background": 0, **PUBLIC[name].labels}}
 
 
-def prepare(name: str, folder: Path) -> None:
+def prepare_dataset(name: str, folder: Path) -> None:
     """Write the dataset.json of a public dataset into its folder, with the list of its scans.
 
     One that this command has written is left as it is. One that came with the dataset must be
@@ -263,7 +263,7 @@ def merge_structures(name: str, folder: Path, cases: list[str]) -> tuple[dict, d
         except (ValueError, OSError) as e:
             tqdm.write(f"left out: {' '.join(str(e).split())}")
             continue
-        nifti.save(out, merged, like=ct, description=MERGED)
+        nifti.save_nifti(out, merged, like=ct, description=MERGED)
         missing = {class_of[structure] for structure in class_of
                    if structure not in masks_of_case[case]}
         annotated[case] = [c.name for c in labels.CLASSES
@@ -352,7 +352,7 @@ def main(argv=None) -> int:
     if args.folder is None:
         print(json.dumps(public_json(name), indent=1))
         return 0
-    prepare(name, args.folder)
+    prepare_dataset(name, args.folder)
     if args.folds is not None:
         write_folds(args.folder, args.folds)
     return 0

@@ -151,15 +151,15 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
         volume_ml = round(float(np.count_nonzero(mask)) * voxel_ml, 3)
         content["classes"].append({"value": k + 1, "name": names[i], "volume_ml": volume_ml})
         if masks:
-            nifti.save(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
+            nifti.save_nifti(out_dir / name / mask_file(names[i]), mask.astype(np.uint8), scan,
                            description=DESCRIPTION)
         if seg.levels is not None:
-            nifti.save(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
+            nifti.save_nifti(out_dir / name / probability_file(names[i]), seg.levels[i], scan,
                            slope=STEP, description=DESCRIPTION)
     if preview:
         pictures.draw(out_dir / f"{name}.png", volume, label, classes, title=name,
                       software=DESCRIPTION)
-    nifti.save(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
+    nifti.save_nifti(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
     with files.atomic_write(out_dir / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

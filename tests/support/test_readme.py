@@ -22,9 +22,9 @@ import metrics
 import model
 import train
 from experiments import bench, claims, openkbp, phantom
-from support import checkpoints, evaluate, processes
+from support import checkpoints, evaluate, processes, public
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "experiments" / "RESULTS.md"
 DOCS = ROOT / "docs"
@@ -33,6 +33,7 @@ DOCUMENTS = [README, *sorted(DOCS.glob("*.md")), RESULTS]
 LONGEST_README = 12_000         # bytes
 MAINS = {"train.py": train.parse, "infer.py": infer.main, "metrics.py": metrics.main,
          "clip_text.py": clip_text.main, "labels.py": labels.main,
+         "support.public": public.main,
          "experiments.phantom": phantom.main, "experiments.bench": bench.main,
          "experiments.claims": claims.main, "experiments.openkbp": openkbp.main}
 
@@ -128,7 +129,8 @@ def test_the_page_of_snippets_is_complete():
     assert list(SNIPPETS) == [
         "Masked loss for partial labels", "Text-driven heads on a backbone of your own",
         "Swin UNETR in place of MONAI's", "The released model", "Dice, NSD and HD95",
-        "Text embeddings", "Segmenting an array", "Export"]
+        "Text embeddings", "Segmenting an array", "Crops of two arrays",
+        "From a label to the arguments of the losses", "Export"]
     assert [language for language, _ in fences((DOCS / "snippets.md").read_text())] \
         == ["python"] * len(SNIPPETS)
 
@@ -193,6 +195,23 @@ def test_snippet_of_segmenting_an_array(parts, tmp_path):
     assert (written == np.array([0, 1, 3])[label]).all()        # Liver is 1, Colon 3
 
 
+def test_snippet_of_crops():
+    """The corner (10, 20, 5) of a cube of 32 voxels is moved to (8, 4, 0), where it fits."""
+    image = np.arange(40 * 36 * 30.).reshape(40, 36, 30)
+    parts = {"image": image, "label": image > 5}
+    exec(SNIPPETS["Crops of two arrays"], parts)
+    assert parts["image_crop"].shape == parts["label_crop"].shape == (32, 32, 32)
+    assert (parts["image_crop"][..., 1:31] == image[8:, 4:]).all()
+
+
+def test_snippet_of_a_label():
+    parts = {"label": np.array([[[0, 1, 2]]])}
+    exec(SNIPPETS["From a label to the arguments of the losses"], parts)
+    assert parts["y"][5].tolist() == [[[False, True, True]]]           # Liver
+    assert parts["y"][26].tolist() == [[[False, False, True]]]         # Liver Tumor
+    assert parts["annotated"].sum() == 2 and parts["known"].all()
+
+
 def test_snippet_of_the_export(parts, tmp_path):
     exec(SNIPPETS["Export"], parts)
     program = torch.export.load(tmp_path / "net.pt2").module()
@@ -202,10 +221,11 @@ def test_snippet_of_the_export(parts, tmp_path):
 
 
 # Beginnings of the commands that cannot run here: no network, no public dataset.
-LACKING = {"clip_text.py --out rows.pt", "clip_text.py --classes liver",
+LACKING = {"clip_text.py --out text.pt", "clip_text.py --classes liver",
            "infer.py --checkpoint clip_driven_universal", "train.py --data /data/btcv",
            "train.py --data Dataset042_Mine", "metrics.py --pred out --ref Dataset042_Mine",
-           "labels.py NAME DIR", "labels.py btcv DIR --folds 5", "labels.py --classes FILE"}
+           "support.public NAME DIR", "support.public btcv DIR --folds 5",
+           "labels.py --classes FILE"}
 EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
 NEED_FLAGS = ("experiments.phantom", "train.py")        # without flags they are only mentioned
 

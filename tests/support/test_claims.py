@@ -13,7 +13,7 @@ import data
 from experiments import bench, claims, openkbp, phantom
 from support import processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STORED = [file for file in sorted((ROOT / "experiments" / "results").glob("*.json"))
           if file.name != "openkbp.json"]                  # scores; see test_readme.py
 REAL = SHARED / "data"

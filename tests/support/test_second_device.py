@@ -272,7 +272,7 @@ def train_on_device(cfg, device, monkeypatch) -> list[list[str]]:
             result = call(run, net, batch, cfg, amp, stop)
             steps.append(fetches[before:])
             return result
-        patch.setattr(checkpoints, "save", uncounted(checkpoints.save))
+        patch.setattr(checkpoints, "save_checkpoint", uncounted(checkpoints.save_checkpoint))
         patch.setattr(train, "validate", uncounted(train.validate))
         patch.setattr(train, "update", update)
         train.main(["--data", *cfg.data, *flags(cfg), "--device", "meta"])

@@ -449,7 +449,7 @@ def test_a_result_without_json_is_unfinished(tmp_path, checkpoint, capsys, no_mo
     """The run is killed after the masks, before the label map: what it wrote is not a scan and is
     replaced, but masks that were not asked for again do not stay beside the new result."""
     scan, out = tiny_scan(tmp_path / "in/x.nii"), tmp_path / "out"
-    save = nifti.save
+    save = nifti.save_nifti
 
     def killed(path, *args, **kwargs):
         if path.name == "x.nii.gz":
@@ -457,7 +457,7 @@ def test_a_result_without_json_is_unfinished(tmp_path, checkpoint, capsys, no_mo
         save(path, *args, **kwargs)
     assert command(checkpoint, scan, out) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(nifti, "save", killed)
+        patch.setattr(nifti, "save_nifti", killed)
         assert command(checkpoint, scan, out, "--masks", "--overwrite") == 130
     assert sorted(content_of(out)) == ["itksnap_labels.txt", "x.nii.gz", "x/liver.nii.gz",
                                        "x/spleen.nii.gz"]

@@ -195,13 +195,13 @@ def test_a_killed_run_that_was_initialised_resumes(base, tiny, tmp_path, capsys,
 
     class Killed(Exception):
         pass
-    save = checkpoints.save
+    save = checkpoints.save_checkpoint
 
     def save_and_die(path, run, config):
         save(path, run, config)
         raise Killed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "save", save_and_die)
+        patch.setattr(checkpoints, "save_checkpoint", save_and_die)
         with pytest.raises(Killed):
             train.train(part)
     train.train(part)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = f"{Path(__file__).parents[1]}/"
+ROOT = f"{Path(__file__).parents[2]}/"
 aten = torch.ops.aten
 
 COPIES = {aten._to_copy, aten.copy_}
