@@ -109,7 +109,7 @@ def test_a_fetch_is_recorded_once_with_its_line(fetch):
         a = torch.arange(3.0).to("meta")
         fetch(a)
     line = fetch.__code__.co_firstlineno
-    assert fetches == [f"tests/test_second_device.py:{line}"]
+    assert fetches == [f"tests/support/test_second_device.py:{line}"]
 
 
 def test_numpy_cannot_read_a_tensor_of_the_device():
