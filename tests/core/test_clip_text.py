@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zipfile
 
 import ftfy
@@ -77,14 +76,6 @@ def test_tokenize_pads_and_refuses_a_prompt_that_is_too_long(toy_merges):
     assert tokens[1].tolist() == [49406, *[515] * 9, 49407]
     with pytest.raises(ValueError, match=r"'liver liver.* has 12 tokens.* limit is 11"):
         tokenizer.tokenize("liver " * 10, context_length=11)
-
-
-@needs_shared
-def test_tokens_match_openai_clip():
-    tokenizer = clip_text.Tokenizer(MERGES_FILE)
-    for case in json.loads((SHARED / "golden" / "clip_tokens.json").read_text()):
-        ids = [tokenizer.start, *tokenizer.encode(case["text"]), tokenizer.end]
-        assert ids == case["ids"], case["text"]
 
 
 def strings(n, seed=0):
@@ -212,19 +203,6 @@ def test_features_equal_those_of_transformers(tmp_path, size, kind):
         want, got = model(input_ids=tokens).text_embeds, encoder(tokens)
     assert want.std() > 0.1 and not got.requires_grad
     assert torch.allclose(got, want, atol=1e-4)
-
-
-@needs_shared
-def test_features_match_openai_clip(tmp_path):
-    sys.path.insert(0, str(SHARED / "golden"))
-    import recipe
-    golden = np.load(SHARED / "golden" / "clip_text_vitb32_seed1.npz")
-    shapes = json.loads((SHARED / "golden" / "clip_text_shapes.json").read_text())
-    torch.save(recipe.fill(shapes, 1), tmp_path / "vit.pt")
-    encoder = clip_text.load_text_encoder(tmp_path / "vit.pt")
-    tokens = clip_text.Tokenizer(MERGES_FILE).tokenize(golden["texts"].tolist())
-    with torch.no_grad():
-        assert np.abs(encoder(tokens).numpy() - golden["embeddings"]).max() < 1e-4
 
 
 def test_tokens_after_the_end_do_not_change_the_feature():

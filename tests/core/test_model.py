@@ -1,15 +1,13 @@
 """The network: by hand, stored outputs of the released model, MONAI, plain nn modules, masking."""
 import copy
 import functools
-import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
+import release
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, needs_shared
 from torch import nn
 
 import losses
@@ -80,19 +78,6 @@ def test_theta_is_split_into_weights_and_then_biases():
     assert b1.tolist() == list(range(136, 144)) and b2[0] == 144 and b3.tolist() == [152]
 
 
-def released(name, seed=1):
-    """A state dict as the release writes it, bare keys, every number different."""
-    sys.path.insert(0, str(SHARED / "golden"))
-    import recipe
-    shapes = json.loads((SHARED / "golden/state_dict_shapes.json").read_text())[name]
-    state = recipe.fill({k: s for k, (t, s) in shapes.items() if t == "float32"}, seed)
-    for key, (kind, shape) in shapes.items():
-        if kind != "float32":
-            state[key] = model.relative_position_index() if shape else torch.tensor(7)
-    assert len(state) == {"unet": 117, "swinunetr": 170}[name]
-    return state, recipe.volume((64, 96, 64), 1)
-
-
 def layouts(state):
     """The three public spellings of one state dict."""
     return {"bare": state, "net": {"net": {f"module.{k}": v for k, v in state.items()}, "epoch": 9},
@@ -100,11 +85,11 @@ def layouts(state):
                               for k, v in state.items()}}}
 
 
-@needs_shared
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "swinunetr"])
 def test_every_layout_of_a_released_file_gives_the_same_tensors(name, tmp_path):
-    state, _ = released(name)
+    state = release.released_state(name, model.relative_position_index())
+    assert len(state) == {"unet": 117, "swinunetr": 170}[name]
     models = []
     for content in layouts(state).values():
         torch.save(content, tmp_path / "file.pth")
@@ -113,33 +98,6 @@ def test_every_layout_of_a_released_file_gives_the_same_tensors(name, tmp_path):
         models.append(network.state_dict().values())
     for tensors in zip(*models, strict=True):
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
-
-
-@needs_shared
-@pytest.mark.parametrize("form, threads", [
-    ("plain", 2), pytest.param("fast", 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["unet", pytest.param("swinunetr", marks=pytest.mark.slow)])
-def test_model_equals_the_released_one(name, form, threads):
-    """The released outputs, plain and fast."""
-    state, x = released(name)
-    network, w = model.load_released(state)
-    network = FORMS[form](network)
-    want = np.load(SHARED / f"golden/{name}_64x96x64_seed1.npz")
-    kept = []              # copies: without gradients the fast form reuses the memory of `fine`
-    network.backbone.register_forward_hook(lambda m, i, o: kept.extend(t.clone() for t in o))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            logits = network(x, w)[0]
-    finally:
-        torch.set_num_threads(before)
-    deep, fine = kept
-    assert abs(logits[:, ::8, ::8, ::8].numpy() - want["logits"]).max() < 2e-4
-    assert abs(fine[0, ::4, ::8, ::8, ::8].numpy() - want["fine"]).max() < 2e-4
-    assert abs(deep[0, ::16].numpy() - want["deep"]).max() < 2e-4
-    assert abs(logits.mean((1, 2, 3)).numpy() - want["logits_mean"]).max() < 2e-4
-    assert abs(logits.std((1, 2, 3)).numpy() - want["logits_std"]).max() < 2e-4
 
 
 def test_parameter_count_of_the_paper_unet():
