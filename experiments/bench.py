@@ -54,7 +54,7 @@ import labels
 import losses
 import metrics
 import model as plain_form
-from support import cache, datasets, fast, files, nifti, postprocess, processes
+from support import cache, checkpoints, datasets, fast, files, nifti, postprocess, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -290,7 +290,7 @@ def write_checkpoint(folder, width: int = FULL.width, side: int = FULL.side) -> 
     names = [c.name for c in labels.CLASSES]
     spec = {"backbone": "unet", "width": width, "text_dim": len(names)}
     path = Path(folder) / "last.pt"
-    torch.save({"format": plain_form.FORMAT, "spec": spec,
+    torch.save({"format": checkpoints.FORMAT, "spec": spec,
                 "model": plain_form.build_model(spec).state_dict(), "w": torch.eye(len(names)),
                 "classes": names, "trained": names,
                 "config": {"spacing_mm": 1.5, "patch": side}}, path)

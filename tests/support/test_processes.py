@@ -335,7 +335,8 @@ def test_slow_preprocessing_outlasts_no_timeout_and_validation_is_shared(tiny, t
     assert one[0]["val"] == pytest.approx(two[0]["val"], abs=1e-3)
 
 
-INFER = "import infer, labels\nsys.exit(processes.run(infer.main, sys.argv[1:]))\n"
+INFER = ("import infer\nfrom support import processes\n"
+         "sys.exit(processes.run(infer.main, sys.argv[1:]))\n")
 
 
 @pytest.mark.slow

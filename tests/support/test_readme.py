@@ -257,7 +257,7 @@ def commands_to_run():
 
 def run_as_script(name, args):
     """-> exit status, what the program printed on stderr"""
-    program = ["-m", name] if name.startswith("experiments.") else [str(ROOT / name)]
+    program = ["-m", name] if name.startswith(("experiments.", "support.")) else [str(ROOT / name)]
     done = subprocess.run([sys.executable, *program, *args], capture_output=True, text=True)
     return done.returncode, done.stderr
 

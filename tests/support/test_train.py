@@ -194,9 +194,9 @@ def saves_often(folder, more="", name="train.py"):
     return str(script)
 
 
-def two_processes(out, tiny, *more):
+def two_processes(out, raw, *more):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            saves_often(out.parent), "--data", str(tiny / "raw"), "--out", str(out),
+            saves_often(out.parent), "--data", str(raw), "--out", str(out),
             "--text", "onehot", "--spacing-mm", "4", "--patch", "32", "--width", "8",
             "--steps", "4", "--batch", "1", "--lr", "1e-3", "--val-fraction", "0", "--no-amp",
             *more]
@@ -219,14 +219,13 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(tiny, tmp_path, blind
         file = raw / "Dataset901_Liver" / "dataset.json"
         content = json.loads(file.read_text())
         file.write_text(json.dumps({**content, "annotated": {"c0": [], "c1": []}}))
-    data = ["--data", str(raw)]
-    subprocess.run([*two_processes(tmp_path / "two", tiny), *data], cwd=ROOT, check=True,
+    subprocess.run(two_processes(tmp_path / "two", raw), cwd=ROOT, check=True,
                    capture_output=True, timeout=300)
     train.train(config(tiny, tmp_path / "one", batch=2, data=(str(raw),), amp=False))
     assert close(weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt"))
     if not blind:
         shutil.copytree(tmp_path / "two", tmp_path / "half")
-        args = two_processes(tmp_path / "half2", tiny)
+        args = two_processes(tmp_path / "half2", tiny / "raw")
         saves_often(tmp_path, "at = train.lr_at\n"      # two processes that stop in the middle
                     "def stop(s, c):\n    if s == 3: sys.exit(3)\n    return at(s, c)\n"
                     "train.lr_at = stop\n")
@@ -237,7 +236,7 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(tiny, tmp_path, blind
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_does_not_hang(tiny, tmp_path):
-    args = two_processes(tmp_path / "run", tiny)
+    args = two_processes(tmp_path / "run", tiny / "raw")
     args[args.index("--steps") + 1] = "500"
     p = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = tmp_path / "run" / "log.jsonl"
