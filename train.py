@@ -8,20 +8,8 @@ Randomness is a pure function of (seed, number of the crop): a resumed run sees 
 the same order as an undisturbed one and, with as many processes and threads, ends bit-identical.
 OUT gets last.pt, best.pt (with a validation set), log.jsonl and config.json.
 
-What differs from the release in training:
-
-|                    | release                             | here                            |
-|--------------------|-------------------------------------|---------------------------------|
-| crops of a step    | several of one scan on every GPU    | each of a scan drawn anew       |
-| gradient           | not clipped                         | norm clipped at 1 (--clip-grad) |
-| foreground crops   | drawn by volume: any labelled voxel | by class, then scan, then voxel |
-| tumour crops       | LiTS and three MSD tasks            | every MSD task                  |
-| Dice               | averaged over slices, or an error   | of the whole patch              |
-| precision          | float32                             | bf16 on GPUs that have it       |
-| start of the heads | as any linear layer                 | as small networks that say "no" |
-
-As in the release every scan weighs the same in the loss, background crops are centred in the body,
-and datasets are drawn uniformly.
+As in the release, every scan weighs the same in the loss, background crops are centred in the body,
+and datasets are drawn uniformly. docs/differences.md lists what differs.
 """
 from __future__ import annotations
 
