@@ -1,4 +1,4 @@
-"""Scores of a segmentation against a reference (paper, Sec. 4: DSC, NSD, tumour detection).
+"""Scores of a segmentation against a reference.
 
     python metrics.py --pred out --ref Dataset199_PhantomTest/labelsTs
     python metrics.py --pred out --ref labelsTs --protocol flare22

@@ -1,4 +1,4 @@
-"""Post-processing of a segmentation in physical units: sides, organs, lesions (paper, Sec. 4.1).
+"""Post-processing of a segmentation in physical units: sides, organs, lesions.
 
 The authors' release keeps the largest connected component of an organ, splits the lungs by side,
 and keeps a kidney or liver tumor only inside its host organ. It deletes touching lungs and all but
