@@ -268,8 +268,10 @@ class Parser(argparse.ArgumentParser):
 class Stop:
     """Ctrl-C and SIGTERM end a run after the step under way, with its checkpoint."""
 
-    def __enter__(self):
+    def __init__(self):
         self.requested = False
+
+    def __enter__(self):
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -19,66 +19,6 @@ def identity(x, w):
     return torch.cat([x * (k + 1) for k in range(len(w))], 1)
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 64), (65, 64, 97), (150, 71, 64), (30, 1, 100),
-                                   (63, 127, 33), (64, 64, 192)])
-@pytest.mark.parametrize("overlap", [0.0, 0.5])
-def test_identity_network_survives_the_sliding_window(shape, overlap):
-    x = np.random.default_rng(0).random(shape, np.float32) - 0.3
-    out = infer.sliding_window(x, identity, torch.zeros(2, 1), patch=64, overlap=overlap, batch=3)
-    assert out.shape == (2, *shape)
-    assert np.abs(out[1].numpy() - 2 * x).max() < 1e-5
-
-
-def test_window_starts_are_spread_evenly_and_cover_the_scan():
-    assert data.window_starts(150, 64) == [0, 29, 57, 86]
-    assert data.window_starts(64, 64, 0.9) == [0]
-    assert data.window_starts(150, 64, 0.25) == [0, 43, 86]
-
-
-def test_window_weight_is_a_gaussian_with_a_lower_bound():
-    """Beside the centre of 8 voxels, x = 0.5 on each axis and sigma = 1; in the corner, x = 3.5
-    would give exp(-18.4), so that the bound holds. One voxel off along one axis, x = 1.5."""
-    weight = data.window_weight(8)
-    assert weight.shape == (8, 8, 8) and weight.dtype == torch.float32
-    assert weight[3, 4, 3].item() == weight.max().item() == pytest.approx(np.exp(-0.375))
-    assert weight[5, 4, 3].item() == pytest.approx(np.exp(-(1.5 ** 2 + 0.25 + 0.25) / 2))
-    assert weight[0, 0, 0].item() == weight.min().item() == pytest.approx(1e-3)
-    assert torch.equal(weight, weight.flip(0)) and torch.allclose(weight, weight.transpose(0, 2))
-
-
-def test_windows_at_the_border_are_averaged_plainly():
-    """Two windows of 8 voxels at 0 and 4 say 1 and 2. Far from both centres on the other two axes
-    every weight is at its bound, so their common voxels get 1.5; in the middle the nearer wins."""
-    calls = []
-
-    def model(x, w):
-        calls.append(1)
-        return torch.full_like(x, len(calls))
-    x = np.ones((8, 8, 12), np.float32)
-    out = infer.sliding_window(x, model, torch.zeros(1, 1), patch=8)[0]
-    assert out[0, 0].tolist() == pytest.approx([1] * 4 + [1.5] * 4 + [2] * 4)
-    assert out[3, 3, 4] < 1.2 and out[3, 3, 7] > 1.8
-
-
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
-@pytest.mark.parametrize("shape", [(48, 48, 64), (64, 32, 80), (48, 96, 32)])
-def test_blended_logits_equal_those_of_monai(shape):
-    """Against the function of the release, where both place their windows alike: sides are the
-    window's plus multiples of half of it. What the network says depends on the place in the
-    window, so that the weights show."""
-    inferers = pytest.importorskip("monai.inferers")
-    place = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 32, 32, 32), np.float32))
-
-    def model(x, w=None):
-        return torch.cat([x + place[0], x * place[1]], 1)
-    x = np.random.default_rng(0).random(shape, np.float32)
-    expected = inferers.sliding_window_inference(
-        torch.from_numpy(x)[None, None], (32,) * 3, 1, model, overlap=0.5, mode="gaussian",
-        sigma_scale=0.125, padding_mode="constant")[0]
-    out = infer.sliding_window(x, model, torch.zeros(2, 1), patch=32, overlap=0.5)
-    assert (out - expected).abs().max() < 1e-5
-
-
 def test_windows_of_air_are_computed_once():
     calls = []
 
@@ -121,29 +61,6 @@ def sphere_scan(tmp_path, codes="LPS", spacing=(2.0, 2.5, 3.0), shape=(70, 60, 5
     hu = np.where(r < 25, 200, np.where(r < 55, 0, -1000)).astype(np.int16)
     write_nifti(tmp_path / "scan.nii.gz", hu, A)
     return tmp_path / "scan.nii.gz", r < 25
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
-def test_a_thresholding_network_segments_in_the_scans_own_grid(tmp_path, codes):
-    """Logit > 0 where HU > 100: the result is the ball, in the axes of the file."""
-    path, expected = sphere_scan(tmp_path, codes)
-
-    def model(x, w):
-        return torch.cat([(x - 0.647) * 50, (0.2 - x) * 0 - 9], 1)
-    v = data.load_volume(path)
-    seg = streaming.segment(v, model, torch.zeros(2, 1), spacing_mm=2.5, patch=64)
-    classes = labels.make_classes(["Ball", "Nothing"])
-    found = results.write_results("scan", tmp_path / "out", path, seg, classes, [0, 1], {},
-                                  masks=True, preview=False, volume=v)
-    got = nib.load(tmp_path / "out/scan.nii.gz")
-    assert np.array_equal(got.affine, nib.load(path).affine) and got.shape == expected.shape
-    label = np.asarray(got.dataobj)
-    assert 2 * (expected & (label == 1)).sum() / (expected.sum() + (label == 1).sum()) > 0.95
-    assert found[0]["volume_ml"] == pytest.approx((label == 1).sum() * 15 / 1000, abs=1e-3)
-    assert found[1]["volume_ml"] == 0
-    mask = np.asarray(nib.load(tmp_path / "out/scan/ball.nii.gz").dataobj)
-    assert np.array_equal(mask, label == 1)
-    assert json.loads((tmp_path / "out/scan.json").read_text())["classes"][0]["value"] == 1
 
 
 def test_a_slab_has_at_most_half_a_window():

@@ -1,7 +1,6 @@
 """The training command: it learns, it can be killed and resumed, it says what is wrong."""
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ import data
 import labels
 import model
 import train
-from support import cache, checkpoints, datasets, processes, transfer
+from support import checkpoints, datasets, processes, transfer
 
 ROOT = Path(train.__file__).parent
 
@@ -42,69 +41,6 @@ def weights(path):
 
 def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
-
-
-def test_learning_rate_rises_then_follows_a_cosine():
-    """steps 100, 5 of warm-up: 1/5 of the rate, all of it, half of it in the middle, nearly 0."""
-    cfg = train.Config(steps=100, lr=1.0)
-    assert [round(train.lr_at(s, cfg), 3) for s in (0, 4, 5)] == [0.2, 1.0, 1.0]
-    assert train.lr_at(52, cfg) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
-    assert train.lr_at(99, cfg) < 0.001
-
-
-def test_four_steps_train_and_the_log_has_a_line_each(tiny, tmp_path, capsys):
-    train.train(config(tiny, tmp_path / "run", val_fraction=0.25, val_every=2))
-    rows = [json.loads(r) for r in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if "loss" in r] == [0, 1, 2, 3]
-    assert [r["step"] for r in rows if "val" in r] == [1, 3]
-    assert {"last.pt", "best.pt", "log.jsonl", "config.json"} <= \
-        {p.name for p in (tmp_path / "run").iterdir()}
-    out = capsys.readouterr().out
-    assert "annotated: Liver, Liver Tumor" in out and "annotated: Right Kidney, Left Kidney" in out
-
-
-def test_validation_takes_every_dataset_in_turn_and_scores_each(tiny, tmp_path, monkeypatch):
-    """A model that says yes everywhere has a Dice of 2 n / (N + n)."""
-    class Yes(torch.nn.Module):
-        def forward(self, x, w):
-            return x.new_ones(len(x), len(w), *x.shape[2:])
-    cfg = config(tiny, tmp_path)
-    monkeypatch.setattr(train, "VAL_SCANS", 3)
-    cases = datasets.read_datasets(cfg.data, labels.CLASSES)
-    scans = cache.build_all(cases, tmp_path / "cache", 4.0, quiet=True)
-    w = torch.eye(len(labels.CLASSES))
-    scores = train.validate(Yes(), w, scans, labels.CLASSES, cfg, False)
-    assert {d: set(v) for d, v in scores.items()} == {
-        "Dataset901_Liver": {"Liver", "Liver Tumor"},
-        "Dataset902_Kidney": {"Right Kidney", "Left Kidney"}}
-    monkeypatch.setattr(train, "VAL_SCANS", 2)
-    two = train.validate(Yes(), w, scans, labels.CLASSES, cfg, False)
-    assert two.keys() == scores.keys()                         # not two scans of the first
-    ns = [(np.count_nonzero(s.label_rows() == 2), s.label_rows().size) for s in scans[:2]]
-    assert scores["Dataset901_Liver"]["Liver Tumor"] == pytest.approx(
-        sum(2 * n / (N + n) for n, N in ns) / 2)
-    label_rows = scans[2].label_rows()                # of the kidneys only the first scan
-    n = np.count_nonzero(scans[2].case.label_map.regions[:, 1][label_rows])
-    want = 2 * n / (label_rows.size + n)
-    assert scores["Dataset902_Kidney"]["Right Kidney"] == pytest.approx(want)
-
-
-def test_resume_equals_uninterrupted(tiny, tmp_path):
-    train.train(config(tiny, tmp_path / "a"))
-
-    def stop(step, cfg, at=train.lr_at):
-        if step == 3:
-            raise KeyboardInterrupt
-        return at(step, cfg)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(train, "lr_at", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(config(tiny, tmp_path / "b", workers=2))
-    patch.undo()
-    train.train(config(tiny, tmp_path / "b", resume=True))
-    assert same(weights(tmp_path / "a/last.pt"), weights(tmp_path / "b/last.pt"))
-    steps = [json.loads(r)["step"] for r in (tmp_path / "b/log.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("change, what", [
@@ -395,19 +331,6 @@ def test_a_pretrained_backbone_is_reported_and_used(tiny, tmp_path, capsys, back
     assert all((v == 0.125).all() for k, v in got.items() if "backbone" in k)
 
 
-def test_heads_learn_at_a_rate_of_their_own(tiny, tmp_path, monkeypatch):
-    """Adam's first step moves every number by its rate (or not at all)."""
-    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.0)
-    train.train(config(tiny, tmp_path / "run", steps=1, lr=1e-3, head_lr=1e-4))
-    after = weights(tmp_path / "run/last.pt")
-    torch.manual_seed(0)
-    before = model.build_model({"backbone": "unet", "text_dim": 512, "width": 8}).state_dict()
-    for name, rate in (("controller.out.weight", 1e-4), ("controller.text.weight", 1e-4),
-                       ("reduce.weight", 1e-3), ("backbone.down.0.0.conv.weight", 1e-3)):
-        step = (after[name] - before[name]).abs().max().item()
-        assert step == pytest.approx(rate, rel=0.01), name
-
-
 def test_clip_embeddings_travel_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     """The class table's prompts in the asked-for template go to the encoder, as released."""
     asked = []
@@ -477,29 +400,7 @@ def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
             assert "new: Femur; in it already and left as they are: Left Kidney\n" in printed.out
 
 
-def test_clip_grad_0_does_not_clip(tiny, tmp_path):
-    """A limit far above every gradient's norm is none, either."""
-    for limit in (0.0, 1e9, 1e-9):
-        train.train(config(tiny, tmp_path / str(limit), steps=1, clip_grad=limit))
-    state = {limit: torch.load(tmp_path / str(limit) / "last.pt", weights_only=True)["optimizer"]
-             for limit in (0.0, 1e9, 1e-9)}
-    norm = {limit: max(p["exp_avg"].norm().item() for p in own["state"].values())
-            for limit, own in state.items()}
-    assert norm[0.0] == norm[1e9] > 1e-3 > norm[1e-9]
-
-
 # ---- one step alone ------------------------------------------------------------------------------
-def batch_of(annotated, seed=0):
-    """Two crops of 32^3 of three classes; label rows 0 ... 3, of which row v belongs to class v - 1
-    and row 3 to all of them."""
-    g = torch.Generator().manual_seed(seed)
-    regions = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    return {"image": torch.rand(2, 1, 32, 32, 32, generator=g),
-            "label_rows": torch.randint(0, 4, (2, 32, 32, 32), generator=g),
-            "regions": regions.expand(2, -1, -1), "annotated": torch.tensor(annotated),
-            "known": torch.ones(2, 4, 3, dtype=torch.bool), "name": ["a", "b"]}
-
-
 class Recorder(torch.nn.Module):
     """Logits that are a parameter times k + 1; keeps the text embeddings that it was asked for."""
 
@@ -510,71 +411,6 @@ class Recorder(torch.nn.Module):
     def forward(self, x, w):
         self.asked = w
         return torch.cat([self.a * x * (k + 1) for k in range(len(w))], 1)
-
-
-def test_a_step_asks_for_the_union_of_annotated_classes_and_each_scan_counts_its_own():
-    """Scan a annotates class 0, scan b classes 0 and 2: cross-entropies by hand."""
-    net, w = Recorder(), torch.eye(3)
-    batch = batch_of([[True, False, False], [True, False, True]])
-    loss, bce, dice = train.step_loss(net, batch, w)
-    assert torch.equal(net.asked, w[[0, 2]]) and loss.item() == (bce + dice).item()
-    rows, x = batch["label_rows"], batch["image"][:, 0]
-
-    def of(scan, position, values):
-        target = torch.isin(rows[scan], torch.tensor(values)).float()
-        return torch.nn.functional.binary_cross_entropy_with_logits(
-            0.3 * x[scan] * (position + 1), target)
-    want = (of(0, 0, [1, 3]) + (of(1, 0, [1, 3]) + of(1, 1, [3])) / 2) / 2
-    assert bce.item() == pytest.approx(want.item(), abs=1e-6)
-
-
-def test_a_step_leaves_out_what_a_label_row_says_nothing_about():
-    """Row 2 of scan a is unknown for class 0: only the other voxels count there."""
-    batch = batch_of([[True, False, False], [False, True, False]])
-    batch["known"][0, 2, 0] = False
-    _, bce, _ = train.step_loss(Recorder(), batch, torch.eye(3))
-    rows, x = batch["label_rows"], batch["image"][:, 0]
-
-    def of(scan, position, values, counted):
-        target = torch.isin(rows[scan], torch.tensor(values)).float()
-        return torch.nn.functional.binary_cross_entropy_with_logits(
-            (0.3 * x[scan] * (position + 1))[counted], target[counted])
-    want = (of(0, 0, [1, 3], rows[0] != 2) + of(1, 1, [2, 3], rows[1] >= 0)) / 2
-    assert bce.item() == pytest.approx(want.item(), abs=1e-6)
-
-
-def test_a_step_of_scans_that_annotate_nothing_has_a_zero_gradient():
-    net = Recorder()
-    loss, _, _ = train.step_loss(net, batch_of([[False] * 3] * 2), torch.eye(3))
-    loss.backward()
-    assert loss.item() == 0 and net.a.grad == 0
-
-
-def test_a_step_of_two_scans_is_the_mean_of_two_steps_of_one():
-    """What one scan does not annotate has no influence on it."""
-    w, whole = torch.eye(3), batch_of([[True, False, True], [False, True, False]])
-    network = tiny_network()
-    want = [train.step_loss(network, {k: v[i:i + 1] for k, v in whole.items()}, w)[0]
-            for i in range(2)]
-    got = train.step_loss(network, whole, w)[0]
-    assert got.item() == pytest.approx(sum(want).item() / 2, abs=1e-5)
-
-
-def tiny_network():
-    torch.manual_seed(0)
-    return model.build_model({"backbone": "unet", "width": 8, "text_dim": 3})
-
-
-def test_which_classes_count():
-    annotated = torch.tensor([[True, False, False], [False, False, True]])
-    covered = torch.tensor([True, False, True])
-
-    def counted(**how):
-        return train.counted_classes(annotated, covered, **how).int().tolist()
-    assert counted(unmasked=False, frozen=0) == [[1, 0, 0], [0, 0, 1]]
-    assert counted(unmasked=True, frozen=0) == [[1, 0, 1], [1, 0, 1]]
-    assert counted(unmasked=False, frozen=1) == [[0, 0, 0], [0, 0, 1]]
-    assert counted(unmasked=True, frozen=2) == [[0, 0, 1], [0, 0, 1]]
 
 
 # ---- plain and fast ------------------------------------------------------------------------------
