@@ -400,19 +400,6 @@ def test_what_an_extension_cannot_learn_is_refused(tiny, tmp_path, capsys):
             assert "new: Femur; in it already and left as they are: Left Kidney\n" in printed.out
 
 
-# ---- one step alone ------------------------------------------------------------------------------
-class Recorder(torch.nn.Module):
-    """Logits that are a parameter times k + 1; keeps the text embeddings that it was asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = torch.nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x, w):
-        self.asked = w
-        return torch.cat([self.a * x * (k + 1) for k in range(len(w))], 1)
-
-
 # ---- plain and fast ------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_plain_training_ends_where_fast_training_does(tiny, tmp_path):
