@@ -196,6 +196,8 @@ def build_all(cases: list[data.Case], cache: Path, spacing_mm: float = data.SPAC
     """
     if any(find(case, cache, spacing_mm) is None for case in cases):
         with processes.exclusive_lock(cache / ".lock"):
+            for abandoned in cache.glob(".*.part"):          # by a process that was killed
+                shutil.rmtree(abandoned, ignore_errors=True)
             missing = [case for case in cases if find(case, cache, spacing_mm) is None]
             make = functools.partial(build, cache=cache, spacing_mm=spacing_mm)
             processes.pool_map(make, missing, workers, desc="preprocess", unit="scan", quiet=quiet)

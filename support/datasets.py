@@ -217,7 +217,10 @@ def annotated_per_case(info: dict, classes, where: Path,
             if isinstance(names, list):
                 names = [name for name in names if not is_lacking(name)]
             masks[case] = np.zeros(len(classes), bool)
-            masks[case][labels.select(names, classes)] = True
+            try:
+                masks[case][labels.select(names, classes)] = True
+            except ValueError as e:
+                raise ValueError(f'{where}: "annotated", {case}: {e}') from None
     return masks
 
 
@@ -257,7 +260,8 @@ def median_spacing(cases: list[data.Case]) -> float:
 def describe_values(label_map: labels.LabelMap, classes) -> list[str]:
     """The meaning of every value in words, one line each; background values share one line.
 
-    >>> describe_values(label_map({"liver": [1, 2], "cancer": 2, "bone": 3}, CLASSES), CLASSES)
+    >>> label_map = labels.label_map({"liver": [1, 2], "cancer": 2, "bone": 3}, labels.CLASSES)
+    >>> describe_values(label_map, labels.CLASSES)
     ['1 liver -> Liver', '2 liver, cancer -> Liver + Liver Tumor', 'background: bone']
     """
     lines, background = [], []

@@ -82,7 +82,7 @@ def test_a_case_may_list_structures_of_its_dataset_that_the_class_table_lacks():
     masks = datasets.annotated_per_case(info, classes, Path("dataset.json"))
     assert {case: mask.tolist() for case, mask in masks.items()} == {"a": [True], "b": [False]}
     info["annotated"]["a"] = ["cords"]
-    with pytest.raises(ValueError, match="no class is called.*cords"):
+    with pytest.raises(ValueError, match='dataset.json: "annotated", a: no class.*cords'):
         datasets.annotated_per_case(info, classes, Path("dataset.json"))
 
 
@@ -141,6 +141,14 @@ def test_a_damaged_cache_entry_is_made_again(tiny_cases, tmp_path, file, damage)
     again = cache.build(tiny_cases[0], tmp_path, 4.0)
     assert {p.name: p.read_bytes() for p in scan.entry.iterdir()} == before
     assert again.meta == scan.meta and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tiny_cases, tmp_path):
+    abandoned = tmp_path / ".0123.77.part"
+    abandoned.mkdir()
+    (abandoned / "image.npy").write_bytes(b"half")
+    cache.build_all(tiny_cases[:1], tmp_path, 4.0, workers=0, quiet=True)
+    assert not abandoned.exists()
 
 
 def test_label_and_image_a_twentieth_of_a_mm_apart_are_treated_as_one_grid(tiny, tmp_path, capsys):
