@@ -542,8 +542,9 @@ def cosine(w: Tensor) -> Tensor:
 def _classes_of(arguments: list[str]):
     """The value of --classes -> a class table: a JSON file, or names, known or new."""
     import labels
+    from support import class_tables
     if arguments and arguments[0].endswith(".json"):
-        return labels.load_classes(arguments[0])
+        return class_tables.load_classes(arguments[0])
     if not arguments:
         return labels.CLASSES
     built_in = {c.name.lower(): c for c in labels.CLASSES}

@@ -45,35 +45,8 @@ def load_volume(path: str | Path) -> Volume:
 
     Nothing is checked; support.nifti.read_checked reads the file of a user.
     """
-    img = open_nifti(path)
+    img = nib.load(path)
     return to_volume(img.dataobj, img.affine)
-
-
-QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
-                                # is taken for one that was rounded
-
-
-def open_nifti(path: str | Path) -> nib.Nifti1Image:
-    """The image object of a NIfTI file; no voxel is read.
-
-    A quaternion that rounding has made longer than 1 is brought to length 1. nibabel refuses it.
-    """
-    try:
-        return nib.load(path)
-    except ValueError as error:
-        if "w2 should be positive" not in str(error):
-            raise
-    thresholds = [(header, header.quaternion_threshold)
-                  for header in (nib.Nifti1Header, nib.Nifti2Header)]
-    try:
-        for header, _ in thresholds:
-            header.quaternion_threshold = 2 * QUATERNION_EXCESS
-        img = nib.load(path)
-        img.set_qform(img.affine, int(img.header["qform_code"]))
-        return img
-    finally:
-        for header, threshold in thresholds:
-            header.quaternion_threshold = threshold
 
 
 def to_volume(voxels: nib.arrayproxy.ArrayProxy, affine: np.ndarray) -> Volume:
@@ -101,15 +74,16 @@ def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return nib.apply_orientation(array, back)
 
 
-def save_like(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
-              description: str | None = None) -> None:
-    """Write an array in the axes, affine and header codes of the file `like`.
+def save_like(path: str | Path, array: np.ndarray, like: str | Path | nib.Nifti1Image, *,
+              slope: float = 1, description: str | None = None) -> None:
+    """Write an array in the axes, affine and header codes of the scan `like`, a NIfTI file or its
+    image object.
 
     array        (D, H, W)  in RAS+ axes, on the grid that load_volume(like) returns
     slope        readers of the file multiply the stored values by this number, in float32
     description  text for the header, at most 79 characters; None: that of `like`
     """
-    img = open_nifti(like)
+    img = like if isinstance(like, nib.Nifti1Image) else nib.load(like)
     header = img.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
@@ -605,11 +579,6 @@ def window_weight(patch: int) -> Tensor:
     return (gauss[:, None, None] * gauss[:, None] * gauss).clamp(min=MIN_WEIGHT)
 
 
-def count_windows(shape, patch: int, overlap: float = OVERLAP) -> int:
-    """How many windows cover a volume of this shape."""
-    return int(np.prod([len(window_starts(max(n, patch), patch, overlap)) for n in shape]))
-
-
 def pad_to(image: np.ndarray, patch: int) -> tuple[np.ndarray, list[int]]:
     """Pad a volume with air to at least `patch` voxels -> (volume, voxels put before each axis)."""
     missing = [max(patch - n, 0) for n in image.shape]
@@ -628,12 +597,6 @@ class Placement:
     """
     box: tuple[slice, ...]
     at: list[np.ndarray]
-
-    def planes_between(self, start: int, stop: int) -> Placement:
-        """Only the native planes with start <= at[2] < stop, counted from `start`."""
-        first, end = np.searchsorted(self.at[2], (start, stop)).tolist()
-        planes = slice(self.box[2].start + first, self.box[2].start + end)
-        return Placement((*self.box[:2], planes), [*self.at[:2], self.at[2][first:end] - start])
 
 
 def place(native_shape, working_shape, body, front) -> Placement:

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import sys
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -211,128 +209,6 @@ def select(names: list[str], classes: tuple[Class, ...]) -> list[int]:
     if missing:
         raise ValueError(f"no class is called {missing}; known: {[c.name for c in classes]}")
     return sorted({k for indices in matches.values() for k in indices})
-
-
-def load_classes(path: str | Path | None = None,
-                 beside: tuple[Class, ...] = ()) -> tuple[Class, ...]:
-    """Read a class table: a JSON list of names, or of objects with the fields of Class.
-
-    What make_classes says of bare names and of `beside` holds.
-
-    path    None: the built-in table
-    raises  ValueError  with the file and the entry, if a field, a name or a parent is wrong
-    """
-    if path is None:
-        return CLASSES
-    try:
-        entries = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
-    return make_classes(entries, where=str(path), beside=beside)
-
-
-def make_classes(entries: list, where: str = "class table",
-                 beside: tuple[Class, ...] = ()) -> tuple[Class, ...]:
-    """Names, or dicts of the fields of Class -> a checked class table.
-
-    A bare name of a built-in class takes everything else from that class, with those of its parents
-    that the table holds. A dict keeps what it says, and nothing is added to it.
-
-    where   what an error message names as the source
-    beside  the classes of a model to which these are added; parents may be among them
-    raises  ValueError  if a field, a name or a parent is wrong
-
-    >>> kidney, tumor = make_classes(["kidney_left", {"name": "Scar", "parents": ["kidney_left"]}])
-    >>> kidney.side, kidney.sentence("V3"), tumor.parents
-    ('left', 'A computerized tomography of a Left Kidney', ('kidney_left',))
-    """
-    table = []
-    for i, entry in enumerate(entries):
-        bare = isinstance(entry, str)
-        table.append(_built_in(entry) if bare else _class_of_dict(entry, f"{where}: entry {i}"))
-    own_keys: set[frozenset[str]] = set()      # of classes that are not built in; a built-in class
-    for entry, c in zip(entries, table, strict=True):              # leaves these synonyms to them
-        if isinstance(entry, dict) or c == Class(entry):
-            own_keys |= c.keys
-    classes = []
-    for entry, c in zip(entries, table, strict=True):
-        if isinstance(entry, str):
-            synonyms = tuple(s for s in c.synonyms if name_key(s) not in own_keys)
-            c = replace(c, synonyms=synonyms, parents=_parents_in((*table, *beside), c, where))
-        classes.append(c)
-    side_of = {c.name: c.side for c in (*classes, *beside)}
-    seen: dict[frozenset[str], str] = {}
-    for k, c in enumerate(classes):
-        for key in c.keys:
-            if not key:
-                raise ValueError(f"{where}: {c.name!r} has no word that names a structure")
-            if key in seen:
-                raise ValueError(f"{where}: {c.name!r} and {seen[key]!r} are the same name")
-        seen |= dict.fromkeys(c.keys, c.name)
-        if not side_of.keys() >= set(c.parents):
-            raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be names of "
-                             "other classes of the table")
-        if len(c.parents) > 1 and sorted(side_of[p] for p in c.parents) != ["left", "right"]:
-            raise ValueError(f"{where}: {c.name}: parents {list(c.parents)} must be one class, or "
-                             "the right and the left side of an organ")
-        if k in ancestors(k, classes):
-            raise ValueError(f"{where}: {c.name} is its own ancestor")
-    return tuple(classes)
-
-
-def _built_in(name: str) -> Class:
-    """The built-in class of this name, under this name; or a class that has only the name.
-
-    A lobe is not its lung, although a dataset's lobes are matched to the lung.
-    """
-    key = name_key(name)
-    for c in CLASSES:
-        if name == c.name:
-            return c
-        if key in c.keys and "lobe" not in key:
-            return replace(c, name=name, prompt_name=c.prompt_name or c.name,
-                           synonyms=(c.name, *c.synonyms))
-    return Class(name)
-
-
-def _class_of_dict(entry, where: str) -> Class:
-    """The fields of Class -> Class, their types checked."""
-    if not isinstance(entry, dict) or not entry.get("name"):
-        raise ValueError(f"{where} needs a name")
-    try:
-        c = Class(**{key: tuple(value) if isinstance(value, list) else value
-                     for key, value in entry.items()})
-    except TypeError as e:
-        raise ValueError(f"{where}: {e}") from None                  # it names the unknown field
-    for key, value in vars(c).items():
-        right_type = type(value) is type(getattr(CLASSES[0], key))
-        if key == "solid":
-            right_type = type(value) in (int, float) and 0 <= value <= 1
-        if key in ("parents", "synonyms"):
-            right_type = right_type and all(isinstance(name, str) for name in value)
-        if not right_type or (key == "side" and value not in ("", *SIDES)):
-            raise ValueError(f"{where}: {key} cannot be {value!r}")
-    return c
-
-
-def _parents_in(table: tuple[Class, ...], c: Class, where: str) -> tuple[str, ...]:
-    """A class table's names for the parents of a built-in class: its right and left organ, or the
-    whole organ; () if it has neither.
-
-    raises  ValueError  if the table holds only one of the two sides: whether a lesion lies in it
-                        would not be known
-    """
-    rows = [match(parent, table) for parent in c.parents]
-    if not all(rows):
-        organs = {" ".join(name_key(parent) - SIDES) for parent in c.parents}
-        whole = [match(organ, table) for organ in organs]
-        if any(rows) and not any(whole):
-            raise ValueError(f"{where}: {c.name} lies in {' or '.join(c.parents)}, and the table "
-                             "has only one of them; add the other one")
-        rows = whole
-    return tuple(table[k].name for row in rows for k in row)
 
 
 # ---- the meaning of a label file -----------------------------------------------------------------
@@ -638,9 +514,8 @@ def label_map(labels: dict, classes: tuple[Class, ...], where: str = "labels", *
 
 
 # ---- the command -------------------------------------------------------------------------------
-
-
 def main(argv=None) -> int:
+    from support import class_tables
     ap = argparse.ArgumentParser(description="Print the class table with its prompts.")
     ap.add_argument("--classes", metavar="FILE",
                     help="print this class table (JSON) instead of the built-in one")
@@ -649,7 +524,7 @@ def main(argv=None) -> int:
                     "with {} for the class name (default: V3)")
     args = ap.parse_args(argv)
     print(f"{'value':>5}  {'name':29} {'properties':18} {'parents':25} {'prompt':62} synonyms")
-    for value, c in enumerate(load_classes(args.classes), 1):
+    for value, c in enumerate(class_tables.load_classes(args.classes), 1):
         properties = [c.side] if c.side else []
         properties += ["lesion"] if c.lesion else []
         properties += [f"solid {c.solid:g}"] if c.solid else []

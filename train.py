@@ -43,6 +43,7 @@ from model import BACKBONES, UniversalModel, check_side
 from support import (
     cache,
     checkpoints,
+    class_tables,
     datasets,
     extension,
     fast,
@@ -255,7 +256,7 @@ def load_task(cfg: Config) -> transfer.Task:
     words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
     path = cfg.init or cfg.extend
     if not path:
-        classes = labels.load_classes(cfg.classes or None)
+        classes = class_tables.load_classes(cfg.classes or None)
         check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
         seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
         w, prompts = transfer.text_embeddings(cfg.text, classes, **words)
@@ -266,7 +267,8 @@ def load_task(cfg: Config) -> transfer.Task:
     if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
         raise ValueError(f"{path}: its backbone is a {base.spec['backbone']} of width {width}; "
                          "--backbone and --width cannot change it, leave them out")
-    classes = labels.load_classes(cfg.classes or None, beside=base.classes if cfg.extend else ())
+    beside = base.classes if cfg.extend else ()
+    classes = class_tables.load_classes(cfg.classes or None, beside)
     spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
     base.text.names = [spelling.get(labels.name_key(name), name) for name in base.text.names]
     make_task = transfer.extended_task if cfg.extend else transfer.initial_task

@@ -54,7 +54,17 @@ import labels
 import losses
 import metrics
 import model as plain_form
-from support import cache, checkpoints, datasets, fast, files, nifti, postprocess, processes
+from support import (
+    cache,
+    checkpoints,
+    datasets,
+    fast,
+    files,
+    nifti,
+    postprocess,
+    processes,
+    streaming,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -307,7 +317,7 @@ def segment(scan: Path, weights: Path, out_dir, *flags: str) -> float:
 
 def count_windows(scan: Path) -> int:
     image, *_ = data.preprocess(nifti.read_checked(scan))
-    return data.count_windows(image.shape, FULL.side)
+    return streaming.count_windows(image.shape, FULL.side)
 
 
 def peak_gb() -> float:

@@ -44,7 +44,7 @@ import metrics
 import model
 import train
 from experiments import openkbp, phantom
-from support import checkpoints, fast, files, pictures, processes, streaming
+from support import checkpoints, class_tables, fast, files, pictures, processes, streaming
 
 SCRATCH = "from scratch"
 
@@ -379,7 +379,7 @@ def one_per_dataset(args, study: Study, seed: int) -> dict:
                       for measure in measures} for name, scores in of_class.items()}
     return {
         "classes": classes,
-        "mean": mean_dice(classes, labels.load_classes(study.classes)),
+        "mean": mean_dice(classes, class_tables.load_classes(study.classes)),
         "cases": [case for run in runs for case in run["cases"]],
         **{key: sum(run[key] for run in runs) for key in ("parameters", "seconds", "training_s")},
     }
@@ -403,7 +403,7 @@ def draw_patients(folder: Path, study: Study, run: dict, out: Path) -> None:
         label, reference = (data.load_volume(path / f"{patient}.nii.gz").array
                             for path in (out, study.test / "labelsTs"))
         pictures.draw(folder / f"{study.name}_{name}.png", volume, label,
-                   labels.load_classes(study.classes),
+                   class_tables.load_classes(study.classes),
                    f"{patient}: contours above, prediction below, mean Dice {mean[patient]:.2f}",
                    reference)
 

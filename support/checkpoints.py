@@ -17,7 +17,7 @@ from torch import Tensor
 import data
 import labels
 from model import UniversalModel, load_released, one_line, public_weights, read_checkpoint
-from support import cache, extension, files, processes
+from support import cache, class_tables, extension, files, processes
 
 FORMAT = "universal-model/2"
 
@@ -79,7 +79,7 @@ def classes_of_checkpoint(content: dict, embeddings: int, where: str) -> tuple[l
         known = {field.name for field in fields(labels.Class)}
         entries = [{key: value for key, value in entry.items() if key in known}
                    if isinstance(entry, dict) else entry for entry in content["classes"]]
-        classes = labels.make_classes(entries, where=f"classes of {where}")
+        classes = class_tables.make_classes(entries, where=f"classes of {where}")
     elif embeddings != len(classes):
         raise ValueError(f"{where}: {embeddings} text embeddings and no class names; they are not "
                          f"the {len(classes)} built-in classes. `train.py --init FILE --classes "

@@ -24,7 +24,7 @@ from scipy import ndimage
 
 import labels
 import metrics
-from support import datasets, files, nifti, processes, sides
+from support import class_tables, datasets, files, nifti, processes, sides
 from support.results import refuse_overwriting_inputs
 
 # NSD tolerance in mm per class; "" stands for every class that a protocol does not name
@@ -360,7 +360,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     if args.class_table:
         refuse_overwriting_inputs([args.class_table], [args.pred / "metrics.json"], "--pred")
-    classes = labels.load_classes(args.class_table)
+    classes = class_tables.load_classes(args.class_table)
     indices = labels.select(args.classes, classes) if args.classes else list(range(len(classes)))
     tolerance = dict(PROTOCOLS[args.protocol])
     if args.tolerance is not None:

@@ -22,6 +22,8 @@ NEAR_GRID_MM = 1.0              # ... and up to this distance they are treated s
 GZIP_RATIO = 1032               # the highest compression that gzip can reach
 AIR_HU = -200.0                 # HU; a CT of a patient has lower values, in the air or in the lungs
 NO_MRI_BELOW = -500.0           # an MRI has no such values, a CT has
+QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by at most this share
+                                # is taken for one that was rounded
 
 
 def read_checked(path: str | Path) -> data.Volume:
@@ -50,7 +52,7 @@ def open_checked(path: str | Path) -> nib.Nifti1Image:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        img = data.open_nifti(path)
+        img = open_nifti(path)
     except Exception as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({error}); copy or download it again"
                          ) from None
@@ -59,6 +61,29 @@ def open_checked(path: str | Path) -> nib.Nifti1Image:
     _check_voxels(path, img)
     _check_affine(path, img.affine)
     return img
+
+
+def open_nifti(path: str | Path) -> nib.Nifti1Image:
+    """The image object of a NIfTI file; no voxel is read.
+
+    A quaternion that rounding has made longer than 1 is brought to length 1. nibabel refuses it.
+    """
+    try:
+        return nib.load(path)
+    except ValueError as error:
+        if "w2 should be positive" not in str(error):
+            raise
+    thresholds = [(header, header.quaternion_threshold)
+                  for header in (nib.Nifti1Header, nib.Nifti2Header)]
+    try:
+        for header, _ in thresholds:
+            header.quaternion_threshold = 2 * QUATERNION_EXCESS
+        img = nib.load(path)
+        img.set_qform(img.affine, int(img.header["qform_code"]))
+        return img
+    finally:
+        for header, threshold in thresholds:
+            header.quaternion_threshold = threshold
 
 
 def _check_voxels(path: Path, img: nib.Nifti1Image) -> None:
@@ -186,7 +211,7 @@ def check_grey_values(volume: data.Volume, path: str | Path) -> None:
 
 # ---- writing -----------------------------------------------------------------------------------
 def save_nifti(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
-         description: str | None = None) -> None:
+               description: str | None = None) -> None:
     """`data.save_like`; the file appears complete or not at all."""
     with files.atomic_write(path) as temporary:
-        data.save_like(temporary, array, like, slope=slope, description=description)
+        data.save_like(temporary, array, open_nifti(like), slope=slope, description=description)

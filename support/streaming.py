@@ -28,6 +28,11 @@ LEVELS = 255            # a stored probability is a whole number of steps of 1 /
 
 
 # ---- windows -----------------------------------------------------------------------------------
+def count_windows(shape, patch: int, overlap: float = data.OVERLAP) -> int:
+    """How many windows cover a volume of this shape."""
+    return int(np.prod([len(data.window_starts(max(n, patch), patch, overlap)) for n in shape]))
+
+
 @torch.inference_mode()
 def slabs(image: Tensor, model, w: Tensor, *, patch: int = data.PATCH,
           overlap: float = data.OVERLAP, batch: int = 1, amp: bool = False, bar=None):
@@ -122,13 +127,13 @@ class Segmentation:
         self.winner = np.zeros((W, D, H), np.uint8 if K < 256 else np.uint16).transpose(1, 2, 0)
         self.midline: float | None = None
 
-    def put(self, logits: Tensor, where: data.Placement) -> None:
+    def put(self, logits: Tensor, placement: data.Placement) -> None:
         """Fill some native planes: interpolate each class's probability, threshold, and vote.
 
         logits  (K, d, h, n)  a slab of the working grid
-        where                 the native voxels of these planes in the slab
+        placement             the native voxels of these planes in the slab
         """
-        K, shape, device = len(logits), [len(at) for at in where.at], logits.device
+        K, shape, device = len(logits), [len(at) for at in placement.at], logits.device
         words = torch.zeros(len(self.masks.words), *shape, dtype=torch.int64, device=device)
         winner = torch.zeros(shape, dtype=torch.int32, device=device)
         best = torch.full(shape, THRESHOLD, device=device)
@@ -137,15 +142,15 @@ class Segmentation:
                 continue                   # between such logits no probability is above one half
             prob = logits[k].sigmoid()
             for axis in (2, 1, 0):
-                prob = data.interpolate(prob, where.at[axis], axis)
+                prob = data.interpolate(prob, placement.at[axis], axis)
             words[k // 32] += (prob > THRESHOLD) * (1 << k % 32)
             winner.masked_fill_(prob > best, k)
             torch.maximum(best, prob, out=best)
             if self.levels is not None:
                 level = (prob * LEVELS - 0.5).ceil_().to(torch.uint8)
-                self.levels[k][where.box] = level.cpu().numpy()
-        self.winner[where.box] = winner.cpu().numpy()
-        self.masks.set_words(where.box, words.cpu().numpy().astype(np.uint32))
+                self.levels[k][placement.box] = level.cpu().numpy()
+        self.winner[placement.box] = winner.cpu().numpy()
+        self.masks.set_words(placement.box, words.cpu().numpy().astype(np.uint32))
 
     def merge(self, classes) -> np.ndarray:
         """One label map (D, H, W) of class numbers (index + 1), 0 for background.
@@ -170,6 +175,14 @@ class Segmentation:
         return label
 
 
+def planes_between(placement: data.Placement, start: int, stop: int) -> data.Placement:
+    """Only the native planes with start <= at[2] < stop, counted from `start`."""
+    at, box = placement.at, placement.box
+    first, end = np.searchsorted(at[2], (start, stop)).tolist()
+    planes = slice(box[2].start + first, box[2].start + end)
+    return data.Placement((*box[:2], planes), [*at[:2], at[2][first:end] - start])
+
+
 def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
             patch: int = data.PATCH, overlap: float = data.OVERLAP, batch: int = 1,
             amp: bool = False, probabilities: bool = False, progress: bool = False) -> Segmentation:
@@ -181,20 +194,20 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
     image, working_shape, body = data.preprocess(volume, spacing_mm)
     image, front = data.pad_to(image, patch)
     native_shape = volume.array.shape
-    where = data.place(native_shape, working_shape, body, front)
+    placement = data.place(native_shape, working_shape, body, front)
     seg = Segmentation(native_shape, len(w), probabilities)
     seg.midline = data.native_midline(image, native_shape, working_shape, body, front)
 
     planes = image.shape[2]
     carry = None            # last plane of the slab before: native planes may lie between two slabs
-    with tqdm(total=data.count_windows(image.shape, patch, overlap), desc="windows", unit="window",
+    with tqdm(total=count_windows(image.shape, patch, overlap), desc="windows", unit="window",
               leave=False, disable=not progress) as bar:
         for start, logits in slabs(torch.from_numpy(image), model, w, patch=patch, overlap=overlap,
                                    batch=batch, amp=amp, bar=bar):
             stop = start + logits.shape[3]
             if carry is not None:
                 logits, start = torch.cat([carry, logits], 3), start - 1
-            slab = where.planes_between(start, stop if stop == planes else stop - 1)
+            slab = planes_between(placement, start, stop if stop == planes else stop - 1)
             if len(slab.at[2]):
                 seg.put(logits, slab)
             carry = logits[..., -1:].clone()

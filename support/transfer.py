@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import clip_text
 import labels
 from model import BACKBONES, UniversalModel
-from support import checkpoints, extension, files, processes
+from support import checkpoints, class_tables, extension, files, processes
 
 
 # ---- text beside that of training ----------------------------------------------------------------
@@ -363,7 +363,7 @@ def extended_task(base: Base, classes, text: str, words: dict) -> Task:
                              "another prompt in --classes or another embedding in --text")
     if prompts:
         prompts = [*trained.prompts, *prompts]
-    table = labels.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
+    table = class_tables.make_classes([dataclasses.asdict(c) for c in (*base.classes, *new)])
     covered = base.content.get("trained", [c.name for c in base.classes])
     return Task(table, torch.cat([trained.w, w]), prompts, base.model, base.spec,
                 frozen=len(trained.names), frozen_trained=tuple(covered))

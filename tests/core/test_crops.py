@@ -7,7 +7,7 @@ import torch
 
 import data
 import labels
-from support import cache
+from support import cache, class_tables
 
 
 # ---- crops -------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_a_batch_has_these_keys_types_and_shapes(tiny_scans):
 def test_targets_of_one_label_map():
     """Liver (0), Right Kidney (1), Left Kidney (2), Liver Tumor (3). Value 3 says nothing; whether
     a kidney, value 4, is the right or the left one is not known without the rest of the body."""
-    table = labels.make_classes(["Liver", "Right Kidney", "Left Kidney", "Liver Tumor"])
+    table = class_tables.make_classes(["Liver", "Right Kidney", "Left Kidney", "Liver Tumor"])
     label_map = labels.label_map({"liver": 1, "tumor": 2, "ignore": 3, "kidney": 4}, table,
                                  context="Liver")
     y, annotated, known = data.targets(np.array([[[0, 1, 2, 3]]]), label_map)

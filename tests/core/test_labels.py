@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import labels
-from support import checkpoints, datasets
+from support import checkpoints, class_tables, datasets
 
 
 def name(i):
@@ -79,8 +79,9 @@ def test_other_side_ignores_case_and_word_order(right, left):
 
 
 def test_other_side_needs_the_side_fields_and_the_same_organ():
-    table = labels.make_classes([{"name": "Right Kidney"}, {"name": "Left Kidney", "side": "left"},
-                                 {"name": "Right Lung", "side": "right"}])
+    table = class_tables.make_classes([
+        {"name": "Right Kidney"}, {"name": "Left Kidney", "side": "left"},
+        {"name": "Right Lung", "side": "right"}])
     assert [labels.other_side(k, table) for k in range(3)] == [None] * 3
 
 
@@ -203,7 +204,7 @@ def test_a_name_without_class_is_tried_with_the_dataset_and_then_with_the_only_o
 
 
 def test_an_organ_of_which_the_table_has_one_side_is_not_background_without_its_side():
-    table = labels.make_classes(["Right Kidney", "Liver"])
+    table = class_tables.make_classes(["Right Kidney", "Liver"])
     label_map = labels.label_map({"liver": 1, "kidney": 2, "left kidney": 3}, table)
     assert label_map.known.tolist() == [[True, True], [True, True], [False, True]]
 
@@ -213,7 +214,7 @@ def test_an_organ_of_which_the_table_has_one_side_is_not_background_without_its_
                                 "background: spinal cord"]),
     (["Spinal Cord"], ["3 spinal cord -> Spinal Cord", "background: liver, liver"])])
 def test_a_value_that_belongs_to_every_class_of_a_table_is_left_out_of_no_loss(names, want):
-    classes = labels.make_classes(names)
+    classes = class_tables.make_classes(names)
     table = {"liver": [1, 2], "liver tumor": 2, "spinal cord": 3}
     if len(names) == 1:
         table = {"liver": [1, 2], "spinal cord": 3}
@@ -283,7 +284,7 @@ def test_a_class_table_of_ones_own_replaces_the_built_in_one(tmp_path):
     path = tmp_path / "knee.json"
     path.write_text(json.dumps(["Femur", {"name": "Medial Meniscus", "prompt": "A 3D MRI scan of "
                                           "the medial meniscus", "parents": []}]))
-    table = labels.load_classes(path)
+    table = class_tables.load_classes(path)
     assert [c.name for c in table] == ["Femur", "Medial Meniscus"]
     assert labels.match("medial_meniscus", table) == (1,)
     assert table[1].sentence("V1") == "A 3D MRI scan of the medial meniscus"
@@ -293,18 +294,18 @@ def test_a_class_table_of_ones_own_sets_solid(tmp_path):
     path = tmp_path / "t.json"
     path.write_text(json.dumps([{"name": "Liver", "solid": 1}, {"name": "Left Lung", "solid": 0.25},
                                 {"name": "Spleen"}]))
-    assert [c.solid for c in labels.load_classes(path)] == [1, 0.25, 0]
+    assert [c.solid for c in class_tables.load_classes(path)] == [1, 0.25, 0]
 
 
 # ---- bare names of built-in classes --------------------------------------------------------------
 def test_a_table_of_the_built_in_names_is_the_built_in_table():
     names = [c.name for c in labels.CLASSES]
-    assert labels.make_classes(names) == labels.CLASSES
-    assert labels.make_classes(names[::-1]) == labels.CLASSES[::-1]
+    assert class_tables.make_classes(names) == labels.CLASSES
+    assert class_tables.make_classes(names[::-1]) == labels.CLASSES[::-1]
 
 
 def test_a_bare_name_keeps_its_spelling_and_takes_the_rest():
-    aorta, kidney, femur = labels.make_classes(["aorta", "kidney_left", "Femur"])
+    aorta, kidney, femur = class_tables.make_classes(["aorta", "kidney_left", "Femur"])
     assert aorta.name == "aorta"
     assert aorta.sentence("V3") == "A computerized tomography of a Arota"       # as trained
     assert kidney == labels.Class("kidney_left", side="left", solid=1.0, prompt_name="Left Kidney",
@@ -314,16 +315,16 @@ def test_a_bare_name_keeps_its_spelling_and_takes_the_rest():
 
 def test_an_object_with_the_name_of_a_built_in_class_keeps_what_it_says():
     entries = [{"name": "Right Kidney"}, {"name": "Kidney Tumor", "parents": ["Right Kidney"]}]
-    assert labels.make_classes(entries) == (
+    assert class_tables.make_classes(entries) == (
         labels.Class("Right Kidney"), labels.Class("Kidney Tumor", parents=("Right Kidney",)))
 
 
 def test_a_synonym_means_the_class():
-    cava, = labels.make_classes(["IVC"])
+    cava, = class_tables.make_classes(["IVC"])
     assert cava.sentence("V3") == "A computerized tomography of a Postcava"
     for name in ("IVC", "ivc", "postcava", "inferior vena cava"):
         assert labels.match(name, (cava,)) == (0,), name
-    celiac, = labels.make_classes(["Celiac Artery"])
+    celiac, = class_tables.make_classes(["Celiac Artery"])
     assert celiac.prompt_name == "Celiac Truck" and labels.match("celiac_trunk", (celiac,)) == (0,)
 
 
@@ -332,12 +333,12 @@ def test_a_synonym_means_the_class():
     ["Liver Tumor", "hepatic lesion"], [{"name": "X", "synonyms": ["y"]}, {"name": "Y"}]])
 def test_two_names_of_one_structure_are_refused(table):
     with pytest.raises(ValueError, match="are the same name"):
-        labels.make_classes(table)
+        class_tables.make_classes(table)
 
 
 def test_a_lobe_is_not_its_lung():
     """Its row stays bare, and its name is not the lung's any more."""
-    table = labels.make_classes(["Right Lung", "right lung upper lobe",
+    table = class_tables.make_classes(["Right Lung", "right lung upper lobe",
                                  {"name": "Middle", "synonyms": ["right lung middle lobe"]}])
     assert table[0].synonyms == ("right lung lower lobe",) and table[0].side == "right"
     assert table[1] == labels.Class("right lung upper lobe")
@@ -354,7 +355,7 @@ def test_a_lobe_is_not_its_lung():
     (["Colon Tumor", "Large Bowel"], ("Large Bowel",)),
     (["Liver Tumor", {"name": "liver", "prompt": "a liver"}], ("liver",))])
 def test_parents_of_a_bare_name_are_those_that_the_table_holds(names, parents):
-    table = labels.make_classes(names)
+    table = class_tables.make_classes(names)
     assert table[0].parents == parents and table[0].lesion
     entries = json.loads(json.dumps([dataclasses.asdict(c) for c in table]))    # in a checkpoint
     assert checkpoints.classes_of_checkpoint({"classes": entries}, len(table), "a.pt") == table
@@ -363,16 +364,16 @@ def test_parents_of_a_bare_name_are_those_that_the_table_holds(names, parents):
 def test_a_table_with_one_of_two_kidneys_and_their_tumor_is_refused():
     """Whether the tumour lies in the kidney of the table would not be known."""
     with pytest.raises(ValueError, match="t.json: Kidney Tumor lies in Right Kidney or Left"):
-        labels.make_classes(["Kidney Tumor", "kidney right"], where="t.json")
+        class_tables.make_classes(["Kidney Tumor", "kidney right"], where="t.json")
     entry = {"name": "Kidney Tumor", "parents": ["Right Kidney", "Left Kidny"]}
     with pytest.raises(ValueError, match="parents"):
-        labels.make_classes(["Right Kidney", "Left Kidney", entry])
+        class_tables.make_classes(["Right Kidney", "Left Kidney", entry])
 
 
 def test_a_kidney_without_a_side_matches_both_kidneys_of_a_bare_table():
     """The table of the claim `transfer`, and a dataset that labels "kidney"."""
-    table = labels.make_classes(["Liver", "Liver Tumor", "Spleen", "Right Kidney", "Left Kidney",
-                                 "Kidney Cyst"])
+    table = class_tables.make_classes([
+        "Liver", "Liver Tumor", "Spleen", "Right Kidney", "Left Kidney", "Kidney Cyst"])
     label_map = labels.label_map({"kidney": 1, "kidney tumor": 2, "kidney cyst": 3}, table)
     assert np.flatnonzero(label_map.annotated).tolist() == [3, 4, 5]
     assert datasets.describe_values(label_map, table) == [
@@ -383,19 +384,19 @@ def test_a_kidney_without_a_side_matches_both_kidneys_of_a_bare_table():
 
 def test_a_tumor_lies_in_a_kidney_without_a_side():
     """KiTS without cysts, in the table that one would write for it."""
-    table = labels.make_classes(["Kidney", "Kidney Tumor"])
+    table = class_tables.make_classes(["Kidney", "Kidney Tumor"])
     label_map = labels.label_map({"kidney": 1, "tumor": 2}, table)
     assert label_map.regions.tolist() == [[False, False], [True, False], [True, True]]
 
 
 def test_parents_may_be_among_the_classes_of_a_model_that_is_extended():
-    old = labels.make_classes(["Right Kidney", "kidney (left)", "Postcava"])
-    new, = labels.make_classes(["Kidney Cyst"], beside=old)
+    old = class_tables.make_classes(["Right Kidney", "kidney (left)", "Postcava"])
+    new, = class_tables.make_classes(["Kidney Cyst"], beside=old)
     assert new.parents == ("Right Kidney", "kidney (left)")
     own = [{"name": "Renal Scar", "parents": ["Right Kidney"]}]
-    assert labels.make_classes(own, beside=old)[0].parents == ("Right Kidney",)
+    assert class_tables.make_classes(own, beside=old)[0].parents == ("Right Kidney",)
     with pytest.raises(ValueError, match="parents"):
-        labels.make_classes(own)
+        class_tables.make_classes(own)
 
 
 def test_a_checkpoint_without_classes_has_the_built_in_ones():
@@ -418,7 +419,7 @@ def test_fields_of_a_checkpoint_that_class_does_not_have_are_passed_over():
     entries = [{**dataclasses.asdict(c), "vessel": True} for c in own]
     assert checkpoints.classes_of_checkpoint({"classes": entries}, 3, "a.pt") == own
     with pytest.raises(ValueError, match="vessel"):
-        labels.make_classes(entries)
+        class_tables.make_classes(entries)
     with pytest.raises(ValueError, match="entry 0: name"):
         checkpoints.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]}, 1, "a.pt")
 
@@ -439,7 +440,7 @@ def test_fields_of_a_checkpoint_that_class_does_not_have_are_passed_over():
 def test_a_malformed_class_table_is_refused_with_the_reason(tmp_path, content, what):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=what):
-        labels.load_classes(tmp_path / "t.json")
+        class_tables.load_classes(tmp_path / "t.json")
 
 
 def test_command_prints_the_table(capsys):

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_nifti
 
 import labels
-from support import cache, datasets, evaluate
+from support import cache, class_tables, datasets, evaluate
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -134,11 +134,11 @@ def test_annotated_is_reported_where_it_names_no_case(tmp_path, capsys):
 
 def test_annotated_may_name_built_in_classes_that_a_smaller_table_lacks(tmp_path):
     folder = nnunet(tmp_path / "X", annotated={"x": ["liver", "spleen"]})
-    case, = datasets.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
+    case, = datasets.read_dataset(folder, class_tables.make_classes(["Femur", "Liver"]))
     assert case.annotated.tolist() == [False, True]
     nnunet(folder, annotated={"x": ["liver", "splen"]})
     with pytest.raises(ValueError, match="splen"):
-        datasets.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
+        datasets.read_dataset(folder, class_tables.make_classes(["Femur", "Liver"]))
 
 
 # ---- MSD and AMOS as distributed -----------------------------------------------------------------

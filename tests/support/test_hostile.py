@@ -20,7 +20,7 @@ import infer
 import labels
 import metrics
 import train
-from support import checkpoints, datasets, processes
+from support import checkpoints, class_tables, datasets, processes
 from support import nifti as nifti_files
 
 BOX = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
@@ -313,7 +313,7 @@ def test_mutated_tables_never_give_a_traceback(tmp_path):
         (folder / "dataset.json").write_text(json.dumps(change(info)))
         (tmp_path / "t.json").write_text(json.dumps(change(table)))
         for read in (lambda: datasets.read_dataset(folder, labels.CLASSES),
-                     lambda: labels.load_classes(tmp_path / "t.json")):
+                     lambda: class_tables.load_classes(tmp_path / "t.json")):
             try:
                 read()
             except (ValueError, OSError):

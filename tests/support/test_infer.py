@@ -11,7 +11,7 @@ import data
 import infer
 import labels
 from model import build_model
-from support import checkpoints, nifti, pictures, processes, results, streaming
+from support import checkpoints, class_tables, nifti, pictures, processes, results, streaming
 
 
 def identity(x, w):
@@ -130,7 +130,7 @@ def test_a_scan_is_segmented_as_its_resampled_probabilities_say(tmp_path):
 
 
 def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
-    classes = labels.make_classes(["Organ", {"name": "Tumor", "parents": ["Organ"]}, "Other"])
+    classes = class_tables.make_classes(["Organ", {"name": "Tumor", "parents": ["Organ"]}, "Other"])
     seg = streaming.Segmentation((6, 1, 1), 3)
     on = {0: [1, 1, 1, 0, 0, 1], 1: [0, 1, 0, 1, 0, 1], 2: [0, 0, 1, 0, 0, 1]}
     for k, mask in on.items():
@@ -146,7 +146,7 @@ def test_class_70_is_merged_like_any_other():
         seg = streaming.Segmentation((2, 1, 1), K)
         seg.masks.set(K - 1, np.array([True, False]).reshape(2, 1, 1))
         seg.winner[0] = K - 1
-        classes = labels.make_classes([f"part {k}" for k in range(K)])
+        classes = class_tables.make_classes([f"part {k}" for k in range(K)])
         assert seg.merge(classes).ravel().tolist() == [K, 0]
 
 
@@ -535,7 +535,7 @@ def test_probabilities_are_those_of_the_resampled_logits(tmp_path):
         assert np.abs(seg.levels[k] / 255 - prob)[inside].max() < 0.5 / 255 + 1e-4
         assert 0 < inside.mean() < 1 and not seg.levels[k][~inside].any()
     seg.levels[1, 0, 0, 0] = 255
-    classes = labels.make_classes(["A", "B", "C d"])
+    classes = class_tables.make_classes(["A", "B", "C d"])
     results.write_results("scan", tmp_path / "out", path, seg, classes,
                         [0, 1, 2], {}, masks=False, preview=False, volume=v)
     assert sorted(p.name for p in (tmp_path / "out/scan").iterdir()) == [

@@ -10,7 +10,7 @@ from conftest import write_nifti
 
 import data
 import labels
-from support import cache, datasets, files, nifti
+from support import cache, class_tables, datasets, files, nifti
 
 
 # ---- grey values -------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_a_quaternion_that_was_rounded_is_brought_to_length_one(tmp_path, name, 
     assert np.allclose(volume.affine[:3, :3], np.diag([2, 3, 4]), atol=1e-6)
     want = np.arange(60).reshape(3, 4, 5)[::-1, ::-1]
     assert np.array_equal(volume.array, want)
-    data.save_like(tmp_path / "out.nii.gz", want.astype(np.uint8), path)
+    nifti.save_nifti(tmp_path / "out.nii.gz", want.astype(np.uint8), path)
     out = nib.load(tmp_path / "out.nii.gz")
     assert (out.header["sform_code"], out.header["qform_code"]) == (0, 1)
     assert np.array_equal(np.asarray(out.dataobj), np.arange(60).reshape(3, 4, 5))
@@ -156,14 +156,14 @@ def test_json_is_read_with_or_without_a_byte_order_mark(tmp_path, raw):
     table = f'["Säugetier", {json.dumps("肝", ensure_ascii=False)}]'
     (tmp_path / "b.json").write_bytes(raw.replace(TEXT.encode(), table.encode())
                                       if TEXT.encode() in raw else table.encode("utf-16"))
-    assert [c.name for c in labels.load_classes(tmp_path / "b.json")] == ["Säugetier", "肝"]
+    assert [c.name for c in class_tables.load_classes(tmp_path / "b.json")] == ["Säugetier", "肝"]
 
 
 @pytest.mark.parametrize("raw", ["ä".encode("latin-1"), b"", b"\0\0\0", b'"a"', b"[" * 100_000])
 def test_what_is_no_json_object_is_refused_with_the_path(tmp_path, raw):
     path = tmp_path / "a.json"
     path.write_bytes(raw)
-    for read in (files.read_json, labels.load_classes):
+    for read in (files.read_json, class_tables.load_classes):
         with pytest.raises(ValueError, match="a.json: ") as e:
             read(path)
         assert "\n" not in str(e.value)

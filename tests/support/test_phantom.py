@@ -7,10 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import labels
 from experiments import phantom
 from experiments.phantom import DATASETS, SPELLING, TEST, TRUTH, make_scan, values_for
-from support import datasets, processes
+from support import class_tables, datasets, processes
 
 SEEDS = (0, 1, 2, 3)
 HOSTS = {"Liver Tumor": {"Liver"},
@@ -236,7 +235,7 @@ def test_grey_alone_does_not_solve_a_knee(knees):
 def test_knee_datasets_are_written_with_their_class_table(tmp_path):
     assert phantom.main(["--out", str(tmp_path), "--scans", "3", "--test-scans", "1",
                          "--anatomy", "knee"]) == 0
-    classes = labels.load_classes(tmp_path / "knee.json")
+    classes = class_tables.load_classes(tmp_path / "knee.json")
     assert [c.name for c in classes] == list(phantom.KNEE.values())
     annotated = {}
     for folder in datasets.find_datasets([tmp_path]):

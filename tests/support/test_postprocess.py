@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 import data
 import labels
-from support import postprocess, streaming
+from support import class_tables, postprocess, streaming
 from support.postprocess import PackedMasks
 
 NAMES = ["Right Kidney", "Left Kidney", "Liver", "Pancreas", "Colon", "Right Lung", "Left Lung",
@@ -113,7 +113,7 @@ def test_a_table_of_ones_own_says_which_organ_is_solid():
     large, small = box((40, 50), (5, 15), (5, 15)), box((5, 13), (5, 13), (5, 13))
     found = large | small | box((30, 32), (30, 32), (20, 22))
     for solid, expected in ((1.0, large), (0.5, large | small), (0.0, large | small)):
-        classes = labels.make_classes([{"name": "Patella", "solid": solid}])
+        classes = class_tables.make_classes([{"name": "Patella", "solid": solid}])
         assert np.array_equal(after(classes, Patella=found)["Patella"], expected), solid
 
 
@@ -288,8 +288,9 @@ def test_sides_of_a_table_of_ones_own_are_paired_whatever_the_case_and_order_of_
     of "right lobe"."""
     right, left = box((40, 52), (5, 20), (5, 20)), box((8, 20), (5, 20), (5, 20))
     for a, b in (("left kidney", "right kidney"), ("Lobe (left)", "right lobe")):
-        classes = labels.make_classes([{"name": a, "side": "left"}, {"name": b, "side": "right"},
-                                       {"name": "left hand", "side": "left"}])
+        classes = class_tables.make_classes([
+            {"name": a, "side": "left"}, {"name": b, "side": "right"},
+            {"name": "left hand", "side": "left"}])
         for labelled in (a, b):
             out = after(classes, **{labelled: right | left, "left hand": right})
             assert np.array_equal(out[a], left) and np.array_equal(out[b], right)

@@ -12,7 +12,7 @@ import infer
 import labels
 import train
 from model import build_model
-from support import checkpoints, processes, results, transfer
+from support import checkpoints, class_tables, processes, results, transfer
 
 ONEHOT = torch.eye(transfer.ONEHOT_WIDTH) * transfer.ONEHOT_NORM
 W = torch.tensor([[3., 4., 0.], [4., 3., 0.]])         # of "a" and "b": norm 5, cosine 24/25
@@ -137,7 +137,7 @@ def write_checkpoint(path, w, **more) -> str:
 
 
 def test_the_prompts_of_a_checkpoint_are_recorded_or_those_of_the_release():
-    classes = labels.make_classes(CLASSES)
+    classes = class_tables.make_classes(CLASSES)
     text = transfer.trained_text("m.pt", CLIP_W, {"prompts": ["x", "y", "z"]}, classes)
     assert text.prompts == ["x", "y", "z"]
     for content in ({}, {"prompts": []}, {"text": {"kind": "clip"}}):
@@ -240,7 +240,7 @@ def test_a_wrong_file_of_prompts_is_named(tmp_path, content, words):
     path = tmp_path / "words.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=words) as e:
-        transfer.read_prompts(path, labels.make_classes(CLASSES))
+        transfer.read_prompts(path, class_tables.make_classes(CLASSES))
     assert str(e.value).startswith(str(path)) and len(str(e.value).splitlines()) == 1
 
 
@@ -252,7 +252,7 @@ def test_a_prompt_for_both_sides_names_them(tmp_path):
 
 
 def test_a_class_of_an_extension_keeps_the_embedding_by_which_it_is_known(tmp_path, clip):
-    classes = labels.make_classes(CLASSES)
+    classes = class_tables.make_classes(CLASSES)
     trained = transfer.TrainedText("m.pt", [c.name for c in classes], CLIP_W, V3)
     (tmp_path / "words.json").write_text('{"Colon": "The large bowel"}')
     owner = torch.tensor([0, 0, 1])
