@@ -221,22 +221,10 @@ def load_job(args: argparse.Namespace) -> Job:
         raise ValueError(f"{args.checkpoint} was never trained on {untrained}; it was trained on "
                          f"{trained}")
     text = transfer.trained_text(args.checkpoint, w, content, classes)
-    words = {}                             # what a result depends on beside the checkpoint's text
-    if args.text:
-        w, prompts = transfer.replace_text(text, args.text, classes, weights=args.clip_weights,
-                                           owner=extension.owner_of(model, w))
-        words["text"] = {"file": results.file_identity(args.text), "prompts": prompts}
-    if args.prompt:
-        new = transfer.classes_of_prompts(args.prompt, classes)
-        known = [k for k, name in enumerate(text.names) if name in trained]
-        text_known = transfer.TrainedText(text.path, [text.names[k] for k in known], text.w[known],
-                                          [text.prompts[k] for k in known])
-        words["prompts"] = [c.name for c in new]
-        new_w = transfer.encode_prompts(text_known, words["prompts"], weights=args.clip_weights)
-        indices = [*indices, *range(len(classes), len(classes) + len(new))]
-        classes, w = (*classes, *new), torch.cat([w, new_w])
-    if args.clip_weights:
-        words["clip_weights"] = results.file_identity(Path(args.clip_weights))
+    table, w, words = transfer.other_words(
+        text, classes, trained, file=args.text, prompts=args.prompt, weights=args.clip_weights,
+        owner=extension.owner_of(model, w))
+    indices = [*indices, *range(len(classes), len(table))]             # and those of --prompt
     model = model.to(args.device)
     if not args.plain:
         model = fast.accelerate(model)
@@ -245,9 +233,8 @@ def load_job(args: argparse.Namespace) -> Job:
              args.probabilities]
     settings = {"checkpoint": results.file_identity(Path(args.checkpoint)), "classes": indices,
                 "flags": flags, "overlap": args.overlap, **words}
-    return Job(model, w[indices].to(args.device), classes, indices,
-               config["spacing_mm"], config["patch"],
-               args.modality or content.get("modality", "ct"), amp, settings,
+    return Job(model, w[indices].to(args.device), table, indices, config["spacing_mm"],
+               config["patch"], args.modality or content.get("modality", "ct"), amp, settings,
                content.get("seen"))
 
 

@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 import data
 import infer
-import labels
 import losses
 import metrics
 from data import PATCH, SPACING_MM
@@ -194,38 +193,6 @@ def step_loss(net, batch: dict, w: Tensor, *,
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def named_cases(cfg: Config, cases: list[data.Case]) -> tuple[list[data.Case], dict[str, str]]:
-    """-> (the cases that the run needs, {name of the case: its part} of --split).
-
-    raises ValueError  if --split and --fold do not fit or name no training scan of --data
-    """
-    if not cfg.split:
-        if cfg.fold:
-            raise ValueError(f"--fold {cfg.fold}: is the number of a fold of the splits_final.json "
-                             "that --split names; name that file, too")
-        return cases, {}
-    parts = splits.match_split(splits.read_split(cfg.split, cfg.fold), cases)
-    if "train" not in parts.values():
-        raise ValueError(f"{', '.join(cfg.split)}: none of its training scans is in --data")
-    return [case for case in cases if case.name in parts], parts
-
-
-def split(cfg: Config, scans: list[data.Scan],
-          parts: dict[str, str] | None = None) -> tuple[list[data.Scan], list[data.Scan]]:
-    """-> (training scans, validation scans), the same in every process.
-
-    parts  {name of the case: its part} of --split; none: at random
-    """
-    if parts:
-        training, validation = splits.divide_scans(scans, parts)
-    else:
-        training, validation = splits.split_scans(scans, cfg.val_fraction, cfg.seed)
-    if not training:
-        advice = "see the notes on --split" if parts else "lower --val-fraction"
-        raise ValueError(f"no scan left to train on; {advice}")
-    return training, validation
-
-
 def covered_classes(task: transfer.Task, scans) -> Tensor:
     """(K,) bool: classes that some training scan annotates, or that were trained and are frozen."""
     covered = torch.from_numpy(np.any([s.case.annotated for s in scans], 0))
@@ -255,27 +222,20 @@ def load_task(cfg: Config) -> transfer.Task:
     """The classes of --classes and their embeddings, and the model that training starts from."""
     words = {"template": cfg.prompt_template, "clip_weights": cfg.clip_weights or None}
     path = cfg.init or cfg.extend
-    if not path:
-        classes = class_tables.load_classes(cfg.classes or None)
-        check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
-        seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
-        w, prompts = transfer.text_embeddings(cfg.text, classes, **words)
-        return transfer.Task(classes, w, prompts, base_seen=seen)
-    base = transfer.read_base(path, needs_names=bool(cfg.extend))
-    check_side((cfg.patch,) * 3, base.model.backbone)
-    width = base.model.backbone.fine_channels
-    if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, base.spec["backbone"]):
-        raise ValueError(f"{path}: its backbone is a {base.spec['backbone']} of width {width}; "
-                         "--backbone and --width cannot change it, leave them out")
-    beside = base.classes if cfg.extend else ()
-    classes = class_tables.load_classes(cfg.classes or None, beside)
-    spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
-    base.text.names = [spelling.get(labels.name_key(name), name) for name in base.text.names]
-    make_task = transfer.extended_task if cfg.extend else transfer.initial_task
-    task = make_task(base, classes, cfg.text, words)
-    task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", SPACING_MM)
-    task.base_seen = base.content.get("seen")
-    return task
+    if path:
+        task = transfer.task_of_checkpoint(path, cfg.classes or None, cfg.text, words,
+                                           extend=bool(cfg.extend))
+        backbone, width = task.base_spec["backbone"], task.base.backbone.fine_channels
+        if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, backbone):
+            raise ValueError(f"{path}: its backbone is a {backbone} of width {width}; --backbone "
+                             "and --width cannot change it, leave them out")
+        check_side((cfg.patch,) * 3, task.base.backbone)
+        return task
+    check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
+    classes = class_tables.load_classes(cfg.classes or None)
+    seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
+    w, prompts = transfer.text_embeddings(cfg.text, classes, **words)
+    return transfer.Task(classes, w, prompts, base_seen=seen)
 
 
 def build_network(cfg: Config, task: transfer.Task) -> tuple[UniversalModel, dict]:
@@ -378,39 +338,12 @@ def validate_and_keep_best(run: checkpoints.Run, val, cfg: Config, amp: bool, fi
     run.best = max(mean, run.best)
     if processes.process_rank() == 0:
         # under the number of the last step done, so that a log that is cut back keeps it
-        write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
+        checkpoints.write_record(file, {"step": run.step - 1, "val": mean, "dice": scores})
         each = ", ".join(f"{dataset} {m:.3f}" for dataset, m in means.items())
         bar.write(f"step {run.step}: validation Dice {mean:.3f} ({each})")
         if is_best:
             checkpoints.save_checkpoint(Path(cfg.out) / "best.pt", run, plain_settings(cfg))
     return scores
-
-
-# ---- the log -------------------------------------------------------------------------------------
-def write_record(file, record: dict) -> None:
-    file.write(json.dumps(record) + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a log, without lines that a crash of the machine or a full disk damaged."""
-    records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
-
-
-def start_log(path: Path, step: int) -> None:
-    """Cut the log back to the steps before `step`."""
-    records = [record for record in read_log(path) if record["step"] < step]
-    with files.atomic_write(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for record in records:
-                write_record(file, record)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -464,7 +397,7 @@ def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) 
         checkpoints.resume(out / "last.pt", run, plain_settings(cfg))
     out.mkdir(parents=True, exist_ok=True)
     if processes.process_rank() == 0:
-        start_log(out / "log.jsonl", run.step)
+        checkpoints.start_log(out / "log.jsonl", run.step)
         with files.atomic_write(out / "config.json") as temporary:
             text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
             temporary.write_text(text, encoding="utf-8")
@@ -500,7 +433,9 @@ def prepare(cfg: Config) -> Prepared | None:
     task = load_task(cfg)
     task.w = task.w.to(device)
     cases = datasets.read_datasets(cfg.data, task.classes, modality=cfg.modality)
-    cases, parts = named_cases(cfg, cases)
+    parts = splits.parts_of_cases(cases, cfg.split, cfg.fold)
+    if parts:
+        cases = [case for case in cases if case.name in parts]
     if not cfg.spacing_mm:
         spacing_mm = round(datasets.median_spacing(cases), 2)
         cfg = dataclasses.replace(cfg, spacing_mm=spacing_mm)
@@ -511,7 +446,7 @@ def prepare(cfg: Config) -> Prepared | None:
                             workers=cfg.workers)
     if not cfg.dry_run:
         processes.join_processes(device)
-    scans, val = split(cfg, scans, parts)
+    scans, val = splits.divide(scans, parts, val_fraction=cfg.val_fraction, seed=cfg.seed)
     covered = covered_classes(task, scans)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
@@ -574,7 +509,8 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                                                  unmasked=cfg.unmasked, frozen=ready.frozen)
             numbers, leave = update(run, net, batch, cfg, ready.amp, stop)
             seconds = round(time.perf_counter() - start, 3)
-            write_record(file, {"step": run.step, **numbers, "lr": rate, "seconds": seconds})
+            record = {"step": run.step, **numbers, "lr": rate, "seconds": seconds}
+            checkpoints.write_record(file, record)
             run.step += 1
             bar.update()
             bar.set_postfix({"bce loss": f"{numbers['bce']:.3f}",
@@ -591,7 +527,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
     processes.leave_processes()
     if first:
         with contextlib.suppress(ValueError):              # matplotlib is not installed
-            pictures.draw_curve(Path(cfg.out) / "curve.png", read_log(log))
+            pictures.draw_curve(Path(cfg.out) / "curve.png", checkpoints.read_log(log))
         best = f", best validation Dice {run.best:.3f}" if ready.validation else ""
         print(f"done: {run.step} steps, {last}{best}")
     return scores

@@ -223,3 +223,30 @@ def resume(path: Path, run: Run, config: dict) -> None:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({e!r})") from None
     if processes.process_rank() == 0:
         print(f"{path}: continued after {run.step} steps")
+
+
+# ---- the log of a run ----------------------------------------------------------------------------
+def write_record(file, record: dict) -> None:
+    file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log, without lines that a crash of the machine or a full disk damaged."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def start_log(path: Path, step: int) -> None:
+    """Cut the log back to the steps before `step`."""
+    records = [record for record in read_log(path) if record["step"] < step]
+    with files.atomic_write(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for record in records:
+                write_record(file, record)

@@ -1,11 +1,11 @@
 """A class table of one's own: read from a JSON file, completed from the built-in one, checked."""
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import labels
+from support import files
 
 
 def load_classes(path: str | Path | None = None,
@@ -19,10 +19,7 @@ def load_classes(path: str | Path | None = None,
     """
     if path is None:
         return labels.CLASSES
-    try:
-        entries = json.loads(Path(path).read_bytes())    # UTF-8 or UTF-16, with or without a mark
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not a readable class table (JSON): {e}") from None
+    entries = files.read_json(path, (dict, list))
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: a class table is a list such as ["Femur", {{"name": "Tibia"}}]')
     return make_classes(entries, where=str(path), beside=beside)

@@ -31,7 +31,7 @@ def atomic_write(path: str | Path):
         raise
 
 
-def read_json(path: Path, kinds: tuple = (dict,)) -> dict | list:
+def read_json(path: str | Path, kinds: tuple = (dict,)) -> dict | list:
     """The JSON object in a file.
 
     kinds  what the file may hold: dict, an object, or list, a list

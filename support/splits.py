@@ -99,6 +99,23 @@ def _entries_of_list(path: Path) -> list[SplitEntry]:
     return entries
 
 
+def parts_of_cases(cases: list[data.Case], paths, fold: str = "") -> dict[str, str]:
+    """{name of the case: its part} of the cases that the files of --split name; see read_split.
+
+    paths   the files; without one the answer is empty
+    raises  ValueError  also if a fold is asked for without a file, or no case is for training
+    """
+    if not paths:
+        if fold:
+            raise ValueError(f"--fold {fold}: is the number of a fold of the splits_final.json "
+                             "that --split names; name that file, too")
+        return {}
+    parts = match_split(read_split(paths, fold), cases)
+    if "train" not in parts.values():
+        raise ValueError(f"{', '.join(paths)}: none of its training scans is in --data")
+    return parts
+
+
 def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, str]:
     """{name of the case: its part} of the cases that a split names.
 
@@ -125,6 +142,22 @@ def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, 
     processes.report_some("scans of the split are not in --data", absent)
     processes.report_some("scans of --data are not in the split and not used", unnamed)
     return parts
+
+
+def divide(scans: list[data.Scan], parts: dict[str, str], *, val_fraction: float,
+           seed: int) -> tuple[list[data.Scan], list[data.Scan]]:
+    """-> (training scans, validation scans), the same in every process.
+
+    parts  as parts_of_cases returns it; empty: a share of the scans is held out at random
+    """
+    if parts:
+        training, validation = divide_scans(scans, parts)
+    else:
+        training, validation = split_scans(scans, val_fraction, seed)
+    if not training:
+        advice = "see the notes on --split" if parts else "lower --val-fraction"
+        raise ValueError(f"no scan left to train on; {advice}")
+    return training, validation
 
 
 def divide_scans(scans: list[data.Scan],

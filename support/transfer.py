@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import clip_text
+import data
 import labels
 from model import BACKBONES, UniversalModel
-from support import checkpoints, class_tables, extension, files, processes
+from support import checkpoints, class_tables, extension, files, processes, results
 
 
 # ---- text beside that of training ----------------------------------------------------------------
@@ -214,6 +215,34 @@ def encode_prompts(trained: TrainedText, prompts: list[str], *,
     return w
 
 
+def other_words(text: TrainedText, classes, trained: list[str], *, file: Path | None,
+                prompts: list[str], weights: str | None,
+                owner: Tensor) -> tuple[tuple[labels.Class, ...], Tensor, dict]:
+    """What the flags --text, --prompt and --clip-weights of infer.py ask for.
+
+    text, classes  the text and the class table of the checkpoint
+    trained        names of the classes that it was trained on
+    owner          see replace_text
+    returns        the class table with a class for each prompt at its end, its text embeddings w
+                   (K, E), and what identifies these words, for the record of a result
+    """
+    w, record = text.w, {}
+    if file:
+        w, prompts_of_file = replace_text(text, file, classes, weights=weights, owner=owner)
+        record["text"] = {"file": results.file_identity(file), "prompts": prompts_of_file}
+    if prompts:
+        new = classes_of_prompts(prompts, classes)
+        known = [k for k, name in enumerate(text.names) if name in trained]
+        text_known = TrainedText(text.path, [text.names[k] for k in known], text.w[known],
+                                 [text.prompts[k] for k in known])
+        record["prompts"] = [c.name for c in new]
+        classes = (*classes, *new)
+        w = torch.cat([w, encode_prompts(text_known, record["prompts"], weights=weights)])
+    if weights:
+        record["clip_weights"] = results.file_identity(Path(weights))
+    return classes, w, record
+
+
 # ---- training from a checkpoint ------------------------------------------------------------------
 @dataclass
 class Base:
@@ -312,6 +341,24 @@ class Task:
     frozen_trained: tuple[str, ...] = ()       # names of those of them that it was trained on
     base_spacing_mm: float = 0.0               # at which the base model was trained
     base_seen: dict | None = None  # "seen" of the checkpoint that training starts from, if any
+
+
+def task_of_checkpoint(path: str, classes_file: str | None, text: str, words: dict, *,
+                       extend: bool) -> Task:
+    """The task of --init, or of --extend: the weights of a checkpoint, and other classes.
+
+    classes_file  the class table (JSON); None: the built-in one
+    text, words   see text_embeddings, whose keyword arguments `words` holds
+    """
+    base = read_base(path, needs_names=extend)
+    classes = class_tables.load_classes(classes_file, base.classes if extend else ())
+    spelling = {labels.name_key(c.name): c.name for c in classes}      # "spleen" is "Spleen"
+    base.text.names = [spelling.get(labels.name_key(name), name) for name in base.text.names]
+    make_task = extended_task if extend else initial_task
+    task = make_task(base, classes, text, words)
+    task.base_spacing_mm = base.content.get("config", {}).get("spacing_mm", data.SPACING_MM)
+    task.base_seen = base.content.get("seen")
+    return task
 
 
 def initial_task(base: Base, classes, text: str, words: dict) -> Task:

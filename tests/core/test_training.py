@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import labels
 import train
 from model import build_model
-from support import checkpoints, processes
+from support import checkpoints, processes, splits
 
 
 # ---- the learning rate ---------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def test_the_seed_decides_the_start_the_split_and_the_crops(tiny, tmp_path):
     assert torch.equal(crops(first), crops(again))
     assert not torch.equal(crops(first), crops(other))
     scans = first.training + first.validation
-    held_out = {tuple(s.case.name for s in train.split(
-        dataclasses.replace(first.cfg, seed=seed), scans)[1]) for seed in range(8)}
+    held_out = {tuple(s.case.name for s in splits.divide(
+        scans, {}, val_fraction=first.cfg.val_fraction, seed=seed)[1]) for seed in range(8)}
     assert len(held_out) > 1
 
 

@@ -423,9 +423,9 @@ def test_the_log_of_a_resumed_run_keeps_the_whole_lines_of_the_steps_before(tmp_
     log = tmp_path / "log.jsonl"
     second, third = GOOD.replace(b"0,", b"1,", 1), GOOD.replace(b"0,", b"2,", 1)
     log.write_bytes(GOOD + line + second + line + third + b'{"step": 1, "lo')
-    train.start_log(log, 2)
+    checkpoints.start_log(log, 2)
     assert log.read_bytes() == GOOD + second
-    train.start_log(tmp_path / "new.jsonl", 0)
+    checkpoints.start_log(tmp_path / "new.jsonl", 0)
     assert (tmp_path / "new.jsonl").read_bytes() == b""
 
 
