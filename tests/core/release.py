@@ -141,20 +141,22 @@ def head_shapes(deep: int, fine: int, text_dim: int = 512, classes: int = 32) ->
             **conv("controller", 153, 512, 1), **linear("text_to_vision", 256, text_dim)}
 
 
-def clip_shapes() -> dict[str, tuple]:
-    """The text side of OpenAI's ViT-B/32."""
-    shapes = {"positional_embedding": (77, 512), "text_projection": (512, 512), "logit_scale": ()}
-    for i in range(12):
+def clip_shapes(width: int = 512, layers: int = 12, embed_dim: int = 512,
+                vocabulary: int = 49408, length: int = 77) -> dict[str, tuple]:
+    """The text side of OpenAI's CLIP; the defaults are those of ViT-B/32."""
+    shapes = {"positional_embedding": (length, width), "text_projection": (width, embed_dim),
+              "logit_scale": ()}
+    for i in range(layers):
         block = f"transformer.resblocks.{i}"
-        shapes |= {f"{block}.attn.in_proj_weight": (1536, 512),
-                   f"{block}.attn.in_proj_bias": (1536,)}
-        shapes |= linear(f"{block}.attn.out_proj", 512, 512)
-        shapes |= norm(f"{block}.ln_1", 512)
-        shapes |= linear(f"{block}.mlp.c_fc", 2048, 512)
-        shapes |= linear(f"{block}.mlp.c_proj", 512, 2048)
-        shapes |= norm(f"{block}.ln_2", 512)
-    shapes["token_embedding.weight"] = (49408, 512)
-    return shapes | norm("ln_final", 512)
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width),
+                   f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= linear(f"{block}.attn.out_proj", width, width)
+        shapes |= norm(f"{block}.ln_1", width)
+        shapes |= linear(f"{block}.mlp.c_fc", 4 * width, width)
+        shapes |= linear(f"{block}.mlp.c_proj", width, 4 * width)
+        shapes |= norm(f"{block}.ln_2", width)
+    shapes["token_embedding.weight"] = (vocabulary, width)
+    return shapes | norm("ln_final", width)
 
 
 SHAPES = {"unet": unet_shapes(), "swinunetr": swin_unetr_shapes()}
