@@ -78,17 +78,19 @@ def double_conv(name: str, into: int, middle: int, out: int) -> dict[str, tuple]
     return shapes
 
 
-def unet_shapes() -> dict[str, tuple]:
+def unet_shapes(width: int = 64, **heads) -> dict[str, tuple]:
+    """A released U-Net. The names tell the channels of the paper's size, whatever the width is."""
+    c1, c2, c3, c4 = width, 2 * width, 4 * width, 8 * width
     shapes = {}
-    for name, into, middle, out in ((64, 1, 32, 64), (128, 64, 64, 128), (256, 128, 128, 256),
-                                    (512, 256, 256, 512)):
+    for name, into, middle, out in ((64, 1, c1 // 2, c1), (128, c1, c1, c2), (256, c2, c2, c3),
+                                    (512, c3, c3, c4)):
         shapes |= double_conv(f"backbone.down_tr{name}", into, middle, out)
-    for out, below in ((256, 512), (128, 256), (64, 128)):
-        name = f"backbone.up_tr{out}"
+    for name, out, below in ((256, c3, c4), (128, c2, c3), (64, c1, c2)):
+        name = f"backbone.up_tr{name}"
         shapes |= {f"{name}.up_conv.weight": (below, below, 2, 2, 2),
                    f"{name}.up_conv.bias": (below,)}
         shapes |= double_conv(name, below + out, out, out)
-    return shapes | head_shapes(deep=512, fine=64)
+    return shapes | head_shapes(deep=c4, fine=c1, **heads)
 
 
 def swin_stage(name: str, dim: int, heads: int) -> dict[str, tuple]:
@@ -115,54 +117,55 @@ def res_block(name: str, into: int, out: int) -> dict[str, tuple]:
     return shapes
 
 
-def swin_unetr_shapes() -> dict[str, tuple]:
-    shapes = conv("backbone.swinViT.patch_embed.proj", 48, 1, 2)
-    for i, (dim, heads) in enumerate(((48, 3), (96, 6), (192, 12), (384, 24)), 1):
-        shapes |= swin_stage(f"backbone.swinViT.layers{i}.0", dim, heads)
-    for name, into, out in (("encoder1", 1, 48), ("encoder2", 48, 48), ("encoder3", 96, 96),
-                            ("encoder4", 192, 192), ("encoder10", 768, 768)):
+def swin_unetr_shapes(feature_size: int = 48, **heads) -> dict[str, tuple]:
+    C = feature_size
+    shapes = conv("backbone.swinViT.patch_embed.proj", C, 1, 2)
+    for i, count in enumerate((3, 6, 12, 24)):
+        shapes |= swin_stage(f"backbone.swinViT.layers{i + 1}.0", 2 ** i * C, count)
+    for name, into, out in (("encoder1", 1, C), ("encoder2", C, C), ("encoder3", 2 * C, 2 * C),
+                            ("encoder4", 4 * C, 4 * C), ("encoder10", 16 * C, 16 * C)):
         shapes |= res_block(f"backbone.{name}.layer", into, out)
-    for number, below, out in ((5, 768, 384), (4, 384, 192), (3, 192, 96), (2, 96, 48),
-                               (1, 48, 48)):
+    for number, below, out in ((5, 16 * C, 8 * C), (4, 8 * C, 4 * C), (3, 4 * C, 2 * C),
+                               (2, 2 * C, C), (1, C, C)):
         name = f"backbone.decoder{number}"
         shapes[f"{name}.transp_conv.conv.weight"] = (below, out, 2, 2, 2)
         shapes |= res_block(f"{name}.conv_block", 2 * out, out)
-    return shapes | head_shapes(deep=768, fine=48)
+    return shapes | head_shapes(deep=16 * C, fine=C, **heads)
 
 
-def head_shapes(deep: int, fine: int) -> dict[str, tuple]:
-    """What follows the backbone: reduction, pooling branch, controller, text branch, 32 rows."""
-    return {"organ_embedding": (32, 512),
+def head_shapes(deep: int, fine: int, text_dim: int = 512, classes: int = 32) -> dict[str, tuple]:
+    """What follows the backbone: reduction, pooling branch, controller, text branch, text rows."""
+    return {"organ_embedding": (classes, text_dim),
             **norm("precls_conv.0", fine), **conv("precls_conv.2", 8, fine, 1),
             **norm("GAP.0", deep), **conv("GAP.3", 256, deep, 1),
-            **conv("controller", 153, 512, 1), **linear("text_to_vision", 256, 512)}
+            **conv("controller", 153, 512, 1), **linear("text_to_vision", 256, text_dim)}
 
 
-def clip_shapes() -> dict[str, tuple]:
-    """The text side of OpenAI's ViT-B/32."""
-    shapes = {"positional_embedding": (77, 512), "text_projection": (512, 512), "logit_scale": ()}
-    for i in range(12):
+def clip_shapes(width: int = 512, layers: int = 12, embed_dim: int = 512,
+                vocabulary: int = 49408, length: int = 77) -> dict[str, tuple]:
+    """The text side of OpenAI's CLIP; the defaults are those of ViT-B/32."""
+    shapes = {"positional_embedding": (length, width), "text_projection": (width, embed_dim),
+              "logit_scale": ()}
+    for i in range(layers):
         block = f"transformer.resblocks.{i}"
-        shapes |= {f"{block}.attn.in_proj_weight": (1536, 512),
-                   f"{block}.attn.in_proj_bias": (1536,)}
-        shapes |= linear(f"{block}.attn.out_proj", 512, 512)
-        shapes |= norm(f"{block}.ln_1", 512)
-        shapes |= linear(f"{block}.mlp.c_fc", 2048, 512)
-        shapes |= linear(f"{block}.mlp.c_proj", 512, 2048)
-        shapes |= norm(f"{block}.ln_2", 512)
-    shapes["token_embedding.weight"] = (49408, 512)
-    return shapes | norm("ln_final", 512)
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width),
+                   f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= linear(f"{block}.attn.out_proj", width, width)
+        shapes |= norm(f"{block}.ln_1", width)
+        shapes |= linear(f"{block}.mlp.c_fc", 4 * width, width)
+        shapes |= linear(f"{block}.mlp.c_proj", width, 4 * width)
+        shapes |= norm(f"{block}.ln_2", width)
+    shapes["token_embedding.weight"] = (vocabulary, width)
+    return shapes | norm("ln_final", width)
 
 
 SHAPES = {"unet": unet_shapes(), "swinunetr": swin_unetr_shapes()}
 
 
-def released_state(name: str, position_index: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state dict of a released network, filled with seed 1, integer buffers included.
-
-    name  "unet" or "swinunetr"
-    """
-    shapes = SHAPES[name]
+def released_state(shapes: dict[str, tuple],
+                   position_index: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state dict of a network in the release's layout, filled with seed 1, integer buffers
+    included."""
     counters = {key for key in shapes if key.endswith("num_batches_tracked")}
     indices = {key for key in shapes if key.endswith("relative_position_index")}
     state = fill({key: shape for key, shape in shapes.items()

@@ -29,7 +29,7 @@ def at(features: torch.Tensor, voxels) -> np.ndarray:
 def test_logits_and_features_equal_the_released_network(name, form):
     """64 x 96 x 64 voxels, 32 classes; the last decoder feature and the deepest encoder feature."""
     want = release.OUTPUTS[name]
-    state = release.released_state(name, model.relative_position_index())
+    state = release.released_state(release.SHAPES[name], model.relative_position_index())
     network, w = model.load_released(state)
     network = FORMS[form](network)
     features = []          # copies, because the fast form reuses the memory of `fine`
