@@ -8,7 +8,7 @@ from test_model import small_released
 
 import labels
 import model
-from support import checkpoints
+from support import checkpoints, class_tables
 
 
 def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):
@@ -88,6 +88,6 @@ def test_fields_of_a_checkpoint_that_class_does_not_have_are_passed_over():
                 for key, value in entry.items()} for entry in entries]
     assert checkpoints.classes_of_checkpoint({"classes": entries}, 3, "a.pt") == own
     with pytest.raises(ValueError, match="vessel"):
-        labels.make_classes(entries)
+        class_tables.make_classes(entries)
     with pytest.raises(ValueError, match="entry 0: name"):
         checkpoints.classes_of_checkpoint({"classes": [{"name": ["Liver"]}]}, 1, "a.pt")

@@ -379,7 +379,7 @@ def test_encode_classes_takes_other_weights_and_needs_a_place_for_the_name(small
 @needs_shared
 def test_released_text_embeddings_have_their_norms_and_neighbours():
     names = [c.name for c in labels.CLASSES]
-    w = clip_text.read_text(SHARED / "clip" / "txt_encoding.pth", names)
+    w = clip_text.read_embeddings(SHARED / "clip" / "txt_encoding.pth", names)
     norms = w.norm(dim=1)
     assert w.shape == (32, 512) and 8.0 < norms.min() < 8.2 and 9.5 < norms.max() < 9.7
     near = clip_text.cosine(w).fill_diagonal_(-1).argmax(1)
@@ -392,7 +392,7 @@ def test_command_writes_text_embeddings_and_prints_norms(small_clip, tmp_path, c
     arguments = ["--classes", "liver", "spleen", "--out", "text.pt", "--template", "V1"]
     assert clip_text.main(arguments) == 0
     want = clip_text.encode_classes(["Liver", "Spleen"], "A photo of a {}.")
-    assert torch.equal(clip_text.read_text("text.pt", ["Liver", "Spleen"]), want)
+    assert torch.equal(clip_text.read_embeddings("text.pt", ["Liver", "Spleen"]), want)
     assert "2 text embeddings of width 24" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert clip_text.main(["--similarity"]) == 0

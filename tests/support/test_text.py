@@ -28,15 +28,15 @@ def note(names, w, trained=W):
 def test_a_file_of_text_embeddings_finds_classes_by_name(tmp_path):
     path = tmp_path / "text.pt"
     transfer.save_text(path, ["a", "b", "c"], torch.arange(6.).view(3, 2))
-    assert clip_text.read_text(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
+    assert clip_text.read_embeddings(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
     with pytest.raises(ValueError, match=r"text.pt: no text embedding of \['d'\].*'a', 'b', 'c'"):
-        clip_text.read_text(path, ["a", "d"])
+        clip_text.read_embeddings(path, ["a", "d"])
 
 
 def test_a_plain_tensor_holds_the_classes_in_order(tmp_path):
     path = tmp_path / "plain.pth"
     torch.save(torch.arange(6).view(3, 2), path)
-    w = clip_text.read_text(path, ["x", "y", "z"])
+    w = clip_text.read_embeddings(path, ["x", "y", "z"])
     assert w[2].tolist() == [4, 5] and w.dtype == torch.float32
 
 
@@ -54,7 +54,7 @@ def test_a_file_without_text_embeddings_is_named_in_one_line(tmp_path, content, 
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(ValueError, match=f"text.pt: .*{words}") as e:
-        clip_text.read_text(path, ["x", "y"])
+        clip_text.read_embeddings(path, ["x", "y"])
     assert len(str(e.value).splitlines()) == 1
 
 
@@ -62,7 +62,7 @@ def test_the_command_writes_a_file_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_text, "encode_classes", lambda *a, **k: W.clone())
     path = tmp_path / "text.pt"
     assert clip_text.main(["--classes", "liver", "spleen", "--out", str(path)]) == 0
-    assert torch.equal(clip_text.read_text(path, ["Spleen", "Liver"]), W[[1, 0]])
+    assert torch.equal(clip_text.read_embeddings(path, ["Spleen", "Liver"]), W[[1, 0]])
 
 
 # ---- what may be mixed ---------------------------------------------------------------------------
