@@ -39,7 +39,7 @@ WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/40d365715913c9da98579
            "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af")
 MERGES = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
           "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
-TEMPLATE = "A computerized tomography of a {}"        # V3 of the paper
+TEMPLATE = "A computerized tomography of a {}"        # V3 of labels.TEMPLATES
 CONTEXT_LENGTH = 77                                   # tokens of a prompt, start and end included
 HEAD_WIDTH = 64                                       # channels of an attention head, in every CLIP
 
@@ -195,12 +195,8 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, with which most models of open_clip were trained."""
-    return nn.functional.gelu(x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+# of CLIP, and of most models of open_clip
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.functional.gelu}
 
 
 class TextEncoder(nn.Module):
@@ -232,6 +228,7 @@ class TextEncoder(nn.Module):
         # (T, T), True where attention is forbidden: token i must not see a token j > i
         is_later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
         for layer in self.layers:
+            # is_causal only promises that the mask is the causal one
             x = layer(x, src_mask=is_later, is_causal=True)                 # (N, T, width)
         end = tokens.argmax(dim=1)             # (N,) END has the largest id of the vocabulary
         x = x[torch.arange(N, device=x.device), end]                        # (N, width)
@@ -291,7 +288,7 @@ def _stored_tensors(module: _Inert, prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
-def _is_text(name: str) -> bool:
+def _is_not_image(name: str) -> bool:
     """Whether a tensor of a CLIP file is not part of its image encoder."""
     name = name.removeprefix("module.")
     return not name.startswith(("visual.", "vision_model.", "visual_projection"))
@@ -304,7 +301,7 @@ def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
         module = _ArchiveUnpickler(file).load()
     found = {}
     for name, stored in _stored_tensors(module):
-        if _is_text(name):
+        if _is_not_image(name):
             storage_type, key = stored.storage
             raw = bytearray(archive.read(f"{root}/data/{key}"))
             flat = torch.frombuffer(raw, dtype=_STORAGE_DTYPES[storage_type])
@@ -328,7 +325,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         header_length, = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_length))
         for name, entry in header.items():
-            if name == "__metadata__" or not _is_text(name):
+            if name == "__metadata__" or not _is_not_image(name):
                 continue
             start, stop = entry["data_offsets"]                        # counted from the header
             file.seek(8 + header_length + start)
@@ -367,7 +364,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state = content.get("state_dict", content)
         return {name: tensor for name, tensor in state.items()
-                if isinstance(tensor, Tensor) and _is_text(name)}
+                if isinstance(tensor, Tensor) and _is_not_image(name)}
     except OSError as e:
         raise OSError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Exception as e:          # json, struct, zipfile and pickle raise all kinds
@@ -506,7 +503,7 @@ def encode_classes(names: list[str], template: str = TEMPLATE, *, weights: str |
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
-def read_text(path: str | Path, names: list[str]) -> Tensor:
+def read_embeddings(path: str | Path, names: list[str]) -> Tensor:
     """The text embeddings (K, E) of classes, from the file of --out, or from one with a single
     tensor (K, E) in the order of the names, such as the released txt_encoding.pth.
 
@@ -580,7 +577,7 @@ def main(argv=None) -> int:
     classes = _classes_of(args.classes)
     names = [c.name for c in classes]
     if args.text:
-        w = read_text(args.text, names)
+        w = read_embeddings(args.text, names)
     else:
         prompts = [c.sentence(args.template) for c in classes]
         w = encode_classes(prompts, "{}", weights=args.clip_weights)

@@ -18,7 +18,6 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 import labels
@@ -146,7 +145,7 @@ def interpolate(x: Tensor, at: np.ndarray, axis: int) -> Tensor:
     returns  float32, on the device of x, len(at) long on that axis
     """
     last = x.shape[axis] - 1
-    low = np.clip(np.floor(at).astype(np.int64), 0, max(last - 1, 0))
+    low = np.floor(at).astype(np.int64)
     high = np.minimum(low + 1, last)
     fraction = (at - low).astype(np.float32)
     below = x.index_select(axis, torch.from_numpy(low).to(x.device)).float()
@@ -189,8 +188,6 @@ def resample_nearest(array: np.ndarray, shape) -> np.ndarray:
 
 # ---- preprocessing -------------------------------------------------------------------------------
 HU_WINDOW = (-175.0, 250.0)     # clip range, Hounsfield units, scaled to 0..1 (release)
-
-
 MRI_PERCENTILES = (0.5, 99.5)   # of an MRI's grey values, clipped there (ours: a few bright voxels
                                 # must not set the scale)
 MRI_SAMPLE = 128                # voxels per axis, at least, from which they are computed
@@ -232,40 +229,6 @@ def preprocess(volume: Volume, spacing_mm: float = SPACING_MM) -> tuple[
     if box is None:                                      # nothing but air
         box = tuple(slice(0, n) for n in shape)
     return x[box], shape, box
-
-
-BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
-BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
-CUT_SHARE = 0.4                 # largest share of the fullest sagittal plane that an outermost one
-                                # may hold (ours: whole bodies hold 0 to 0.25, cut ones 0.6 to 0.95)
-MIDLINE_GRID = 48               # voxels of the coarse grid along the shortest axis, at least
-
-
-def body_midline(image: np.ndarray) -> float | None:
-    """The position of the body's mid-sagittal plane on axis 0, in voxels; None if it is unknown.
-
-    It is the centroid of the body: of the largest connected piece that is not air, and of others
-    of about its size (two legs), on a coarse grid; thin things (clothes, cables, the edge of the
-    table) are removed by an opening first. A whole body is round, so its outermost sagittal planes
-    are small. Where one of them holds at least CUT_SHARE of the fullest plane, the body is cut off
-    there, by the edge of the view or of what was scanned, and nothing tells where its middle is.
-
-    image  (d, h, w)  intensities from 0 for air
-    """
-    step = max(1, min(image.shape) // MIDLINE_GRID)
-    coarse = image[::step, ::step, ::step]
-    tissue = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
-    pieces, n = ndimage.label(tissue)
-    if n == 0:
-        return None
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0                                         # the air
-    body = (sizes >= BODY_PIECE * sizes.max())[pieces]
-    planes = np.flatnonzero(body.any((1, 2)))
-    weight = body.sum((1, 2))[planes]
-    if max(weight[0], weight[-1]) >= CUT_SHARE * weight.max():
-        return None
-    return float((planes * weight).sum() / weight.sum()) * step
 
 
 # ---- labelled scans ------------------------------------------------------------------------------
@@ -527,12 +490,11 @@ def masks_of_classes(label_rows: Tensor, regions: Tensor, wanted: Tensor) -> Ten
 def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tensor, Tensor]:
     """What the label map of one scan teaches: the arguments of the losses, but for the batch axis.
 
-    label      (D, H, W)            integers, the values of a label file
-    returns    y (K, D, H, W) bool  the voxel belongs to the class
-               annotated (K,) bool  the label covers the class. A class whose side the label does
-                                    not tell, as in "kidney", counts as not annotated in a scan that
-                                    shows it
-               known (K, D, H, W) bool   False: the label says nothing about the class there
+    label      (D, H, W)  integers, the values of a label file
+    returns    y          (K, D, H, W) bool: the voxel belongs to the class
+               annotated  (K,) bool: the label covers the class. A class whose side the label does
+                          not tell, as in "kidney", counts as not annotated in a scan that shows it
+               known      (K, D, H, W) bool: False where the label says nothing about the class
 
     >>> y, annotated, known = targets(
     ...     np.array([[[0, 1, 2]]]), labels.label_map({"liver": 1, "tumor": 2}, labels.CLASSES))
@@ -544,7 +506,9 @@ def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tens
     for row, left_row in label_map.left_row.items():
         if (label_rows == row).any():
             annotated[label_map.regions[row] != label_map.regions[left_row]] = False
-    y, known = (torch.from_numpy(np.ascontiguousarray(table.T[:, label_rows]))
+    every_class = torch.arange(len(annotated))
+    y, known = (masks_of_classes(torch.from_numpy(label_rows.astype(np.int32))[None],
+                                 torch.from_numpy(table)[None], every_class)[0]
                 for table in (label_map.regions, label_map.known))
     return y, torch.from_numpy(annotated), known
 
@@ -554,6 +518,7 @@ def targets(label: np.ndarray, label_map: labels.LabelMap) -> tuple[Tensor, Tens
 # body     the box of the working grid without air    padded   body, at least one window large
 OVERLAP = 0.5           # of neighbouring windows, as a share of their side (release)
 SIGMA = 0.125           # of the Gaussian window weight, in window sides (release)
+THRESHOLD = 0.5         # a class is found where its probability is above it (release)
 MIN_WEIGHT = 1e-3       # lowest window weight, as a share of the highest (release)
 
 
@@ -599,12 +564,15 @@ class Placement:
     at: list[np.ndarray]
 
 
-def place(native_shape, working_shape, body, front) -> Placement:
+def place(native_shape, working_shape, body, front=(0, 0, 0)) -> Placement:
     """The placement of the native voxels in the cropped and padded working grid.
 
     working_shape  of the whole resampled scan
     body           three slices of it: what cropping leaves
     front          voxels of padding put before each axis of the body
+
+    10 native voxels, 19 in the working grid, of which cropping leaves slice(4, 11): native voxel i
+    lies at 2 i, so voxels 2 to 5 lie inside, at 0, 2, 4, 6 of the body.
     """
     box, at = [], []
     for n, m, b, f in zip(native_shape, working_shape, body, front, strict=True):
@@ -616,12 +584,3 @@ def place(native_shape, working_shape, body, front) -> Placement:
         box.append(slice(start, stop))
         at.append(np.clip(position[start:stop], first, last))
     return Placement(tuple(box), at)
-
-
-def native_midline(image: np.ndarray, native_shape, working_shape, body, front) -> float | None:
-    """The `body_midline` of a cropped and padded scan, in native voxels; see `place`."""
-    midline = body_midline(image)
-    if midline is None:
-        return None
-    midline += body[0].start - front[0]                      # in the uncropped scan
-    return midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)

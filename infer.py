@@ -79,28 +79,25 @@ def sliding_window(image, model, w: Tensor, *, patch: int = data.PATCH,
 
 def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.SPACING_MM,
             patch: int = data.PATCH, overlap: float = data.OVERLAP, batch: int = 1,
-            amp: bool = False) -> streaming.Segmentation:
-    """Segment a scan (RAS+, any spacing) in its own grid; w (K, E) holds the text embeddings.
+            amp: bool = False) -> Tensor:
+    """The probabilities of all classes in a scan's own grid; see data.THRESHOLD.
 
-    All probabilities are in memory at once, four bytes per class and voxel. The command uses
-    streaming.segment, which computes the same slab by slab.
+    volume   RAS+, any spacing
+    w        (K, E)  text embeddings
+    returns  (K, D, H, W) float32, on the device of w; 0 outside the box of the body
+
+    The command uses support.streaming.segment, which computes the same slab by slab and keeps one
+    bit per class and voxel.
     """
     image, working_shape, body = data.preprocess(volume, spacing_mm)
-    image, front = data.pad_to(image, patch)
     logits = sliding_window(image, model, w, patch=patch, overlap=overlap, batch=batch, amp=amp)
-    prob = logits.sigmoid()                                  # (K, d, h, w), in the working grid
-    placement = data.place(volume.array.shape, working_shape, body, front)
-    for axis in (2, 1, 0):
-        prob = data.interpolate(prob, placement.at[axis], axis + 1)      # axis 0: the classes
-    prob = prob.cpu().numpy()                                # (K, D, H, W), in the scan's own grid
-
-    masks = np.zeros((len(w), *volume.array.shape), bool)    # background outside the body
-    masks[:, *placement.box] = prob > streaming.THRESHOLD
-    seg = streaming.Segmentation(volume.array.shape, len(w))
-    seg.masks = postprocess.PackedMasks.from_array(masks)
-    seg.winner[placement.box] = prob.argmax(0)               # decides where masks overlap
-    seg.midline = data.native_midline(image, volume.array.shape, working_shape, body, front)
-    return seg
+    inside = logits.sigmoid()                                # (K, d, h, w), in the working grid
+    placement = data.place(volume.array.shape, working_shape, body)
+    for axis in (2, 1, 0):                                   # in the order of support.streaming
+        inside = data.interpolate(inside, placement.at[axis], axis + 1)
+    prob = torch.zeros(len(w), *volume.array.shape, device=w.device)
+    prob[:, *placement.box] = inside
+    return prob
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -243,8 +243,8 @@ class LabelMap:
                              f"found {low}..{high}")
         row_of_value = np.full(high + 1, -1, np.int32)                 # -1: not named
         row_of_value[[0, *(v for v in self.names if v <= high)]] = 0   # named, but no class: 0
-        for row, value in enumerate(self.values):
-            if value <= high and row not in self.left_row.values():
+        for row, value in reversed(list(enumerate(self.values))):      # so that the first row of a
+            if value <= high:                                          # value stays, its right one
                 row_of_value[value] = row
         if (row_of_value < 0).any():
             present = np.flatnonzero(np.bincount(raw.ravel(), minlength=high + 1))
@@ -254,6 +254,30 @@ class LabelMap:
                                  "dataset.json; name them there or remove them from the map")
         dtype = np.uint8 if len(self.regions) <= 256 else np.uint16
         return row_of_value.astype(dtype)[raw]
+
+
+def label_map(labels: dict, classes: tuple[Class, ...], where: str = "labels", *,
+              context: str = "") -> LabelMap:
+    """The meaning of `labels`, the table of names and values in a dataset.json.
+
+    where    the file, for error messages
+    context  the dataset's name, which may tell the organ of a "tumor" or a "vessel"
+    raises   ValueError  if the table is malformed or no name matches a class
+
+    >>> found = label_map({"kidney": [1, 2], "kidney tumor": 2}, CLASSES)
+    >>> found.values, found.left_row            # each value on the right, then on the left
+    ([0, 1, 1, 2, 2], {1: 2, 3: 4})
+    >>> [np.flatnonzero(row).tolist() for row in found.regions]
+    [[], [1], [2], [1, 25], [2, 25]]
+    """
+    named_values = parse_labels(labels, where)
+    meaning, annotated = match_labels(named_values, classes, where, context)
+    names: dict[int, list[str]] = {}
+    for name, values_of_name in named_values:
+        for value in values_of_name:
+            names.setdefault(value, []).append(name)
+    values, regions, known, left_row = build_rows(meaning, classes)
+    return LabelMap(values, names, regions, known, annotated, left_row)
 
 
 INTEGER_TOLERANCE = 1e-3       # by which a label stored as float may miss an integer
@@ -326,7 +350,7 @@ def find_classes(names: list[str], classes: tuple[Class, ...],
     context = re.sub(r"^(Task|Dataset)\d+_", "", context)
     context = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", context)              # HepaticVessel: two words
     found = {name: match(name, classes) for name in names}
-    organs = {_organ_of(classes[k]) for indices in found.values() for k in indices} - {""}
+    organs = {host_words(classes[k]) for indices in found.values() for k in indices} - {""}
     for name, indices in found.items():
         key = name_key(name)
         if key and not indices:
@@ -338,10 +362,10 @@ def find_classes(names: list[str], classes: tuple[Class, ...],
     return found
 
 
-def _organ_of(c: Class) -> str:
+def host_words(c: Class) -> str:
     """The words of a class's name that tell the organ: without a side and the kind of a lesion.
 
-    >>> _organ_of(CLASSES[1]), _organ_of(CLASSES[25])       # Right Kidney, Kidney Tumor
+    >>> host_words(CLASSES[1]), host_words(CLASSES[25])       # Right Kidney, Kidney Tumor
     ('kidney', 'kidney')
     """
     return " ".join(sorted(name_key(c.name) - SIDES - LESION_WORDS))
@@ -368,10 +392,8 @@ def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class
         if name.lower() == "background":
             continue
         of_name = meaning_of_name(name, found[name], classes)
-        kinds = _lesions_of_one_organ(found[name], classes)
-        if any(set(its_values) < set(values) and kinds.intersection(found[other])
-               for other, its_values in named_values):
-            # KiTS: "masses" [2, 3] are tumours and cysts if "tumor" is only 2
+        kinds = unclear_kinds(found[name], values, named_values, found, classes)
+        if kinds:                              # of the lesion; the organ that it lies in is sure
             sure, either = add_parents(of_name.sure, of_name.either, classes)
             of_name = Meaning(sure - kinds, either, unknown=kinds)
         else:
@@ -391,14 +413,27 @@ def match_labels(named_values: list[tuple[str, list[int]]], classes: tuple[Class
     return meaning, annotated
 
 
-def _lesions_of_one_organ(indices: tuple[int, ...], classes) -> set[int]:
-    """The classes that differ from a lesion only in the kind of the lesion, and the lesion itself.
+def unclear_kinds(indices: tuple[int, ...], values: list[int], named_values,
+                  found: dict[str, tuple[int, ...]], classes) -> set[int]:
+    """The lesions of one organ between which a name does not tell, because another name denotes one
+    of them and has only some of its values.
 
-    >>> _lesions_of_one_organ((25,), CLASSES), _lesions_of_one_organ((5,), CLASSES)
-    ({25, 31}, set())
+    indices, values   of the name
+    found             the classes of all names
+
+    >>> found = {"masses": (25,), "tumor": (25,)}              # 25, 31: Kidney Tumor, Kidney Cyst
+    >>> unclear_kinds((25,), [2, 3], [("masses", [2, 3]), ("tumor", [2])], found, CLASSES)   # KiTS
+    {25, 31}
     """
-    return {i for k in indices if classes[k].lesion for i, c in enumerate(classes)
-            if c.lesion and _organ_of(c) == _organ_of(classes[k])}
+    kinds = set()
+    for k in indices:
+        if classes[k].lesion:
+            organ = host_words(classes[k])
+            kinds |= {i for i, c in enumerate(classes) if c.lesion and host_words(c) == organ}
+    for other, its_values in named_values:
+        if set(its_values) < set(values) and kinds.intersection(found[other]):
+            return kinds
+    return set()
 
 
 def meaning_of_name(name: str, indices: tuple[int, ...], classes) -> Meaning:
@@ -407,9 +442,9 @@ def meaning_of_name(name: str, indices: tuple[int, ...], classes) -> Meaning:
     a class                                   the class, or one of its two sides
     a lesion with a side                      its class, and the organ of that side
     "ignore" (nnU-Net)                        nothing is known about any class
-    a lesion without a class: "liver abscess"  nothing is known about the organ and its lesions
-    the same without an organ: "abscess"      nothing is known about any class
-    a part of an organ: "liver segment 4"     nothing is known about the organ
+    a lesion without a class, "liver abscess" nothing is known about the organ and its lesions
+    the same without an organ, "abscess"      nothing is known about any class
+    a part of an organ, "liver segment 4"     nothing is known about the organ
     any other name                            background: Meaning()
     """
     key = name_key(name)
@@ -486,31 +521,8 @@ def build_rows(meaning: dict[int, Meaning], classes) -> tuple[list, np.ndarray, 
     for row, (_, classes_of_row, unknown) in enumerate(rows):
         regions[row, list(classes_of_row)] = True
         known[row, list(unknown)] = False
-    return [value for value, _, _ in rows], regions, known | regions, left_row
-
-
-def label_map(labels: dict, classes: tuple[Class, ...], where: str = "labels", *,
-              context: str = "") -> LabelMap:
-    """The meaning of `labels`, the table of names and values in a dataset.json.
-
-    where    the file, for error messages
-    context  the dataset's name, which may tell the organ of a "tumor" or a "vessel"
-    raises   ValueError  if the table is malformed or no name matches a class
-
-    >>> found = label_map({"kidney": [1, 2], "kidney tumor": 2}, CLASSES)
-    >>> found.values, found.left_row            # each value on the right, then on the left
-    ([0, 1, 1, 2, 2], {1: 2, 3: 4})
-    >>> [np.flatnonzero(row).tolist() for row in found.regions]
-    [[], [1], [2], [1, 25], [2, 25]]
-    """
-    named_values = parse_labels(labels, where)
-    meaning, annotated = match_labels(named_values, classes, where, context)
-    names: dict[int, list[str]] = {}
-    for name, values_of_name in named_values:
-        for value in values_of_name:
-            names.setdefault(value, []).append(name)
-    values, regions, known, left_row = build_rows(meaning, classes)
-    return LabelMap(values, names, regions, known, annotated, left_row)
+    known |= regions
+    return [value for value, _, _ in rows], regions, known, left_row
 
 
 # ---- the command -------------------------------------------------------------------------------

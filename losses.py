@@ -12,13 +12,13 @@ two classes, whose losses are 1 and 3. The loss of the batch is
     (4 + (1 + 3) / 2) / 2 = 3
 
 and not the mean over all annotated pairs, (4 + 1 + 3) / 3. A scan without annotated classes counts
-with a loss of 0. Then the mean over processes with equally many crops each, which is what
-DistributedDataParallel computes, is the mean over all crops.
+with a loss of 0. DistributedDataParallel averages over processes; with equally many crops each,
+that is the mean over all crops.
 
 Some voxels say nothing about an annotated class: what nnU-Net calls "ignore", or a lesion whose
 organ is not clear. With `known`, they are left out of the mean and of the sums of that class. A
-class of which no voxel of a crop is known counts there with a cross-entropy of 0 and a Dice loss of
-1, without a gradient.
+class of which no voxel of a crop is known has a cross-entropy of 0 and a Dice loss of 1 in that
+crop, without a gradient.
 
 B crops of a batch   K classes   D, H, W voxels   N = D H W   P annotated pairs (crop, class)
 """
@@ -58,8 +58,8 @@ def _annotated_pairs(logits: Tensor, y: Tensor, annotated: Tensor,
 
 def _mean_over_crops(loss: Tensor, annotated: Tensor) -> Tensor:
     """Losses (P,) of the annotated pairs -> mean over the classes of a crop, then over crops."""
-    annotated_classes = annotated.sum(1, keepdim=True)        # (B, 1) how many
-    weight = 1 / (len(annotated) * annotated_classes.clamp_min(1))
+    count = annotated.sum(1, keepdim=True)                    # (B, 1) annotated classes of a crop
+    weight = 1 / (len(annotated) * count.clamp_min(1))
     weight = weight.expand_as(annotated)[annotated]           # (P,)
     return (loss * weight.to(loss)).sum()
 
@@ -69,7 +69,7 @@ def masked_bce(logits: Tensor, y: Tensor, annotated: Tensor,
     """Binary cross-entropy over annotated classes only.
 
     logits     (B, K, D, H, W)  raw scores
-    y          (B, K, D, H, W)  0 or 1; ignored where the class is not annotated
+    y          (B, K, D, H, W)  bool, or 0 and 1; ignored where the class is not annotated
     annotated  (B, K) bool      True where the scan's dataset labels class k; on the CPU or on the
                                 device of the logits
     known      (B, K, D, H, W)  bool, False for a voxel that says nothing about a class; None: all

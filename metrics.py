@@ -8,7 +8,7 @@ them. The command, which scores the label maps of two folders, is in support/eva
 
 Surfaces are those of DeepMind's surface-distance package and the MSD evaluation: every block of
 2x2x2 voxels that is neither all inside nor all outside a mask is a surface element, and its area is
-that of its marching-cubes polygons, which the last section derives.
+that of its marching-cubes polygons, which the section on areas derives.
 
 D, H, W voxels   n surface elements
 """
@@ -81,7 +81,7 @@ def surface_distances(pred: np.ndarray, ref: np.ndarray, *, spacing_mm) -> Surfa
 def _surface(mask: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the surface elements are, as a grid of bool, and their areas (n,) in the grid's order.
 
-    areas  (256,) of every block of 2x2x2 voxels, by its code; see the last section
+    areas  (256,) of every block of 2x2x2 voxels, by its code; see the section on areas
 
     What lies beyond the array counts as outside the mask. The grid has a margin of REACH places
     without an element on every side.

@@ -155,6 +155,7 @@ def window_and_shift(size, shifted: bool) -> tuple[tuple[int, ...], tuple[int, .
 def pad_to_windows(x: Tensor, window) -> Tensor:
     """Append zeros to every axis of x (B, D, H, W, C), so that whole windows cover it."""
     missing = [-tokens % side for tokens, side in zip(x.shape[1:4], window, strict=True)]
+    # F.pad counts from the last axis, C, on
     return F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
 
 
@@ -183,7 +184,7 @@ def shifted_window_mask(size, window, shift, device) -> Tensor:
 
     A grid that was rolled by -shift ends, on every axis, with the tokens that it began with before.
     Two tokens of a window are neighbours in the volume if, on every axis, both of them are such
-    tokens or neither is.
+    tokens or neither is: windows tile the grid, so no window reaches further.
     """
     wrapped = []
     for tokens, s in zip(size, shift, strict=True):
@@ -435,7 +436,7 @@ def apply_heads(feat: Tensor, theta: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise_theta(theta: Tensor) -> None:
-    """Fill theta (153,) with the parameters of a head of He initialisation.
+    """Fill theta (153,) with the parameters of a He-initialised head (ours).
 
     The last bias is -2: at first a head gives every voxel a probability of about 0.12, because most
     voxels do not belong to a given class.
@@ -458,8 +459,8 @@ class Controller(nn.Module):
         super().__init__()
         self.text = nn.Linear(text_dim, TEXT_HIDDEN)
         self.out = nn.Linear(IMAGE_DIM + TEXT_HIDDEN, THETA_DIM)
-        initialise_theta(self.out.bias)    # the weights of `out` are small, so that at first every
-                                           # head is close to its bias
+        # PyTorch makes the weights of `out` small, so at first every theta_k is close to its bias
+        initialise_theta(self.out.bias)
 
     def forward(self, w: Tensor, f: Tensor) -> Tensor:
         text = F.relu(self.text(w))                                    # (K, 256)
@@ -469,7 +470,7 @@ class Controller(nn.Module):
         return self.out(torch.cat([image, text], 2))                   # the image feature first
 
 
-def check_side(size, backbone) -> None:
+def check_size(size, backbone) -> None:
     """Raise ValueError unless the backbone takes an input window of this size (D, H, W)."""
     multiple, minimum = backbone.side_multiple, backbone.side_minimum
     if any(side % multiple or side < minimum for side in size):
@@ -502,8 +503,8 @@ class UniversalModel(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W), not probabilities."""
-        check_side(x.shape[2:], self.backbone)
-        deep, fine = self.backbone(x)                          # (B, C', D/8, ...), (B, C, D, H, W)
+        check_size(x.shape[2:], self.backbone)
+        deep, fine = self.backbone(x)                          # (B, C', d, h, w), (B, C, D, H, W)
         f = self.pool(self.pool_norm(deep).mean((2, 3, 4)))    # (B, 256): norm, ReLU, mean, linear
         theta = self.controller(w, f)                          # (B, K, 153)
         feat = self.reduce(self.reduce_norm(fine))             # (B, 8, D, H, W): norm, ReLU, linear

@@ -6,7 +6,7 @@
 
 Randomness is a pure function of (seed, number of the crop): a resumed run sees the same crops in
 the same order as an undisturbed one and, with as many processes and threads, ends bit-identical.
-OUT gets last.pt, best.pt (with a validation set), log.jsonl and config.json.
+OUT gets last.pt, best.pt (with a validation set), log.jsonl, config.json and curve.png.
 
 As in the release, every scan weighs the same in the loss, background crops are centred in the body,
 and datasets are drawn uniformly. docs/differences.md lists what differs.
@@ -38,7 +38,7 @@ import infer
 import losses
 import metrics
 from data import PATCH, SPACING_MM
-from model import BACKBONES, UniversalModel, check_side
+from model import BACKBONES, UniversalModel, check_size
 from support import (
     cache,
     checkpoints,
@@ -181,7 +181,8 @@ def step_loss(net, batch: dict, w: Tensor, *,
     annotated = batch["annotated"]                                     # (B, K), stays on the CPU
     wanted = torch.nonzero(annotated.any(0))[:, 0]                     # (k,)
     if len(wanted) == 0:
-        wanted = torch.tensor([len(w) - 1])        # any class: DDP waits for a gradient, here zero
+        # DDP waits for a gradient, here zero; the last class, because the first may be frozen
+        wanted = torch.tensor([len(w) - 1])
     annotated = annotated[:, wanted]                                   # (B, k)
     x = batch["image"].to(w.device, non_blocking=True)                 # (B, 1, D, H, W)
     with torch.autocast(w.device.type, torch.bfloat16, enabled=amp):
@@ -202,8 +203,8 @@ def covered_classes(task: transfer.Task, scans) -> Tensor:
 
 
 def load_crops(cfg: Config, scans, first_step: int) -> torch.utils.data.DataLoader:
-    """This process's batches from first_step on. In step s, rank r takes the crops n, n + 1, ...,
-    n + batch - 1 of the run, with n = (s * processes + r) * batch."""
+    """This process's batches from first_step on. In step s, rank r of n processes takes `batch`
+    crops of the run, from number (s * n + r) * batch on."""
     n = processes.process_count()
     crops = data.Crops(scans, patch=cfg.patch, seed=cfg.seed, length=cfg.steps * cfg.batch * n)
     numbers = np.arange(len(crops)).reshape(cfg.steps, n, cfg.batch)
@@ -229,9 +230,9 @@ def load_task(cfg: Config) -> transfer.Task:
         if cfg.width not in (0, width) or cfg.backbone not in (Config.backbone, backbone):
             raise ValueError(f"{path}: its backbone is a {backbone} of width {width}; --backbone "
                              "and --width cannot change it, leave them out")
-        check_side((cfg.patch,) * 3, task.base.backbone)
+        check_size((cfg.patch,) * 3, task.base.backbone)
         return task
-    check_side((cfg.patch,) * 3, BACKBONES[cfg.backbone])
+    check_size((cfg.patch,) * 3, BACKBONES[cfg.backbone])
     classes = class_tables.load_classes(cfg.classes or None)
     seen = checkpoints.read_checkpoint(cfg.pretrained).get("seen") if cfg.pretrained else None
     w, prompts = transfer.text_embeddings(cfg.text, classes, **words)
@@ -275,29 +276,23 @@ def make_optimiser(network: UniversalModel, cfg: Config) -> torch.optim.AdamW:
 
 
 # ---- validation ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Score:
-    """The Dice of one class in one scan."""
-    dataset: str
-    class_name: str
-    dice: float
-
-
 @torch.no_grad()
-def score_scan(scan: data.Scan, network, w: Tensor, classes, cfg: Config, amp: bool) -> list[Score]:
-    """The Dice of every annotated class that the scan or its segmentation contains."""
+def score_scan(scan: data.Scan, network, w: Tensor, classes, cfg: Config,
+               amp: bool) -> dict[str, float]:
+    """{class: Dice} of the annotated classes that the scan or its segmentation contains, at the
+    spacing of the run and without post-processing."""
     annotated = np.flatnonzero(scan.case.annotated)
     logits = infer.sliding_window(scan.image(), network, w[annotated], patch=cfg.patch, amp=amp)
     masks = (logits > 0).cpu().numpy()
     label_rows, label_map = scan.label_rows(), scan.case.label_map
-    scores = []
+    scores = {}
     for mask, k in zip(masks, annotated, strict=True):
         truth = label_map.regions[:, k][label_rows]
         if not label_map.known[:, k].all():
             mask = mask & label_map.known[:, k][label_rows]
         dice = metrics.dice(mask, truth)
         if not math.isnan(dice):
-            scores.append(Score(scan.case.dataset, classes[k].name, dice))
+            scores[classes[k].name] = dice
     return scores
 
 
@@ -310,6 +305,7 @@ def validate(network, w: Tensor, scans, classes, cfg: Config,
     by_dataset: dict[str, list] = {}
     for scan in scans:
         by_dataset.setdefault(scan.case.dataset, []).append(scan)
+    # the first scan of every dataset, then the second of every dataset, and so on
     turns = itertools.chain(*itertools.zip_longest(*by_dataset.values()))
     chosen = [scan for scan in turns if scan is not None][:VAL_SCANS]
     rank, n = processes.process_rank(), processes.process_count()
@@ -317,14 +313,14 @@ def validate(network, w: Tensor, scans, classes, cfg: Config,
     own = {i: score_scan(chosen[i], network, w, classes, cfg, amp)
            for i in range(rank, len(chosen), n)}
     network.train()
-    of_scan: dict[int, list[Score]] = {}
+    of_scan: dict[int, dict[str, float]] = {}
     for part in processes.exchange(own):
         of_scan.update(part)
     dice: dict[str, dict[str, list[float]]] = {}
     for i in range(len(chosen)):           # in this order, so that rounding is that of one process
-        for score in of_scan[i]:
-            of_dataset = dice.setdefault(score.dataset, {})
-            of_dataset.setdefault(score.class_name, []).append(score.dice)
+        for name, value in of_scan[i].items():
+            of_dataset = dice.setdefault(chosen[i].case.dataset, {})
+            of_dataset.setdefault(name, []).append(value)
     return {dataset: {name: sum(v) / len(v) for name, v in of_dataset.items()}
             for dataset, of_dataset in dice.items()}
 
@@ -383,14 +379,16 @@ def plain_settings(cfg: Config) -> dict:
             "batch": cfg.batch * processes.process_count()}
 
 
-def start_run(cfg: Config, task: transfer.Task, scans, val, trained: list[str]) -> checkpoints.Run:
+def start_run(cfg: Config, task: transfer.Task, training, validation,
+              trained: list[str]) -> checkpoints.Run:
     """Network, optimiser and folder; with --resume as its last checkpoint left them."""
     network, spec = build_network(cfg, task)
-    modalities = [scan.case.modality for scan in scans]
+    modalities = [scan.case.modality for scan in training]
     modality = max(("ct", "mri"), key=modalities.count)
     run = checkpoints.Run(network, make_optimiser(network, cfg), task.classes, task.w, spec,
-                          trained, modality, scans=checkpoints.identify_scans(scans, val),
-                          seen=checkpoints.record_seen(scans, val, task.base_seen),
+                          trained, modality,
+                          scans=checkpoints.identify_scans(training, validation),
+                          seen=checkpoints.record_seen(training, validation, task.base_seen),
                           prompts=task.prompts)
     out = Path(cfg.out)
     if cfg.resume and (out / "last.pt").exists():
@@ -446,20 +444,21 @@ def prepare(cfg: Config) -> Prepared | None:
                             workers=cfg.workers)
     if not cfg.dry_run:
         processes.join_processes(device)
-    scans, val = splits.divide(scans, parts, val_fraction=cfg.val_fraction, seed=cfg.seed)
-    covered = covered_classes(task, scans)
+    training, validation = splits.divide(scans, parts, val_fraction=cfg.val_fraction,
+                                         seed=cfg.seed)
+    covered = covered_classes(task, training)
     trained = [c.name for c, a in zip(task.classes, covered, strict=True) if a]
     missing = [c.name for c in task.classes[task.frozen:] if c.name not in trained]
     if processes.process_rank() == 0:
-        datasets.describe(scans, val, task.classes, missing)
-    checkpoints.warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, val)
+        datasets.describe(training, validation, task.classes, missing)
+    checkpoints.warn_of_seen(cfg.init or cfg.extend or cfg.pretrained, task.base_seen, validation)
     if len(missing) == len(task.classes) - task.frozen:
         raise ValueError(f"--data: no dataset annotates {', '.join(missing[:5])}, so there is "
                          "nothing to learn; see above how the names of each dataset.json were read")
     if cfg.dry_run:
         return None
-    run = start_run(cfg, task, scans, val, trained)
-    return Prepared(cfg, run, scans, val, covered, task.frozen, amp)
+    run = start_run(cfg, task, training, validation, trained)
+    return Prepared(cfg, run, training, validation, covered, task.frozen, amp)
 
 
 def update(run: checkpoints.Run, net, batch: dict, cfg: Config, amp: bool,
@@ -523,7 +522,7 @@ def train(cfg: Config) -> dict[str, dict[str, float]]:
                 file.flush()
                 checkpoints.save_checkpoint(last, run, plain_settings(cfg))
             if leave:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt                    # after saving; processes.run reports it
     processes.leave_processes()
     if first:
         with contextlib.suppress(ValueError):              # matplotlib is not installed

@@ -112,7 +112,7 @@ def _preprocess_pair(case: data.Case, volume: data.Volume, label: data.Volume, s
     undecided = []
     midline = None
     if case.label_map.left_row:
-        midline = data.body_midline(image)
+        midline = sides.body_midline(image)
     if midline is None:
         undecided = sides.undecided_sides(label_rows, case.label_map)
     if undecided:

@@ -104,7 +104,7 @@ class ExtendedModel(UniversalModel):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, 1, D, H, W), w (K, E) -> logits (B, K, D, H, W)."""
-        model.check_side(x.shape[2:], self.backbone)
+        model.check_size(x.shape[2:], self.backbone)
         newest = torch.full((len(w),), len(self.extensions))
         owner = newest if self.training else owner_of(self, w)         # (K,)
         deep, coarse, skip = self.trunk(x)

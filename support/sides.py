@@ -12,8 +12,51 @@ from scipy import ndimage
 
 WHOLE_SHARE = 0.8           # with this share of it on one side, a piece goes to that side whole
 CUBE = np.ones((3, 3, 3))   # the neighbourhood of connected voxels
+BODY_LEVEL = 0.1                # share of the highest intensity above which a voxel is not air
+BODY_PIECE = 0.5                # pieces of at least this share of the largest one are body, too
+CUT_SHARE = 0.4                 # largest share of the fullest sagittal plane that an outermost one
+                                # may hold (ours: whole bodies hold 0 to 0.25, cut ones 0.6 to 0.95)
+MIDLINE_GRID = 48               # voxels of the coarse grid along the shortest axis, at least
 
 
+# ---- the middle of a body ------------------------------------------------------------------------
+def body_midline(image: np.ndarray) -> float | None:
+    """The position of the body's mid-sagittal plane on axis 0, in voxels; None if it is unknown.
+
+    It is the centroid of the body: of the largest connected piece that is not air, and of others
+    of about its size (two legs), on a coarse grid; thin things (clothes, cables, the edge of the
+    table) are removed by an opening first. A whole body is round, so its outermost sagittal planes
+    are small. Where one of them holds at least CUT_SHARE of the fullest plane, the body is cut off
+    there, by the edge of the view or of what was scanned, and nothing tells where its middle is.
+
+    image  (d, h, w)  intensities from 0 for air
+    """
+    step = max(1, min(image.shape) // MIDLINE_GRID)
+    coarse = image[::step, ::step, ::step]
+    tissue = ndimage.binary_opening(coarse > BODY_LEVEL * coarse.max())
+    pieces, n = ndimage.label(tissue)
+    if n == 0:
+        return None
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0                                         # the air
+    body = (sizes >= BODY_PIECE * sizes.max())[pieces]
+    planes = np.flatnonzero(body.any((1, 2)))
+    weight = body.sum((1, 2))[planes]
+    if max(weight[0], weight[-1]) >= CUT_SHARE * weight.max():
+        return None
+    return float((planes * weight).sum() / weight.sum()) * step
+
+
+def native_midline(image: np.ndarray, native_shape, working_shape, body, front) -> float | None:
+    """The `body_midline` of a cropped and padded scan, in native voxels; see data.place."""
+    midline = body_midline(image)
+    if midline is None:
+        return None
+    midline += body[0].start - front[0]                      # in the uncropped scan
+    return midline * (native_shape[0] - 1) / max(1, working_shape[0] - 1)
+
+
+# ---- labels without sides ------------------------------------------------------------------------
 def unsplit_rows(label_map) -> dict[tuple[int, int], list[int]]:
     """{(right, left) classes: the label rows that are one of the two}.
 

@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 import data
 import labels
-from support import postprocess
+from support import postprocess, sides
 
-THRESHOLD = 0.5         # on the probability (release)
 LEVELS = 255            # a stored probability is a whole number of steps of 1 / LEVELS
 
 
@@ -108,7 +107,7 @@ def _blend(out: Tensor, logits: Tensor, weight: Tensor) -> None:
 class Segmentation:
     """What is kept of a scan per native voxel: one bit per class and the winning class.
 
-    masks    PackedMasks, the classes whose probability is above THRESHOLD; they may overlap
+    masks    PackedMasks, the classes whose probability is above data.THRESHOLD; they may overlap
     winner   (D, H, W) index of the class with the highest probability; only meaningful where a mask
              is set. The last axis is the slowest in memory, because slabs arrive along it.
     midline  position of the body's mid-sagittal plane on the first axis, in native voxels; None
@@ -136,14 +135,14 @@ class Segmentation:
         K, shape, device = len(logits), [len(at) for at in placement.at], logits.device
         words = torch.zeros(len(self.masks.words), *shape, dtype=torch.int64, device=device)
         winner = torch.zeros(shape, dtype=torch.int32, device=device)
-        best = torch.full(shape, THRESHOLD, device=device)
+        best = torch.full(shape, data.THRESHOLD, device=device)
         for k in range(K):
             if self.levels is None and device.type == "cpu" and logits[k].max() <= 0:
                 continue                   # between such logits no probability is above one half
             prob = logits[k].sigmoid()
             for axis in (2, 1, 0):
                 prob = data.interpolate(prob, placement.at[axis], axis)
-            words[k // 32] += (prob > THRESHOLD) * (1 << k % 32)
+            words[k // 32] += (prob > data.THRESHOLD) * (1 << k % 32)
             winner.masked_fill_(prob > best, k)
             torch.maximum(best, prob, out=best)
             if self.levels is not None:
@@ -196,7 +195,7 @@ def segment(volume: data.Volume, model, w: Tensor, *, spacing_mm: float = data.S
     native_shape = volume.array.shape
     placement = data.place(native_shape, working_shape, body, front)
     seg = Segmentation(native_shape, len(w), probabilities)
-    seg.midline = data.native_midline(image, native_shape, working_shape, body, front)
+    seg.midline = sides.native_midline(image, native_shape, working_shape, body, front)
 
     planes = image.shape[2]
     carry = None            # last plane of the slab before: native planes may lie between two slabs

@@ -107,8 +107,8 @@ def encode_beside(trained: TrainedText, names: list[str], prompts: list[str], *,
 
 
 def save_text(path: str | Path, names: list[str], w: Tensor) -> None:
-    """Write the text embeddings w (K, E) of the classes with these names, for clip_text.read_text;
-    the file appears complete or not at all."""
+    """Write the text embeddings w (K, E) of the classes with these names, as
+    clip_text.read_embeddings reads them; the file appears complete or not at all."""
     with files.atomic_write(path) as temporary:
         torch.save({"names": list(names), "w": w.clone()}, temporary)
 
@@ -154,7 +154,7 @@ def replace_text(trained: TrainedText, file: Path, classes, *, owner: Tensor,
         given, note = encode_beside(trained, names, list(prompts.values()), weights=weights)
     else:
         names = trained.names
-        given = clip_text.read_text(file, names)
+        given = clip_text.read_embeddings(file, names)
         note = check_text(trained, names, given)
     if note:
         processes.report(f"{note}; results may be far worse than with the text of training")
@@ -321,7 +321,7 @@ def text_embeddings(text: str, classes, trained: TrainedText | None = None, *,
         else:
             w, note = encode_beside(trained, names, prompts, weights=clip_weights)
     else:
-        w = clip_text.read_text(text, names)
+        w = clip_text.read_embeddings(text, names)
         if trained is not None:
             note = check_text(trained, names, w)
     if note:

@@ -123,8 +123,6 @@ def test_torch_load_always_with_weights_only():
 def opens_text(call: ast.Call) -> bool:
     """Whether a call opens a file as text: open(...), PATH.open(...), read_text or write_text."""
     name = ast.unparse(call.func)
-    if name == "clip_text.read_text":
-        return False
     if name.endswith((".read_text", ".write_text")):
         return True
     if name != "open" and not name.endswith(".open"):
