@@ -269,8 +269,9 @@ def merge_structures(name: str, folder: Path, cases: list[str]) -> tuple[dict, d
         annotated[case] = [c.name for c in labels.CLASSES
                            if c.name in class_of.values() and c.name not in missing]
     if not annotated:
-        raise ValueError(f"{folder}: no case with {image} and segmentations/NAME.nii.gz that can "
-                         "be used")
+        expected = image.format("CASE")
+        raise ValueError(f"{folder}: no case with {expected} and segmentations/NAME.nii.gz that "
+                         "can be used")
     return values, annotated
 
 
