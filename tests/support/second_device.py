@@ -15,6 +15,8 @@ reports the device `meta`, and the CPU computes with the tensor that it holds in
     whose shape depends on values, such as `nonzero` or indexing with a mask. Each of them is
     recorded as a fetch, by the line of this repository that caused it.
 
+A float64 tensor on the device is a TypeError, as on Apple's mps.
+
 Autocast computes as on the CPU. Tensor subclasses do not work in inference mode, which only turns
 gradients off here.
 """
@@ -188,9 +190,9 @@ def line_of_this_repository() -> str:
 class _Operations(TorchDispatchMode):
     """Computes every operation on the CPU, by the rules of a second device."""
 
-    def __init__(self, fetches: list[str], float64: bool):
+    def __init__(self, fetches: list[str]):
         super().__init__()
-        self.fetches, self.float64 = fetches, float64
+        self.fetches = fetches
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -210,7 +212,7 @@ class _Operations(TorchDispatchMode):
         if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
             written = written_tensors(func, args, kwargs)
             return written[0] if len(written) == 1 else tuple(written)
-        return map_tensors(self.placed, out) if on_device else out
+        return map_tensors(placed, out) if on_device else out
 
     def compute(self, func, args, kwargs):
         """The result on the CPU."""
@@ -223,10 +225,11 @@ class _Operations(TorchDispatchMode):
         with _without_autocast():                  # _Functions has cast the arguments already
             return func(*args, **kwargs)
 
-    def placed(self, inner: Tensor) -> DeviceTensor:
-        if inner.dtype == torch.float64 and not self.float64:
-            raise TypeError("Cannot convert a tensor to float64: the second device has no float64")
-        return DeviceTensor(inner)
+
+def placed(inner: Tensor) -> DeviceTensor:
+    if inner.dtype == torch.float64:
+        raise TypeError("Cannot convert a tensor to float64: the second device has no float64")
+    return DeviceTensor(inner)
 
 
 def _without_autocast():
@@ -283,11 +286,8 @@ def autocast_arguments(func, args, kwargs):
 
 # ---- the block -----------------------------------------------------------------------------------
 @contextlib.contextmanager
-def second_device(*, float64: bool = True):
-    """Let the device `meta` compute, by the rules of a GPU -> the list of fetches so far.
-
-    float64  False: a float64 tensor on the device is a TypeError, as on Apple's mps
-    """
+def second_device():
+    """Let the device `meta` compute, by the rules of a GPU -> the list of fetches so far."""
     fetches: list[str] = []
     functions = _Functions()
     autocast, run_backward = torch.autocast, torch.autograd._engine_run_backward
@@ -304,5 +304,5 @@ def second_device(*, float64: bool = True):
           replace(torch.autograd, "_engine_run_backward", backward_with_functions),
           replace(torch.inference_mode, "__enter__", torch.no_grad.__enter__),
           replace(torch.inference_mode, "__exit__", torch.no_grad.__exit__),
-          _Operations(fetches, float64), functions):
+          _Operations(fetches), functions):
         yield fetches

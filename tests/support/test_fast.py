@@ -1,8 +1,6 @@
 """Every subclass of fast.py against its plain class: values and gradients."""
 import copy
-import itertools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,7 +102,7 @@ def test_values_and_gradients_equal_the_plain_forms(name, small_blocks):
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[pytest.mark.slow] if name in WHOLE_NETWORKS else [])
     for name in CASES])
-def test_bf16_errs_no_more_than_the_plain_form_does(name):
+def test_values_in_bf16_err_no_more_than_those_of_the_plain_form(name):
     """Under autocast, as train.py and infer.py compute."""
     make, sizes = CASES[name]
     torch.manual_seed(2)
@@ -225,41 +223,6 @@ def test_masked_attention_is_that_of_the_plain_block(monkeypatch):
         assert all(relative(x, y) < 1e-10 for x, y in zip(a, b, strict=True))
 
 
-def test_windows_along_an_axis_are_grouped_by_padding_and_shift():
-    """48 tokens in windows of 7, shifted by 3: six whole windows, then one with tokens 45 ... 47,
-    one place of padding and the wrapped tokens 0 ... 2."""
-    first, last = fast.window_groups(48, True)
-    assert (first.tokens, first.windows, first.places, first.wraps) == (
-        slice(0, 42), 6, tuple(range(7)), False)
-    assert (last.tokens, last.windows, last.places, last.wraps) == (
-        slice(42, 48), 1, (0, 1, 2, 4, 5, 6), True)
-    assert [g.windows for g in fast.window_groups(49, False)] == [7]
-    assert fast.window_groups(4, True) == [fast.WindowGroup(slice(0, 4), 1, (0, 1, 2, 3), False)]
-
-
-def test_the_layout_of_a_window_is_numpy_and_hides_wrapped_tokens():
-    filled, padding, added = fast.window_layout((1, 1, 7), ((0,), (0,), (0, 1, 2, 4, 5, 6)),
-                                                (False, False, True))
-    assert filled.tolist() == [0, 1, 2, 4, 5, 6] and padding.tolist() == [3]
-    assert isinstance(added, np.ndarray)
-    assert (added[0] < 0).tolist() == [False] * 4 + [True] * 3
-    assert fast.window_layout((1, 1, 7), ((0,), (0,), tuple(range(7))), (False,) * 3)[2] is None
-
-
-def test_the_kernel_of_upsampling_and_convolution_by_hand():
-    """Along D, children 1 and 2 meet taps 1, 10, 100: 2, 1 + 20, 10 + 200, 100 at the places
-    2 tap + parity. Along the other axes, only the middle tap counts, so an output voxel of parity 0
-    is made from the input voxel at tap 1, and one of parity 1 from that at tap 0."""
-    up, weight = model.UpConv(1, 1, bias=False), torch.zeros(1, 1, 3, 3, 3)
-    up.weight.data = torch.ones(1, 1, 2, 2, 2)
-    up.weight.data[:, :, 1] = 2
-    weight[0, 0, :, 1, 1] = torch.tensor([1.0, 10, 100])
-    kernel = fast.upsampled_weight(up, weight).view(2, 2, 2, 2, 2, 2)      # parities, then taps
-    for h, w in itertools.product((0, 1), repeat=2):
-        assert kernel[:, h, w, :, 1 - h, 1 - w].tolist() == [[2, 210], [21, 100]]
-    assert kernel.sum() == 4 * (2 + 210 + 21 + 100)
-
-
 @pytest.mark.parametrize("least", [0, 10 ** 6])
 @pytest.mark.parametrize("bias", [False, True])
 def test_upsampling_and_convolution_composed_are_the_same_convolution(least, bias, monkeypatch):
@@ -292,39 +255,13 @@ def test_a_block_of_an_upsampled_map_and_a_skip_is_the_plain_block(least, monkey
     assert torch.allclose(got, want, atol=1e-11)
 
 
-@pytest.mark.parametrize("kernel", [1, 2, 3])
-@pytest.mark.parametrize("depth", [5, 6])
-def test_a_small_input_goes_as_two_halves(kernel, depth):
-    """An even number of planes and an odd one; the two halves overlap by as many as they need."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(1, 3, depth, 4, 5), torch.randn(2, 3, kernel, kernel, kernel)
-    want = F.conv3d(x, weight, padding=kernel // 2)
-    assert torch.allclose(fast.padded_conv(x, weight, None), want, atol=1e-5)
-
-
-def test_the_heads_work_on_blocks_of_voxels(monkeypatch):
-    """28 voxels times classes at once are 7 voxels of 4 classes; the last of 60 voxels are 4."""
-    monkeypatch.setitem(fast.HEAD_BLOCK, "cpu", 28)
-    blocks = fast._Heads.hidden(torch.ones(8, 60), torch.randn(4, 153))
-    assert [h1.shape for _, h1, _ in blocks] == 8 * [(4, 8, 7)] + [(4, 8, 4)]
-
-
 def test_the_gradient_of_theta_is_summed_in_the_wider_type(monkeypatch):
-    """In float64 it equals the plain one to 1e-13 over 1000 blocks. In bf16, ones of 4096 blocks of
-    one voxel add up to 4096 as a float32 sum does; a sum in bf16 would stay at 256."""
+    """In bf16, ones of 512 blocks of one voxel add up to 512 as a float32 sum does; a sum in bf16
+    would stay at 256. That float64 is not summed in float32 shows above."""
     monkeypatch.setitem(fast.HEAD_BLOCK, "cpu", 2)
-    torch.manual_seed(0)
-    feat, theta = torch.randn(8, 1000, dtype=torch.double), torch.randn(2, 153, dtype=torch.double)
-    weight, gradients = torch.randn(2, 1000, dtype=torch.double), []
-    for heads in (lambda t: fast._Heads.apply(feat, t),
-                  lambda t: model.apply_heads(feat[None, ..., None, None], t[None])[0, ..., 0, 0]):
-        own = theta.clone().requires_grad_()
-        (heads(own) * weight).sum().backward()
-        gradients.append(own.grad)
-    assert relative(*gradients) < 1e-13
     theta = torch.zeros(2, 153, dtype=torch.bfloat16, requires_grad=True)
-    fast._Heads.apply(torch.zeros(8, 4096, dtype=torch.bfloat16), theta).sum().backward()
-    assert theta.grad[:, -1].tolist() == [4096, 4096]
+    fast._Heads.apply(torch.zeros(8, 512, dtype=torch.bfloat16), theta).sum().backward()
+    assert theta.grad[:, -1].tolist() == [512, 512]
 
 
 @pytest.mark.parametrize("name", CASES)
