@@ -259,17 +259,17 @@ def test_the_midline_is_in_the_scans_own_voxels_and_half_a_body_has_none(view, m
     # its centre lies on the liver's surface: the half outside the organ is kept
     (LIVER, ball((30, 20, 15), 14), True),
     (LIVER, ball((8, 10, 8), 8), False),
-    # 4 of its 32 mm lie within 5 mm of the liver
-    (LIVER, ball((20, 20, 15), 16), False),
-    # 8 voxels of 2 mm deep, of which two are within 5 mm
+    # 8 voxels of 2 mm deep, of which two are within 5 mm, or 14 voxels deep
     (LIVER, box((22, 30), (15, 20), (10, 15)), True),
+    (LIVER, box((16, 30), (15, 20), (10, 15)), False),
     # A network often leaves the tumor out of the organ. The closing of 10 mm fills a hole of
     # 14 x 14 x 21 mm with a tumor in its middle, 8 mm and more from the liver on the grid of
     # 4 x 4 x 3 mm. A closing of half the distance would not reach across.
     (LIVER & ~box((39, 46), (14, 21), (11, 18)), box((42, 44), (17, 19), (13, 16)), True),
     # organs are cleaned before lesions: this piece of the organ goes, and its tumor with it
     (LIVER | box((5, 15), (5, 15), (5, 15)), box((8, 12), (8, 12), (8, 12)), False)],
-    ids=["on the surface", "far", "touching", "a quarter inside", "in a hole", "in a stray piece"])
+    ids=["on the surface", "far", "a quarter inside", "a seventh inside", "in a hole",
+         "in a stray piece"])
 def test_a_tumor_is_kept_whole_if_a_fifth_of_it_lies_in_the_region_of_its_host(liver, tumor, kept):
     out = after(Liver=liver, Liver_Tumor=tumor)["Liver Tumor"]
     assert np.array_equal(out, tumor if kept else NONE)
