@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from conftest import affine_of, body, write_nifti
 
-import data
 import labels
-from support import cache, datasets, splits
+from support import cache, datasets
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -108,22 +107,6 @@ def test_kidneys_with_a_side_stay_annotated_where_half_a_body_is_in_view(tiny, t
     scan = cache.build(case, tmp_path / "cache", 4.0)
     assert scan.meta["undecided"] == [] and scan.case.annotated.sum() == 3
     assert scan.present_classes() == [1, 25] and capsys.readouterr().out == ""
-
-
-def test_the_same_scan_in_other_axes_and_type_has_the_same_fingerprint():
-    a = np.random.default_rng(0).integers(-1000, 1000, (7, 8, 9)).astype(np.int16)
-    assert cache.fingerprint(a) == cache.fingerprint(a.transpose(2, 0, 1)[::-1].astype(np.float32))
-    b = a.copy()
-    b[0, 0, 0] += 1
-    assert cache.fingerprint(a) != cache.fingerprint(b)
-
-
-def test_copies_of_a_scan_stay_on_one_side_of_the_split():
-    case = data.Case("d/c", "d", None, None, None, None)
-    scans = [data.Scan(case, None, {"fingerprint": str(i // 2)}) for i in range(40)]
-    train, val = splits.split_scans(scans, 0.25, 0)
-    both = {s.meta["fingerprint"] for s in train} & {s.meta["fingerprint"] for s in val}
-    assert len(val) == 10 and not both
 
 
 @pytest.mark.parametrize("file, damage", [
