@@ -209,6 +209,14 @@ def check_grey_values(volume: data.Volume, path: str | Path) -> None:
                    "are treated as such; --modality tells CT from MRI")
 
 
+def description(path: str | Path) -> str:
+    """The description in a NIfTI file's header; "" if there is no such file, or it is no NIfTI."""
+    try:
+        return nib.load(path).header["descrip"].item().decode("latin-1")
+    except Exception:                                   # a damaged header raises all kinds
+        return ""
+
+
 # ---- writing -----------------------------------------------------------------------------------
 def save_nifti(path: str | Path, array: np.ndarray, like: str | Path, *, slope: float = 1,
                description: str | None = None) -> None:

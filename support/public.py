@@ -192,10 +192,10 @@ def find_cases(name: str, folder: Path, listed: set[str] | None = None) -> list[
     """
     _, image, label = PUBLIC[name]
     before, after = image.split("{}")
-    files = [path.relative_to(folder) for path in sorted(folder.glob(image.format("*")))]
+    found = [path.relative_to(folder) for path in sorted(folder.glob(image.format("*")))]
     cases = []
     left_out: dict[str, list[str]] = {}
-    for file in files:
+    for file in found:
         if any(part.startswith(".") for part in file.parts):
             continue
         case = file.as_posix()[len(before):-len(after)]
@@ -213,15 +213,11 @@ def find_cases(name: str, folder: Path, listed: set[str] | None = None) -> list[
         else:
             cases.append(case)
     for reason, names in left_out.items():
-        print(f"left out, {reason}: {_first_few(names)}")
+        processes.report_some(f"files are left out, {reason}", names)
     if not cases:
         raise ValueError(f"{folder}: no pair {image.format('NAME')} and {label.format('NAME')} in "
                          "it")
     return cases
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ---- one file per structure ----------------------------------------------------------------------
@@ -243,15 +239,17 @@ def merge_structures(name: str, folder: Path, cases: list[str]) -> tuple[dict, d
         masks = (folder / label.format(case)).parent.glob("segmentations/*.nii.gz")
         masks_of_case[case] = {mask.name.removesuffix(".nii.gz"): mask for mask in masks
                                if not files.is_hidden(mask)}
-        _refuse_foreign(folder / label.format(case))
+        out = folder / label.format(case)
+        if out.exists() and nifti.description(out) != MERGED:
+            raise ValueError(f"{out}: it was not written by this command and is not overwritten; "
+                             "move it away")
     found = {structure for own in masks_of_case.values() for structure in own}
     class_of = dict(STRUCTURES[name])
     for structure in sorted(found - set(class_of)):
         if labels.name_key(structure) & labels.LESION_WORDS:
             class_of[structure] = "".join(labels.CLASSES[k].name for k in labels.match(structure))
     unused = sorted(found - set(class_of))
-    if unused:
-        print(f"not used, no class here: {_first_few(unused)}")
+    processes.report_some("structures are no class here and not used", unused)
     values = {structure: value for value, structure in enumerate(class_of, 1) if structure in found}
     annotated = {}
     for case in tqdm(cases, desc="merge", unit="case", disable=None):
@@ -292,20 +290,6 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
         nifti.check_same_grid(file, mask, ct, volume)
         merged[mask.array > 0.5] = value
     return merged
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raise ValueError if a file of this name exists that merge_structures has not written."""
-    import nibabel as nib
-    if not path.exists():
-        return
-    try:
-        description = bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("ascii")
-    except Exception:
-        description = ""
-    if description != MERGED:
-        raise ValueError(f"{path}: it was not written by this command and is not overwritten; "
-                         "move it away")
 
 
 # ---- command -----------------------------------------------------------------------------------

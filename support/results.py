@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 import data
@@ -80,10 +79,7 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
 def is_result(path: Path) -> bool:
     """Whether infer.py wrote this NIfTI file: a label map, a mask or probabilities. Its header says
     so."""
-    try:
-        return nib.load(path).header["descrip"].item() == DESCRIPTION.encode()
-    except Exception:                            # no such file, or not a readable NIfTI
-        return False
+    return nifti.description(path) == DESCRIPTION
 
 
 def is_own_file(path: Path) -> bool:

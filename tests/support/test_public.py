@@ -376,7 +376,7 @@ def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path,
     info = json.loads((tmp_path / "dataset.json").read_text())
     assert info["training"] == listed("amos_0001")
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert [line.split(": ")[1] for line in lines] == [
+    assert [line.split(": ")[-1] for line in lines] == [
         "imagesTr/amos_0001 (1).nii.gz", "imagesTr/amos_0002.nii.gz", "imagesTr/amos_0507.nii.gz"]
     for case in ("0007", "0007 (1)", "x"):
         write_nifti(tmp_path / f"b/img/img{case}.nii.gz", BOX, EYE)
