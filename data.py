@@ -243,7 +243,10 @@ class Case:
     annotated: np.ndarray            # (K,) bool: the classes that are labelled in this case, those
                                      # of its dataset unless the dataset lists them case by case
     modality: str = "ct"             # "ct" or "mri"
-    msd: bool = False                # an MSD task: zoomed, and more crops on tumours (release)
+    public: str = ""                 # which public dataset it is of, such as "lits", if known
+    zoomed: bool = False             # some of its crops are magnified (release: the tasks of MSD)
+    tumour_crops: bool = False       # most of its crops are on tumours (release: LiTS and the MSD
+                                     # tasks Liver, Pancreas and HepaticVessel)
     lesions: frozenset[int] = frozenset()       # indices of the classes that are lesions
 
 
@@ -291,9 +294,8 @@ def load_array(path: Path) -> np.ndarray:
 FOREGROUND = 2 / 3              # share of crops centred on a labelled voxel (release: 2 of 3)
 BACKGROUND = -1                 # instead of a class: a crop is centred on unlabelled body
 BACKGROUND_TRIES = 100          # random voxels tried when looking for a background centre
-MSD_CROPS = (5, 1, 1)           # tumour : organ : background, in every MSD task that has a tumour
-                                # (release: in LiTS and three tasks)
-ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification of crops of MSD tasks, and its probability (release)
+TUMOUR_CROPS = (5, 1, 1)        # tumour : organ : background, where Case.tumour_crops (release)
+ZOOM, ZOOM_P = (1.3, 1.5), 0.3  # magnification, where Case.zoomed, and its probability (release)
 ROTATE_P = 0.1                  # probability of turning by 90, 180 or 270 degrees about the third
                                 # axis (release); no flips, which would turn a left kidney into a
                                 # right one
@@ -306,8 +308,8 @@ class Crops(torch.utils.data.Dataset):
     A dataset is drawn first, uniformly. Two of three crops are centred on a labelled voxel: of one
     of the classes of the dataset, drawn uniformly, in one of the scans that have it. The third is
     centred on unlabelled body. So a small gland is seen as often as the liver, and a class that few
-    scans annotate as often as one that all do. Of an MSD task, some crops are magnified and most
-    are centred on a tumour.
+    scans annotate as often as one that all do. Of some public datasets, crops are magnified, or
+    most are centred on a tumour; see Case.
     """
 
     def __init__(self, scans: list[Scan], *, length: int, patch: int = PATCH, seed: int = 0,
@@ -331,7 +333,7 @@ class Crops(torch.utils.data.Dataset):
         candidates = with_class.get(k, scans)            # BACKGROUND: every scan
         scan = candidates[rng.integers(len(candidates))]
         side = self.patch
-        if self.augment and scan.case.msd and rng.random() < ZOOM_P:
+        if self.augment and scan.case.zoomed and rng.random() < ZOOM_P:
             side = round(self.patch / rng.uniform(*ZOOM))
         corner = [c - side // 2 for c in draw_centre(scan, k, rng)]
         image, label_rows = crop(scan.image(), scan.label_rows(), corner, side)
@@ -361,15 +363,15 @@ def scans_with_class(scans: list[Scan]) -> dict[int, list[Scan]]:
 def draw_class(present: list[int], case: Case, rng: np.random.Generator) -> int:
     """The class on which a crop is centred, one of `present`, or BACKGROUND.
 
-    case  any case of the dataset: whether it is an MSD task, and which classes are lesions
+    case  any case of the dataset: which classes are lesions, and whether most crops are on them
     """
     if not present:
         return BACKGROUND
     candidates, foreground_share = present, FOREGROUND
     draw = rng.random()          # one number decides: small for a lesion, large for background
     lesions = [k for k in present if k in case.lesions]
-    if case.msd and lesions:
-        tumour, organ, background = MSD_CROPS
+    if case.tumour_crops and lesions:
+        tumour, organ, background = TUMOUR_CROPS
         foreground_share = (tumour + organ) / (tumour + organ + background)
         organs = [k for k in present if k not in lesions]
         is_organ = organs and draw >= tumour / (tumour + organ + background)

@@ -20,6 +20,19 @@ COMMON_NAMES = ("imaging", "image", "ct", "img")     # of an image whose folder 
 AMOS_FIRST_MRI = 501        # cases of AMOS from this number on are MR scans
 
 
+# The tasks of the Medical Segmentation Decathlon, told by their name and the words of their table
+MSD = {
+    ("liver", ("cancer", "liver")): "msd-liver",
+    ("lung", ("cancer",)): "msd-lung",
+    ("pancreas", ("cancer", "pancreas")): "msd-pancreas",
+    ("hepaticvessel", ("tumour", "vessel")): "msd-hepaticvessel",
+    ("spleen", ("spleen",)): "msd-spleen",
+    ("colon", ("colon cancer primaries",)): "msd-colon",
+}
+# with tumour crops, see data.Case
+TUMOUR_CROPS = frozenset({"lits", "msd-liver", "msd-pancreas", "msd-hepaticvessel"})
+
+
 def find_datasets(roots) -> list[Path]:
     """The dataset folders among `roots` and directly inside them.
 
@@ -168,15 +181,38 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[data.Case
     if modality not in ("ct", "mri"):
         raise ValueError(f"the modality must be ct or mri, got {modality!r}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
+    public = public_name(info, name)
     cases = []
     for case, (image, label) in pairs.items():
         cases.append(data.Case(name=f"{name}/{case}", dataset=name, image=image, label=label,
                           label_map=label_map,
                           annotated=own_annotated.get(case, label_map.annotated),
                           modality="mri" if case in amos_mri else modality,
-                          msd="tensorImageSize" in info,
-                          lesions=lesions))
+                          public=public, zoomed=public.startswith("msd-"),
+                          tumour_crops=public in TUMOUR_CROPS, lesions=lesions))
     return cases
+
+
+def public_name(info: dict, folder_name: str) -> str:
+    """Which public dataset this is: "kits" and the like, "msd-liver" and the like, or "".
+
+    info  the content of dataset.json; that of support.public says it, and a task of the Decathlon,
+          also as nnU-Net converts it, is known by its name and its table
+
+    >>> public_name({"name": "Liver", "labels": {"1": "liver", "2": "cancer"}}, "Task03_Liver")
+    'msd-liver'
+    >>> public_name({"labels": {"liver": 1, "cyst": 2}}, "Dataset003_Liver")
+    ''
+    """
+    if info.get("prepared_by") == "support.public":
+        return str(info.get("name"))
+    named_values = labels.parse_labels(info.get("labels"), folder_name)
+    words = sorted({name.lower() for name, _ in named_values} - {"background"})
+    for name in (str(info.get("name")), folder_name):
+        task = re.sub(r"^(Task|Dataset)\d+_", "", name).lower()
+        if (task, tuple(words)) in MSD:
+            return MSD[task, tuple(words)]
+    return ""
 
 
 def is_amos_mri(case: str) -> bool:

@@ -76,6 +76,7 @@ PUBLIC = {
 NOT_NIFTI = ("pancreas-ct", "chaos", "3d-ircadb")
 CASE_NAMES = {"btcv": r"\d+", "amos": r"amos_\d+"}      # where the number of a case decides
 BTCV_FIRST_PARTIAL = 60         # in the scans of BTCV from this number on, only these are labelled
+BTCV_TRAINING = 30              # scans of the challenge's training set
 BTCV_PARTIAL = ["spleen", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "pancreas",
                 "duodenum"]
 
@@ -295,20 +296,29 @@ def merge_masks(ct: Path, masks: list[tuple[Path, int]]) -> np.ndarray:
 # ---- command -----------------------------------------------------------------------------------
 def write_folds(folder: Path, k: int) -> None:
     """Write splits_final.json for a dataset: k folds, each of which holds out as many consecutive
-    cases in the order of their names.
+    cases in the order of their names, and the last fold the first ones, as in the release.
 
-    5 folds of the 30 training scans of BTCV hold out 6 each, img0001 to img0006 first.
+    Those of BTCV are of its 30 training scans, all of whose organs are labelled: fold 4 of 5 holds
+    out img0001 to img0006.
 
-    raises ValueError  if a splits_final.json with other folds is there, or there are fewer cases
+    raises ValueError  if a splits_final.json with other folds is there, if there are fewer cases,
+                       or not these 30
     """
     cases = sorted(case.name.removeprefix(f"{case.dataset}/")
                    for case in datasets.read_dataset(folder, labels.CLASSES))
+    if files.read_json(folder / "dataset.json")["name"] == "btcv":
+        others = [case for case in cases if int(case[3:]) >= BTCV_FIRST_PARTIAL]
+        cases = [case for case in cases if case not in others]
+        processes.report_some("scans are in no fold, because they are not of the 30", others)
+        if len(cases) != BTCV_TRAINING:
+            raise ValueError(f"--folds {k}: those of BTCV are of its {BTCV_TRAINING} training "
+                             f"scans, of which {len(cases)} are here")
     if not 2 <= k <= len(cases):
         raise ValueError(f"--folds {k}: must be from 2 to the number of cases, {len(cases)}")
     ends = [round(i * len(cases) / k) for i in range(k + 1)]
     folds = []
     for start, stop in zip(ends[:-1], ends[1:], strict=True):
-        folds.append({"train": cases[:start] + cases[stop:], "val": cases[start:stop]})
+        folds.insert(0, {"train": cases[:start] + cases[stop:], "val": cases[start:stop]})
     path = folder / FOLDS_FILE
     if path.exists() and files.read_json(path, (dict, list)) != folds:
         raise ValueError(f"{path}: exists and has other folds; move it away")

@@ -1,6 +1,7 @@
 """Which scans are trained on, validated, and left for tests."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,19 @@ import data
 from support import datasets, files, processes
 
 PARTS = ("train", "val", "test")                         # of a split
+
+
+# The folders of the release's lists, and the public dataset in each
+RELEASE_FOLDERS = {
+    "01_Multi-Atlas_Labeling": "btcv", "02_TCIA_Pancreas-CT": "pancreas-ct", "03_CHAOS": "chaos",
+    "04_LiTS": "lits", "05_KiTS": "kits", "07_WORD": "word", "08_AbdomenCT-1K": "abdomenct-1k",
+    "09_AMOS": "amos", "12_CT-ORG": "ct-org", "13_AbdomenCT-12organ": "abdomenct-12organ",
+    "Task03_Liver": "msd-liver", "Task06_Lung": "msd-lung", "Task07_Pancreas": "msd-pancreas",
+    "Task08_HepaticVessel": "msd-hepaticvessel", "Task09_Spleen": "msd-spleen",
+    "Task10_Colon": "msd-colon",
+}
+# Public dataset: what its lists call a case, a pattern, and the name that it has as distributed
+RELEASE_NAMES = {"lits": (r"liver_(\d+)", r"volume-\1"), "kits": (r"img0(\d{3})", r"case_00\1")}
 
 
 @dataclass(frozen=True)
@@ -23,10 +37,20 @@ class SplitEntry:
     case: str
     folders: tuple[str, ...]         # one of them is the dataset's; empty: any dataset
 
-    def names(self, case: data.Case) -> bool:
-        """Whether this entry stands for a case."""
-        in_dataset = not self.folders or case.dataset in self.folders
-        return in_dataset and case.name == f"{case.dataset}/{self.case}"
+    @property
+    def public(self) -> str:
+        """The public dataset that one of the folders holds, or ""."""
+        return next((RELEASE_FOLDERS[f] for f in self.folders if f in RELEASE_FOLDERS), "")
+
+    def cases(self) -> set[str]:
+        """What the dataset may call the case: as the split does, or as it is distributed."""
+        pattern, name = RELEASE_NAMES.get(self.public, ("(.*)", r"\1"))
+        return {self.case, re.sub(f"^{pattern}$", name, self.case)}
+
+    def is_of(self, case: data.Case) -> bool:
+        """Whether this entry stands for a case of the dataset of `case`."""
+        same_public = self.public != "" and self.public == case.public
+        return not self.folders or case.dataset in self.folders or same_public
 
 
 def read_split(paths, fold: str = "") -> list[SplitEntry]:
@@ -117,9 +141,11 @@ def parts_of_cases(cases: list[data.Case], paths, fold: str = "") -> dict[str, s
 
 
 def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, str]:
-    """{name of the case: its part} of the cases that a split names.
+    """{name of the case: its part} of all cases that are used.
 
-    What a split names and is not there, and what is there and not named, is printed.
+    A dataset of which the split names no scan is trained on whole. What a split names and is not
+    there, what is there and not named, and which datasets train whole is printed. A scan that is
+    named for validation and for testing, as some of the release's lists do, is validated.
 
     raises ValueError  if an entry may stand for several cases, or a case is in several parts
     """
@@ -127,21 +153,35 @@ def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, 
     for case in cases:
         with_name.setdefault(case.name.removeprefix(f"{case.dataset}/"), []).append(case)
     parts: dict[str, str] = {}
-    absent = []
+    absent, in_both = [], []
     for entry in entries:
-        found = [case.name for case in with_name.get(entry.case, []) if entry.names(case)]
+        found = [case.name for name in sorted(entry.cases()) for case in with_name.get(name, [])
+                 if entry.is_of(case)]
         if len(found) > 1:
             raise ValueError(f"the split's {entry.text} may be {' or '.join(found)}; name the "
                              "dataset, too: DATASET/CASE")
         if not found:
             absent.append(entry.text)
-        elif parts.setdefault(found[0], entry.part) != entry.part:
-            raise ValueError(f"{found[0]} is in two parts of the split: {parts[found[0]]!r} and "
+            continue
+        part = parts.setdefault(found[0], entry.part)
+        if {part, entry.part} == {"val", "test"}:
+            parts[found[0]] = "val"
+            in_both.append(entry.text)
+        elif part != entry.part:
+            raise ValueError(f"{found[0]} is in two parts of the split: {part!r} and "
                              f"{entry.part!r}")
-    unnamed = [case.name for case in cases if case.name not in parts]
+    with_folders = [entry for entry in entries if entry.folders]
+    named = {case.dataset for case in cases
+             if case.name in parts or any(entry.is_of(case) for entry in with_folders)}
+    unnamed = [case.name for case in cases if case.dataset in named and case.name not in parts]
     processes.report_some("scans of the split are not in --data", absent)
     processes.report_some("scans of --data are not in the split and not used", unnamed)
-    return parts
+    processes.report_some("scans are named for validation and for testing, and are validated",
+                          in_both)
+    processes.report_some("datasets are not named in the split and are trained on whole",
+                          sorted({case.dataset for case in cases} - named))
+    return {case.name: parts.get(case.name, "train") for case in cases
+            if case.name in parts or case.dataset not in named}
 
 
 def divide(scans: list[data.Scan], parts: dict[str, str], *, val_fraction: float,
