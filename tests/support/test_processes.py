@@ -345,7 +345,7 @@ train.lr_at = stop
 
 def training_flags(raw, out, *more):
     return ["--data", raw, "--out", out, "--text", "onehot", "--spacing-mm", 4, "--patch", 32,
-            "--width", 8, "--steps", 4, "--batch", 1, "--lr", 1e-3, "--val-fraction", 0.5,
+            "--width", 8, "--steps", 4, "--batch", 1, "--lr", 1e-3, "--val-fraction", 0.25,
             "--no-amp", "--device", "cpu", "--workers", 0, *more]
 
 
@@ -369,7 +369,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tiny, tmp_path, change,
     run = torchrun(tmp_path, TRAIN.format(change=change), *training_flags(raw, tmp_path / "two"))
     out, err = run.communicate(timeout=300)
     assert (run.returncode == 0) is (change != STOP_IN_STEP_3), err
-    how = {"data": (str(raw),), "batch": 2, "val_fraction": 0.5, "amp": False}
+    how = {"data": (str(raw),), "batch": 2, "val_fraction": 0.25, "amp": False}
     if change == STOP_IN_STEP_3:
         assert content_of_checkpoint(tmp_path / "two")["step"] == 2
         train.train(config(tiny, tmp_path / "two", resume=True, **how))
@@ -413,8 +413,6 @@ def test_two_processes_share_the_scans_of_a_folder(tiny, tmp_path):
     names = [sorted(p.name for p in (tmp_path / run).iterdir()) for run in ("one", "two")]
     assert names[0] == names[1] == ["c0.json", "c0.nii.gz", "c1.json", "c1.nii.gz",
                                     "itksnap_labels.txt"]
-    for name in ("c0", "c1"):
-        one, two = (tmp_path / run / name for run in ("one", "two"))
-        assert np.array_equal(nib.load(f"{one}.nii.gz").dataobj, nib.load(f"{two}.nii.gz").dataobj)
-        assert json.loads(Path(f"{one}.json").read_text()) == json.loads(
-            Path(f"{two}.json").read_text())
+    for name in ("c0.nii.gz", "c1.nii.gz"):
+        one, two = (nib.load(tmp_path / run / name).dataobj for run in ("one", "two"))
+        assert np.array_equal(one, two)
