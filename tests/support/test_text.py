@@ -13,19 +13,19 @@ import data
 import infer
 import labels
 import train
-from support import results, transfer
+from support import class_tables, results, transfer
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
 def test_a_file_of_text_embeddings_finds_classes_by_name_and_a_tensor_holds_them_in_order(tmp_path):
     path = tmp_path / "text.pt"
     torch.save(torch.arange(6).view(3, 2), path)
-    w = clip_text.read_text(path, ["x", "y", "z"])
+    w = clip_text.read_embeddings(path, ["x", "y", "z"])
     assert w.tolist() == [[0, 1], [2, 3], [4, 5]] and w.dtype == torch.float32
     transfer.save_text(path, ["a", "b", "c"], torch.arange(6.).view(3, 2))
-    assert clip_text.read_text(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
+    assert clip_text.read_embeddings(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
     with pytest.raises(ValueError, match=r"text.pt: no text embedding of \['d'\].*'a', 'b', 'c'"):
-        clip_text.read_text(path, ["a", "d"])
+        clip_text.read_embeddings(path, ["a", "d"])
 
 
 def test_a_file_of_text_embeddings_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_file_of_text_embeddings_is_written_whole_or_not_at_all(tmp_path, monk
 def test_a_file_without_text_embeddings_is_named_in_one_line(tmp_path, content, words):
     torch.save(content, tmp_path / "text.pt")
     with pytest.raises(ValueError, match=f"text.pt: .*{words}") as e:
-        clip_text.read_text(tmp_path / "text.pt", ["x", "y"])
+        clip_text.read_embeddings(tmp_path / "text.pt", ["x", "y"])
     assert "\n" not in str(e.value)
 
 
@@ -92,7 +92,7 @@ def test_text_embeddings_of_different_spaces_are_refused_in_one_line(trained, gi
 # ---- CLIP, replaced by a table -------------------------------------------------------------------
 CLIP_W = torch.tensor([[3., 4., 1.], [4., 3., 1.], [4., 4., 0.]])
 OTHER = torch.tensor([3., 4., 1.5])                    # of any prompt that is not in the table
-CLASSES = labels.make_classes(["Liver", "Spleen", "Colon"])            # of runs.untrained
+CLASSES = class_tables.make_classes(["Liver", "Spleen", "Colon"])            # of runs.untrained
 V3 = [c.sentence(clip_text.TEMPLATE) for c in CLASSES]
 SPLEEN, HEART = "A computerized tomography of a spleen", "A CT of a heart"
 
