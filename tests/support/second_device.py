@@ -17,8 +17,8 @@ reports the device `meta`, and the CPU computes with the tensor that it holds in
 
 A float64 tensor on the device is a TypeError, as on Apple's mps.
 
-Autocast computes as on the CPU. Tensor subclasses do not work in inference mode, which only turns
-gradients off here.
+There is no autocast. Tensor subclasses do not work in inference mode, which only turns gradients
+off here.
 """
 from __future__ import annotations
 
@@ -42,11 +42,6 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # Beside the pointwise operations, these take a value without axes from the CPU
 TAKE_A_CPU_SCALAR = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_}
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-
-# What autocast computes in bf16 and in float32 on the CPU, as far as this repository needs it
-LOWER_PRECISION = {"conv3d", "conv_transpose3d", "linear", "matmul", "__matmul__", "__rmatmul__",
-                   "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
-FLOAT32 = {"max_pool3d"}
 
 
 # ---- tensors -------------------------------------------------------------------------------------
@@ -72,16 +67,11 @@ class DeviceTensor(Tensor):
 
     __array__ = numpy
 
+    def __repr__(self, **kwargs) -> str:
+        return repr(self.inner)
+
     def tolist(self):
         return self.detach().cpu().tolist()
-
-    def __format__(self, spec: str) -> str:
-        return format(self.detach().cpu(), spec)
-
-    def __repr__(self, **kwargs) -> str:
-        with contextlib.suppress(RuntimeError):            # outside of the block: for pytest
-            return repr(self.detach().cpu())
-        return repr(self.inner)
 
     @property
     def is_meta(self) -> bool:
@@ -222,19 +212,13 @@ class _Operations(TorchDispatchMode):
         args, kwargs = map_tensors(inner_of, args), map_tensors(inner_of, kwargs)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        with _without_autocast():                  # _Functions has cast the arguments already
-            return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def placed(inner: Tensor) -> DeviceTensor:
     if inner.dtype == torch.float64:
         raise TypeError("Cannot convert a tensor to float64: the second device has no float64")
     return DeviceTensor(inner)
-
-
-def _without_autocast():
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    return torch._C._ExcludeDispatchKeyGuard(keys)
 
 
 # ---- functions -----------------------------------------------------------------------------------
@@ -254,8 +238,6 @@ class _Functions(TorchFunctionMode):
             args = (args[0], index_of_tensors(args[1]), *args[2:])
         if func is Tensor.data.__set__ and is_on_device(args[0]):
             args[0].inner = args[1].inner
-        if torch.is_autocast_enabled("cpu") and "out" not in kwargs:
-            args, kwargs = autocast_arguments(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -268,22 +250,6 @@ def index_of_tensors(index):
     return torch.as_tensor(index) if is_list else index
 
 
-def autocast_arguments(func, args, kwargs):
-    """The arguments of a function in the precision that autocast chooses for it."""
-    name = getattr(func, "__name__", "")
-    if name in LOWER_PRECISION:
-        dtype = torch.get_autocast_dtype("cpu")
-    elif name in FLOAT32:
-        dtype = torch.float32
-    else:
-        return args, kwargs
-
-    def cast(t):
-        castable = is_on_device(t) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if castable else t
-    return map_tensors(cast, args), map_tensors(cast, kwargs)
-
-
 # ---- the block -----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def second_device():
@@ -292,15 +258,16 @@ def second_device():
     functions = _Functions()
     autocast, run_backward = torch.autocast, torch.autograd._engine_run_backward
 
-    def autocast_as_on_cpu(device_type, *args, **kwargs):
-        return autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+    def autocast_off(device_type, dtype=None, enabled=True):
+        assert not enabled or device_type != "meta", "the second device has no autocast"
+        return autocast("cpu", torch.bfloat16, enabled)
 
     def backward_with_functions(*args, **kwargs):
         with functions:              # PyTorch leaves a mode while the function that it handles runs
             return run_backward(*args, **kwargs)
 
     replace = mock.patch.object
-    with (replace(torch, "autocast", autocast_as_on_cpu),
+    with (replace(torch, "autocast", autocast_off),
           replace(torch.autograd, "_engine_run_backward", backward_with_functions),
           replace(torch.inference_mode, "__enter__", torch.no_grad.__enter__),
           replace(torch.inference_mode, "__exit__", torch.no_grad.__exit__),

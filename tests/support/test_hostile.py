@@ -81,97 +81,87 @@ PACKED = gzip.compress(GOOD)
 GIGANTIC = patched(40, "8h", 3, 30000, 30000, 30000, 1, 1, 1, 1)
 RGB = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 BIG_ENDIAN = nib.Nifti1Image(BOX.astype(">i2"), EYE, nib.Nifti1Header(endianness=">")).to_bytes()
-UNREADABLE, OK = "not a readable NIfTI file", "ok"
-# (name of the case, name of the file, its content, expected: OK or a part of the error message)
-CASES = [
-    ("plain", "a.nii", GOOD, OK),
-    ("gz", "a.nii.gz", PACKED, OK),
-    ("unicode and spaces", "Bauch ä 肝 scan.nii", GOOD, OK),
-    ("nifti-2", "a.nii", content(cls=nib.Nifti2Image), OK),
-    ("big endian", "a.nii", BIG_ENDIAN, OK),
-    *((name, "a.nii", content(BOX.astype(name)), OK) for name in (
+UNREADABLE = "not a readable NIfTI file"
+# {case: content of a.nii}
+ACCEPTED = {
+    "plain": GOOD, "nifti-2": content(cls=nib.Nifti2Image), "big endian": BIG_ENDIAN,
+    **{name: content(BOX.astype(name)) for name in (
         "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32",
-        "float64")),
-    # not NIfTI, or cut off
-    ("no bytes", "a.nii", b"", UNREADABLE),
-    ("no bytes gz", "a.nii.gz", b"", UNREADABLE),
-    ("text", "a.nii", b"hello" * 99, UNREADABLE),
-    ("png", "a.nii.gz", b"\x89PNG" * 99, UNREADABLE),
-    ("gz of text", "a.nii.gz", gzip.compress(b"hello" * 99), UNREADABLE),
-    ("gz cut early", "a.nii.gz", PACKED[:60], UNREADABLE),
-    ("gz cut late", "a.nii.gz", PACKED[:-40], UNREADABLE),
-    ("gz with a broken middle", "a.nii.gz", PACKED[:200] + b"x" * 50 + PACKED[250:],
-     "cannot be read"),
-    ("cut in the header", "a.nii", GOOD[:200], UNREADABLE),
-    ("cut in the data", "a.nii", GOOD[:-100], "cut off"),
-    ("gz named nii", "a.nii", PACKED, UNREADABLE),
-    ("nii named gz", "a.nii.gz", GOOD, UNREADABLE),
-    # axes and types
-    ("1D", "a.nii", content(BOX[0, 0]), "expected a 3D scan"),
-    ("2D", "a.nii", content(BOX[0]), "expected a 3D scan"),
-    ("4D", "a.nii", content(np.stack([BOX] * 2, 3)), "expected a 3D scan"),
-    ("5D", "a.nii", content(np.stack([BOX] * 2, 3)[..., None]), "expected a 3D scan"),
-    ("4D with one", "a.nii", content(BOX[..., None]), OK),
-    ("5D with ones", "a.nii", content(BOX[..., None, None]), OK),
-    ("one voxel thick", "a.nii", content(BOX[:, :, :1]), OK),
-    ("one voxel", "a.nii", content(BOX[:1, :1, :1]), OK),
-    ("rgb", "a.nii", content(RGB), "colour"),
-    ("complex", "a.nii", content(BOX.astype(np.complex64)), "complex"),
-    ("gigantic", "a.nii", GIGANTIC, "more voxels"),
-    ("gigantic gz", "a.nii.gz", gzip.compress(GIGANTIC), "more voxels"),
-    ("negative size", "a.nii", patched(40, "8h", 3, -5, 7, 6, 1, 1, 1, 1), ""),
-    ("zero size", "a.nii", patched(40, "8h", 3, 0, 7, 6, 1, 1, 1, 1), "expected a 3D scan"),
-    ("unknown type", "a.nii", patched(70, "h", 999), UNREADABLE),
-    ("offset beyond the end", "a.nii", patched(108, "f", 1e6), "cut off"),
-    ("offset nan", "a.nii", patched(108, "f", np.nan), ""),
-    # values
-    ("slope 0", "a.nii", patched(112, "ff", 0, 0), OK),
-    ("slope 2", "a.nii", patched(112, "ff", 2, -1024), OK),
-    ("slope negative", "a.nii", patched(112, "ff", -1, 0), OK),
-    ("slope nan", "a.nii", patched(112, "ff", np.nan, 0), OK),
-    ("slope inf", "a.nii", patched(112, "ff", np.inf, 0), OK),
-    ("nan voxels", "a.nii", content(with_one(np.nan)), "not finite"),
-    ("inf voxels", "a.nii", content(with_one(np.inf)), "not finite"),
-    ("all one value", "a.nii", content(np.full((5, 5, 5), 7, np.int16)), OK),
-    ("intent label", "a.nii", content(intent_code=1002), OK),
-    # affines
-    ("no affine codes", "a.nii", content(sform_code=0, qform_code=0), OK),
-    ("forms disagree", "a.nii", disagreeing(), OK),
-    ("left-handed", "a.nii", sform(np.diag([-2.0, 2, 3, 1])), OK),
-    ("oblique", "a.nii", sform(oblique(20)), OK),
-    ("oblique 44", "a.nii", sform(oblique(44)), OK),
-    ("sheared a little", "a.nii", sform(sheared(0.01)), OK),
-    ("sheared", "a.nii", sform(sheared(1.2)), "sheared"),
-    ("singular", "a.nii", sform(np.diag([2.0, 0, 3, 1])), "not invertible"),
-    ("nan affine", "a.nii", sform(np.full((4, 4), np.nan)), "not invertible"),
-    ("huge spacing", "a.nii", sform(np.diag([900.0, 2, 3, 1])), "spacing"),
-    ("tiny spacing", "a.nii", sform(np.diag([1e-3, 2e-3, 3e-3, 1])), "spacing"),
-    ("in metres", "a.nii", sform(np.diag([2e-3, 2e-3, 3e-3, 1]), content(xyzt_units=1)), "spacing"),
-    ("negative pixdim", "a.nii", patched(80, "f", -2.0), OK),
-]
+        "float64")},
+    "4D with one": content(BOX[..., None]), "5D with ones": content(BOX[..., None, None]),
+    "one voxel thick": content(BOX[:, :, :1]), "one voxel": content(BOX[:1, :1, :1]),
+    "all one value": content(np.full((5, 5, 5), 7, np.int16)),
+    "slope 0": patched(112, "ff", 0, 0), "slope 2": patched(112, "ff", 2, -1024),
+    "slope negative": patched(112, "ff", -1, 0), "slope nan": patched(112, "ff", np.nan, 0),
+    "slope inf": patched(112, "ff", np.inf, 0), "intent label": content(intent_code=1002),
+    "no affine codes": content(sform_code=0, qform_code=0), "forms disagree": disagreeing(),
+    "left-handed": sform(np.diag([-2.0, 2, 3, 1])), "negative pixdim": patched(80, "f", -2.0),
+    "oblique": sform(oblique(20)), "oblique 44": sform(oblique(44)),
+    "sheared a little": sform(sheared(0.01)),
+}
+# {case: (content, a part of the error message)}, of a.nii or, where the case is called gz, a.nii.gz
+REFUSED = {
+    "no bytes": (b"", UNREADABLE), "gz: no bytes": (b"", UNREADABLE),
+    "text": (b"hello" * 99, UNREADABLE), "gz: of text": (gzip.compress(b"hello" * 99), UNREADABLE),
+    "gz: png": (b"\x89PNG" * 99, UNREADABLE), "gz: cut early": (PACKED[:60], UNREADABLE),
+    "gz: cut late": (PACKED[:-40], UNREADABLE), "gz: not packed": (GOOD, UNREADABLE),
+    "gz: a broken middle": (PACKED[:200] + b"x" * 50 + PACKED[250:], "cannot be read"),
+    "packed": (PACKED, UNREADABLE), "cut in the header": (GOOD[:200], UNREADABLE),
+    "cut in the data": (GOOD[:-100], "cut off"),
+    "1D": (content(BOX[0, 0]), "expected a 3D scan"), "2D": (content(BOX[0]), "expected a 3D scan"),
+    "4D": (content(np.stack([BOX] * 2, 3)), "expected a 3D scan"),
+    "5D": (content(np.stack([BOX] * 2, 3)[..., None]), "expected a 3D scan"),
+    "rgb": (content(RGB), "colour"), "complex": (content(BOX.astype(np.complex64)), "complex"),
+    "gigantic": (GIGANTIC, "more voxels"),
+    "gz: gigantic": (gzip.compress(GIGANTIC), "more voxels"),
+    "negative size": (patched(40, "8h", 3, -5, 7, 6, 1, 1, 1, 1), ""),
+    "zero size": (patched(40, "8h", 3, 0, 7, 6, 1, 1, 1, 1), "expected a 3D scan"),
+    "unknown type": (patched(70, "h", 999), UNREADABLE),
+    "offset beyond the end": (patched(108, "f", 1e6), "cut off"),
+    "offset nan": (patched(108, "f", np.nan), ""),
+    "nan voxels": (content(with_one(np.nan)), "not finite"),
+    "inf voxels": (content(with_one(np.inf)), "not finite"),
+    "sheared": (sform(sheared(1.2)), "sheared"),
+    "singular": (sform(np.diag([2.0, 0, 3, 1])), "not invertible"),
+    "nan affine": (sform(np.full((4, 4), np.nan)), "not invertible"),
+    "huge spacing": (sform(np.diag([900.0, 2, 3, 1])), "spacing"),
+    "tiny spacing": (sform(np.diag([1e-3, 2e-3, 3e-3, 1])), "spacing"),
+    "in metres": (sform(np.diag([2e-3, 2e-3, 3e-3, 1]), content(xyzt_units=1)), "spacing"),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("file, raw, outcome", [case[1:] for case in CASES],
-                         ids=[case[0] for case in CASES])
-def test_every_unusual_volume_has_its_outcome(tmp_path, file, raw, outcome):
-    path = tmp_path / file
+@pytest.mark.parametrize("raw", [*ACCEPTED.values(), PACKED], ids=[*ACCEPTED, "gz"])
+def test_an_unusual_volume_is_read_and_a_result_lies_in_its_grid(tmp_path, raw):
+    path = tmp_path / ("Bauch ä 肝 scan.nii.gz" if raw is PACKED else "a.nii")
     path.write_bytes(raw)
-    if outcome == OK:
-        v = nifti.read_checked(path)
-        assert v.array.ndim == 3 and v.array.dtype.isnative and np.isfinite(v.array).all()
-        assert nib.aff2axcodes(v.affine) == ("R", "A", "S")
-        image, _, _ = data.preprocess(v, 3.0)
-        assert np.isfinite(image).all() and image.ndim == 3
-        result = np.arange(v.array.size, dtype=np.uint16).reshape(v.array.shape)
-        data.save_like(tmp_path / "out.nii.gz", result, path)
-        back = nifti.read_checked(tmp_path / "out.nii.gz")
-        assert np.array_equal(back.array, result) and np.allclose(back.affine, v.affine)
-    else:
-        with pytest.raises((ValueError, OSError)) as e:
-            nifti.read_checked(path)
-        assert str(path) in str(e.value) and outcome in str(e.value)
+    v = nifti.read_checked(path)
+    assert v.array.ndim == 3 and v.array.dtype.isnative and np.isfinite(v.array).all()
+    assert nib.aff2axcodes(v.affine) == ("R", "A", "S")
+    image, _, _ = data.preprocess(v, 3.0)
+    assert np.isfinite(image).all() and image.ndim == 3
+    result = np.arange(v.array.size, dtype=np.uint16).reshape(v.array.shape)
+    data.save_like(tmp_path / "out.nii.gz", result, path)
+    back = nifti.read_checked(tmp_path / "out.nii.gz")
+    assert np.array_equal(back.array, result) and np.allclose(back.affine, v.affine)
     assert path.read_bytes() == raw
+
+
+def refused_file(folder, case):
+    path = folder / ("a.nii.gz" if case.startswith("gz") else "a.nii")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(REFUSED[case][0])
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_damaged_volume_is_refused_with_its_path_and_the_reason(tmp_path, case):
+    path = refused_file(tmp_path, case)
+    with pytest.raises((ValueError, OSError)) as e:
+        nifti.read_checked(path)
+    assert str(path) in str(e.value) and REFUSED[case][1] in str(e.value)
+    assert path.read_bytes() == REFUSED[case][0]
 
 
 def test_paths_that_are_not_files(tmp_path):
@@ -196,18 +186,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["gz cut late", "rgb", "nan voxels", "4D", "gigantic gz"])
-def test_segmenting_and_scoring_answer_a_bad_volume_in_one_line(name, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("case", ["gz: cut late", "rgb", "nan voxels", "4D", "gz: gigantic"])
+def test_segmenting_and_scoring_answer_a_bad_volume_in_one_line(case, checkpoint, tmp_path, capsys):
     """Training does so in test_dataset_files.py."""
-    (_, file, raw, _), = (case for case in CASES if case[0] == name)
-    for folder in ("pred", "ref"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).write_bytes(raw)
-    assert segment_with(checkpoint, tmp_path / "pred" / file, tmp_path / "out") == 2
-    assert file in error_line(capsys) and not (tmp_path / "out").exists()
-    assert processes.run(metrics.main, ["--pred", str(tmp_path / "pred"), "--ref",
-                                        str(tmp_path / "ref")]) == 2
-    assert file in error_line(capsys) and not (tmp_path / "pred/metrics.json").exists()
+    pred, ref = (refused_file(tmp_path / folder, case) for folder in ("pred", "ref"))
+    assert segment_with(checkpoint, pred, tmp_path / "out") == 2
+    assert str(pred) in error_line(capsys) and not (tmp_path / "out").exists()
+    assert processes.run(metrics.main, ["--pred", str(pred.parent), "--ref", str(ref.parent)]) == 2
+    assert pred.name in error_line(capsys) and not (pred.parent / "metrics.json").exists()
 
 
 def test_a_bad_scan_does_not_stop_a_folder_and_a_second_run_does_only_what_is_missing(

@@ -244,14 +244,16 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, no_computation, tm
     ({"train": ["Dataset901_Liver/c0"], "test": ["Dataset901_Liver/c0"]}, {}, "is in two parts"),
     ({"train": ["Dataset901_Liver/c0"]}, {"split": (), "fold": "1"},
      "--fold 1: is the number of a fold of the splits_final.json"),
-    ({"train": ["Dataset901_Liver/c0"]}, {"out": "."}, "would overwrite the input file")])
+    ({"train": ["Dataset901_Liver/c0"]}, {}, "would overwrite the input file")])
 def test_a_split_that_does_not_fit_is_refused_before_any_work(tiny, tmp_path, capsys, content, how,
                                                               message):
-    split = split_file(tmp_path / "config.json", content)    # in the folder ".", a file of the run
-    settings = {"out": str(tmp_path / "new/run"), "split": (str(split),), "text": "onehot", **how}
-    cfg = train.Config(data=(str(tiny / "raw"),), **settings)
+    """The last one is a file that the run would write."""
+    (tmp_path / "cache").mkdir()
+    name = "run/config.json" if "overwrite" in message else "split.json"
+    split = split_file(tmp_path / name, content)
+    cfg = config(tiny, tmp_path / "run", **{"split": (str(split),), **how})
     assert processes.run(train.main, cfg) == 2 and message in error_line(capsys)
-    assert [path.name for path in tmp_path.rglob("*")] == ["config.json"]
+    assert not any((tmp_path / "cache").iterdir())
 
 
 # ---- seen in training ----------------------------------------------------------------------------

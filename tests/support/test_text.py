@@ -17,8 +17,11 @@ from support import class_tables, results, transfer
 
 
 # ---- files of text embeddings --------------------------------------------------------------------
-def test_a_file_of_text_embeddings_finds_classes_by_name(tmp_path):
+def test_a_file_of_text_embeddings_finds_classes_by_name_and_a_tensor_holds_them_in_order(tmp_path):
     path = tmp_path / "text.pt"
+    torch.save(torch.arange(6).view(3, 2), path)
+    w = clip_text.read_embeddings(path, ["x", "y", "z"])
+    assert w.tolist() == [[0, 1], [2, 3], [4, 5]] and w.dtype == torch.float32
     transfer.save_text(path, ["a", "b", "c"], torch.arange(6.).view(3, 2))
     assert clip_text.read_embeddings(path, ["c", "a"]).tolist() == [[4, 5], [0, 1]]
     with pytest.raises(ValueError, match=r"text.pt: no text embedding of \['d'\].*'a', 'b', 'c'"):
@@ -36,12 +39,6 @@ def test_a_file_of_text_embeddings_is_written_whole_or_not_at_all(tmp_path, monk
     with pytest.raises(OSError, match="text.pt: .*No space left"):
         transfer.save_text(path, ["a"], torch.ones(1, 2))
     assert path.read_bytes() == b"the old file" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_plain_tensor_holds_the_classes_in_order(tmp_path):
-    torch.save(torch.arange(6).view(3, 2), tmp_path / "plain.pth")
-    w = clip_text.read_embeddings(tmp_path / "plain.pth", ["x", "y", "z"])
-    assert w[2].tolist() == [4, 5] and w.dtype == torch.float32
 
 
 @pytest.mark.parametrize("content, words", [
