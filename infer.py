@@ -29,6 +29,7 @@ import data
 import labels
 from support import (
     checkpoints,
+    datasets,
     extension,
     fast,
     nifti,
@@ -36,6 +37,7 @@ from support import (
     postprocess,
     processes,
     results,
+    splits,
     streaming,
     transfer,
 )
@@ -112,6 +114,7 @@ class Job:
     patch: int                # side of a window
     modality: str             # ct or mri
     amp: bool                 # compute in bf16
+    own_values: dict[int, int] | None         # {class: value}, the values of --like
     settings: dict            # what a result depends on beside its scan; recorded in its JSON
     seen: dict | None         # the scans that the model has seen, see checkpoints.record_seen
 
@@ -133,9 +136,12 @@ def parse(argv=None) -> argparse.Namespace:
     ap.add_argument("--input", required=True, metavar="PATH", type=Path,
                     help="a scan (NIfTI), or a folder whose scans are all segmented; without scans "
                          "of its own, those of the folders in it, such as one per patient, after "
-                         "which the results are named. In a folder imagesTr or imagesTs, and with "
+                         "which the results are named. Of a dataset (with dataset.json and "
+                         "training images), the training images, named after their cases. In a "
+                         "folder imagesTr or imagesTs, and with "
                          "a dataset.json beside or above, CASE_0000 is called CASE, and CASE_0001 "
                          "and higher beside it are other channels; elsewhere names are kept")
+    splits.add_flags(ap)
     ap.add_argument("--output", required=True, metavar="DIR", type=Path,
                     help="the folder for the results; it is created if necessary")
     ap.add_argument("--classes", nargs="+", action="extend", metavar="NAME",
@@ -158,6 +164,9 @@ def parse(argv=None) -> argparse.Namespace:
                     help="also write the probabilities of each class before post-processing, as "
                          "bytes that the header scales to 0..1; takes one byte of memory per class "
                          "and voxel")
+    ap.add_argument("--like", metavar="FILE", type=Path,
+                    help="also write OUTPUT/like/NAME.nii.gz, a label map with the values of this "
+                         "dataset.json, as a challenge's server expects it")
     ap.add_argument("--postprocess", action=argparse.BooleanOptionalAction, default=True,
                     help="correct left and right, keep one piece of a solid organ, remove specks, "
                          "and remove lesions outside their host organ (default: yes)")
@@ -202,6 +211,17 @@ def check_flags(args: argparse.Namespace) -> None:
         pictures.new_figure(1, 1)                # needs matplotlib
 
 
+def scans_to_segment(args: argparse.Namespace) -> dict[str, Path]:
+    """{name of the result: scan}"""
+    if datasets.is_dataset(args.input):
+        cases = splits.choose_cases(args.input, args.split, args.fold, args.part)
+        return {name: case.image for name, case in cases.items()}
+    if args.split or args.fold:
+        raise ValueError(f"--split: then --input must be a dataset with its dataset.json, and "
+                         f"{args.input} is none")
+    return results.name_scans(results.find_scans(args.input), args.input)
+
+
 def load_job(args: argparse.Namespace) -> Job:
     """Read the checkpoint and decide what to segment, and how.
 
@@ -230,9 +250,13 @@ def load_job(args: argparse.Namespace) -> Job:
              args.probabilities]
     settings = {"checkpoint": results.file_identity(Path(args.checkpoint)), "classes": indices,
                 "flags": flags, "overlap": args.overlap, **words}
+    own_values = None
+    if args.like:
+        own_values = results.values_of_dataset(args.like, classes)
+        settings["like"] = results.file_identity(args.like)
     return Job(model, w[indices].to(args.device), table, indices, config["spacing_mm"],
-               config["patch"], args.modality or content.get("modality", "ct"), amp, settings,
-               content.get("seen"))
+               config["patch"], args.modality or content.get("modality", "ct"), amp,
+               own_values, settings, content.get("seen"))
 
 
 OUT_OF_MEMORY = "try --batch 1, fewer --classes, or --device cpu"
@@ -256,7 +280,8 @@ def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
         classes = [job.classes[k] for k in job.indices]
         postprocess.postprocess(seg.masks, classes, volume.spacing_mm, seg.midline)
     return results.write_results(name, args.output, scan, seg, job.classes, job.indices, made_with,
-                                 masks=args.masks, preview=args.preview, volume=volume, seen=seen)
+                                 masks=args.masks, preview=args.preview, volume=volume, seen=seen,
+                                 own_values=job.own_values)
 
 
 def segment_all(scans: dict[str, Path], job: Job, args: argparse.Namespace) -> Summary:
@@ -315,14 +340,16 @@ def main(argv=None) -> int:
     args = parse(argv)
     check_flags(args)
     args.device = processes.open_device(args.device)
-    scans = results.name_scans(results.find_scans(args.input), args.input)
+    scans = scans_to_segment(args)
     job = load_job(args)
     class_names = [job.classes[k].name for k in job.indices]
     planned = {name: results.result_files(name, class_names, masks=args.masks,
-                                          probabilities=args.probabilities, preview=args.preview)
+                                          probabilities=args.probabilities, preview=args.preview,
+                                          like=args.like is not None)
                for name in scans}
     outputs = [args.output / file for names in planned.values() for file in names]
-    inputs = [file for file in (args.checkpoint, args.text, args.clip_weights) if file]
+    inputs = [file for file in (args.checkpoint, args.text, args.clip_weights, args.like)
+              if file]
     results.refuse_overwriting_inputs([*scans.values(), *inputs], outputs, "--output")
     results.refuse_losing_files(scans, planned, args.output, overwrite=args.overwrite)
     processes.join_processes(torch.device("cpu"))        # which only exchange their summaries

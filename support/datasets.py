@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,37 @@ def _listed_image(image: Path) -> Path:
     return image
 
 
+@dataclass(frozen=True)
+class CaseFiles:
+    """One case of a dataset, before anything is known of what its label means."""
+    name: str               # dataset/case
+    dataset: str
+    image: Path
+    label: Path
+    public: str             # see public_name
+
+    @property
+    def case(self) -> str:
+        return self.name.removeprefix(f"{self.dataset}/")
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is a dataset itself: it has a dataset.json and training images."""
+    path = folder / "dataset.json"
+    return path.is_file() and _has_training_images(path)
+
+
+def list_cases(folder: Path) -> list[CaseFiles]:
+    """The training cases of a dataset, by its dataset.json.
+
+    raises ValueError, FileNotFoundError  if that is malformed, or a file is missing
+    """
+    info, name = files.read_json(folder / "dataset.json"), dataset_name(folder)
+    public = public_name(info, name)
+    return [CaseFiles(f"{name}/{case}", name, image, label, public)
+            for case, (image, label) in image_label_pairs(folder, info).items()]
+
+
 def read_datasets(roots, classes, *, modality: str = "") -> list[data.Case]:
     """All training cases of all datasets among and inside `roots`; see read_dataset."""
     return [case for folder in find_datasets(roots)
@@ -168,28 +200,30 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[data.Case
     name = dataset_name(folder)
     label_map = labels.label_map(info.get("labels"), classes, str(where),
                                  context=str(info.get("name") or name))
-    pairs = image_label_pairs(folder, info)
-    if not pairs:
+    found = list_cases(folder)
+    if not found:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     own_annotated = annotated_per_case(info, classes, where)
     processes.report_some(f'cases that "annotated" in {where} names are not here',
-                 sorted(own_annotated.keys() - pairs.keys()))
-    amos_mri = set() if modality else set(filter(is_amos_mri, pairs))
+                           sorted(own_annotated.keys() - {files_of.case for files_of in found}))
+    amos_mri = set()
+    if not modality:
+        amos_mri = {files_of.case for files_of in found if is_amos_mri(files_of.case)}
     if amos_mri:
         processes.report(f"note: {where}: {len(amos_mri)} cases are MR scans by their AMOS numbers")
     modality = modality or modality_of(info, where)
     if modality not in ("ct", "mri"):
         raise ValueError(f"the modality must be ct or mri, got {modality!r}")
     lesions = frozenset(k for k, c in enumerate(classes) if c.lesion)
-    public = public_name(info, name)
     cases = []
-    for case, (image, label) in pairs.items():
-        cases.append(data.Case(name=f"{name}/{case}", dataset=name, image=image, label=label,
-                          label_map=label_map,
-                          annotated=own_annotated.get(case, label_map.annotated),
-                          modality="mri" if case in amos_mri else modality,
-                          public=public, zoomed=public.startswith("msd-"),
-                          tumour_crops=public in TUMOUR_CROPS, lesions=lesions))
+    for files_of in found:
+        annotated = own_annotated.get(files_of.case, label_map.annotated)
+        cases.append(data.Case(
+            name=files_of.name, dataset=name, image=files_of.image, label=files_of.label,
+            label_map=label_map, annotated=annotated,
+            modality="mri" if files_of.case in amos_mri else modality, public=files_of.public,
+            zoomed=files_of.public.startswith("msd-"),
+            tumour_crops=files_of.public in TUMOUR_CROPS, lesions=lesions))
     return cases
 
 

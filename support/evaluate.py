@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from scipy import ndimage
 
 import labels
 import metrics
-from support import class_tables, datasets, files, nifti, processes, sides
+from support import class_tables, datasets, files, nifti, processes, sides, splits
 from support.results import refuse_overwriting_inputs
 
 # NSD tolerance in mm per class; "" stands for every class that a protocol does not name
@@ -43,15 +44,24 @@ PROTOCOLS = {
 
 
 # ---- pairs of files ----------------------------------------------------------------------------
-def find_pairs(pred_folder: Path, ref_folder: Path) -> list[tuple[Path, Path]]:
-    """(prediction, reference) of every label file in the reference folder, matched by case.
+@dataclass(frozen=True)
+class Pair:
+    """A prediction and its reference."""
+    case: str
+    pred: Path
+    ref: Path
+    table: Path | None = None       # the reference's dataset.json, where --data names the dataset
 
+
+def find_pairs(pred_folder: Path, refs: dict[str, Path],
+               table: Path | None = None) -> list[Pair]:
+    """One pair for each reference {case: label file}, with the prediction of this case.
+
+    table  see Pair
     A prediction without a reference is reported and left out.
     """
-    refs, preds = _label_files(ref_folder), _label_files(pred_folder)
-    if pred_folder.samefile(ref_folder):
-        raise ValueError(f"{pred_folder}: --pred and --ref are the same folder")
-    missing = [ref.name for case, ref in refs.items() if case not in preds]
+    preds = _label_files(pred_folder)
+    missing = [case for case in refs if case not in preds]
     if missing:
         raise ValueError(f"{pred_folder}: no prediction for {missing[:3]} ({len(missing)} missing)")
     if "metrics" in preds:
@@ -59,7 +69,7 @@ def find_pairs(pred_folder: Path, ref_folder: Path) -> list[tuple[Path, Path]]:
                          "belongs to this file; rename it and its JSON")
     extra = [preds[case].name for case in preds if case not in refs]
     processes.report_some("predictions without a reference, not scored", extra)
-    return [(preds[case], ref) for case, ref in refs.items()]
+    return [Pair(case, preds[case], ref, table) for case, ref in refs.items()]
 
 
 def _label_files(folder: Path) -> dict[str, Path]:
@@ -98,10 +108,13 @@ def _read_table(path: Path) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def read_label_map(path: Path, classes) -> labels.LabelMap:
+def read_label_map(path: Path, classes, where: Path | None = None) -> labels.LabelMap:
     """What the values of a label file mean; class numbers, 1 for the first class, if no table
-    tells."""
-    where, content = _read_table(path)
+    tells.
+
+    where  the table, where it is known
+    """
+    where, content = (where, files.read_json(where)) if where else _read_table(path)
     if where is None:
         table = {c.name: number for number, c in enumerate(classes, 1)}
         return labels.label_map(table, classes, str(path.parent))
@@ -119,18 +132,22 @@ def read_label_map(path: Path, classes) -> labels.LabelMap:
     return labels.label_map(table, classes, str(where), context=context)
 
 
-def _annotated_in(path: Path, classes) -> np.ndarray:
+def _annotated_in(pair: Pair, classes) -> np.ndarray:
     """(K,) bool: the classes that a reference annotates in this case, by "annotated" in its
     dataset.json, as in training. All of them where that does not list the case."""
-    where, content = _read_table(path)
-    case = _case_name(path)
-    listed = datasets.annotated_per_case(content, classes, where, only=case)
-    return listed.get(case, np.ones(len(classes), bool))
+    where, content = pair.table, {}
+    if where is None:
+        where, content = _read_table(pair.ref)
+    else:
+        content = files.read_json(where)
+    listed = datasets.annotated_per_case(content, classes, where, only=pair.case)
+    return listed.get(pair.case, np.ones(len(classes), bool))
 
 
-def report_assumed_tables(pairs: list[tuple[Path, Path]], classes) -> None:
+def report_assumed_tables(pairs: list[Pair], classes) -> None:
     """Say in one line per folder where no table tells what the values of label files mean."""
-    for paths in zip(*pairs, strict=True):                           # predictions, references
+    for paths in ([pair.pred for pair in pairs],
+                  [pair.ref for pair in pairs if pair.table is None]):
         without = [path for path in paths if _read_table(path)[0] is None]
         if without:
             print(f"note: {without[0].parent}: no table (dataset.json or CASE.json) says what the "
@@ -147,9 +164,8 @@ class _Side(NamedTuple):
     boxes: list                  # boxes[v] holds all voxels of label row v > 0; None without any
 
 
-def score_case(pair: tuple[Path, Path], classes, indices: list[int],
-               tolerance: dict) -> list[dict]:
-    """Score a (prediction, reference) -> `results`, one for each structure that both sides label.
+def score_case(pair: Pair, classes, indices: list[int], tolerance: dict) -> list[dict]:
+    """Score one case -> `results`, one for each structure that both sides label.
 
     indices    the classes to score
     tolerance  {class name: NSD tolerance in mm}; "" for all others
@@ -157,22 +173,22 @@ def score_case(pair: tuple[Path, Path], classes, indices: list[int],
     Two sides that the reference does not tell apart are scored as one structure. A structure that
     the reference does not annotate in this case is not scored: nobody knows whether it is there.
     """
-    pred_path, ref_path = pair
-    pred, ref = nifti.read_checked(pred_path), nifti.read_checked(ref_path)
-    nifti.check_same_grid(pred_path, pred, ref_path, ref, roles=("prediction", "reference"))
-    pred_map, ref_map = (read_label_map(path, classes) for path in pair)
-    annotated = _annotated_in(ref_path, classes) & pred_map.annotated
-    pred_rows = pred_map.to_label_rows(pred.array, str(pred_path))
+    pred, ref = nifti.read_checked(pair.pred), nifti.read_checked(pair.ref)
+    nifti.check_same_grid(pair.pred, pred, pair.ref, ref, roles=("prediction", "reference"))
+    pred_map = read_label_map(pair.pred, classes)
+    ref_map = read_label_map(pair.ref, classes, pair.table)
+    annotated = _annotated_in(pair, classes) & pred_map.annotated
+    pred_rows = pred_map.to_label_rows(pred.array, str(pair.pred))
     pred_side = _side(sides.split_sides(pred_rows, pred_map, _middle(pred_rows)), pred_map)
-    ref_side = _side(ref_map.to_label_rows(ref.array, str(ref_path)), ref_map)
-    seen = _seen(pred_path)
+    ref_side = _side(ref_map.to_label_rows(ref.array, str(pair.ref)), ref_map)
+    seen = _seen(pair.pred)
     results = []
     for structure in _structures(ref_map):
         if all(k in indices and annotated[k] for k in structure):
             masks = _masks(structure, pred_side, ref_side, ref_map.known)
             scores = _score_structure(*masks, [classes[k] for k in structure], ref.spacing_mm,
                                       tolerance)
-            results.append({"case": _case_name(ref_path), **scores, "seen": seen})
+            results.append({"case": pair.case, **scores, "seen": seen})
     return results
 
 
@@ -342,9 +358,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Score segmentations against references.")
     parser.add_argument("--pred", required=True, type=Path, metavar="DIR",
                         help="segmentations, as infer.py writes them; the scores go there too")
-    parser.add_argument("--ref", required=True, type=Path, metavar="DIR",
-                        help="references, e.g. labelsTs; their dataset.json is looked for there "
-                             "and one folder up; without it values are taken for class numbers")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--ref", type=Path, metavar="DIR",
+                       help="references, e.g. labelsTs; their dataset.json is looked for there "
+                            "and one folder up; without it values are taken for class numbers")
+    where.add_argument("--data", type=Path, metavar="DATASET",
+                       help="the folder of a dataset instead: its dataset.json pairs images, after "
+                            "whose cases the segmentations are named, with references")
+    splits.add_flags(parser)
     parser.add_argument("--classes", nargs="+", metavar="NAME",
                         help="score only these classes (default: all)")
     parser.add_argument("--class-table", metavar="FILE",
@@ -356,6 +377,23 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def find_references(args) -> tuple[dict[str, Path], Path | None]:
+    """-> ({case: reference}, the table of their values if it is known)."""
+    if args.data:
+        if not datasets.is_dataset(args.data):
+            raise ValueError(f"--data {args.data}: is no dataset with a dataset.json; `python -m "
+                             "support.public NAME DIR` writes that of a public dataset")
+        cases = splits.choose_cases(args.data, args.split, args.fold, args.part)
+        refs = {name: case.label for name, case in cases.items()}
+        return refs, args.data / "dataset.json"
+    if args.split or args.fold:
+        raise ValueError("--split: name the dataset with --data instead of --ref")
+    refs = _label_files(args.ref)
+    if args.pred.exists() and args.pred.samefile(args.ref):
+        raise ValueError(f"{args.pred}: --pred and --ref are the same folder")
+    return refs, None
+
+
 def main(argv=None) -> int:
     args = parse(argv)
     if args.class_table:
@@ -365,12 +403,12 @@ def main(argv=None) -> int:
     tolerance = dict(PROTOCOLS[args.protocol])
     if args.tolerance is not None:
         tolerance[""] = args.tolerance
-    pairs = find_pairs(args.pred, args.ref)
+    pairs = find_pairs(args.pred, *find_references(args))
     report_assumed_tables(pairs, classes)
     score = partial(score_case, classes=classes, indices=indices, tolerance=tolerance)
     results = sum(processes.pool_map(score, pairs, desc="score", unit="case"), [])
     if not results:
-        raise ValueError(f"{args.ref}: no class in common with {args.pred}")
+        raise ValueError(f"{args.ref or args.data}: no class in common with {args.pred}")
     summary = summarise(results)
     print_table(results, summary)
     report_seen(results)

@@ -10,6 +10,7 @@ The tasks of the Medical Segmentation Decathlon need no preparation.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import labels
-from support import datasets, files, nifti, processes
+from support import datasets, files, nifti, processes, splits
 
 
 class PublicDataset(NamedTuple):
@@ -120,6 +121,8 @@ STRUCTURES = {
 MERGED = "merged by support.public"     # the description in the header of such a label map
 ORIGINAL = "dataset.original.json"      # what a dataset.json that came with a dataset is renamed to
 FOLDS_FILE = "splits_final.json"        # as nnU-Net calls it
+OFFICIAL_FILE = "splits_official.json"  # the parts that the distributor names
+VALIDATION = {"amos": "imagesVa", "word": "imagesVal"}    # folders of scans that are no cases here
 
 
 def public_json(name: str) -> dict:
@@ -181,6 +184,29 @@ def prepare_dataset(name: str, folder: Path) -> None:
     with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}, {len(cases)} cases")
+    if (folder / "meta.csv").is_file():
+        write_official_parts(folder, cases)
+    held_out = folder / VALIDATION.get(name, "")
+    if name in VALIDATION and held_out.is_dir():
+        print(f"note: {held_out}: the distributor's validation scans; they are not among the "
+              "cases, and can be segmented with infer.py --input")
+
+
+def write_official_parts(folder: Path, cases: list[str]) -> None:
+    """Write the split that meta.csv of TotalSegmentator names, for --split."""
+    with open(folder / "meta.csv", newline="", encoding="utf-8-sig") as file:
+        part_of = {row.get("image_id"): row.get("split")
+                   for row in csv.DictReader(file, delimiter=";")}
+    parts = {part: [case for case in cases if part_of.get(case) == part] for part in splits.PARTS}
+    if not parts["train"]:
+        print(f"note: {folder / 'meta.csv'}: has no columns image_id and split, separated by "
+              "semicolons, that name training scans")
+        return
+    path = folder / OFFICIAL_FILE
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    counts = ", ".join(f"{len(names)} {part}" for part, names in parts.items())
+    print(f"written: {path}, the official parts ({counts}), for --split")
 
 
 def find_cases(name: str, folder: Path, listed: set[str] | None = None) -> list[str]:

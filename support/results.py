@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import labels
 from support import files, nifti, pictures, processes, streaming
 
 
@@ -54,7 +55,8 @@ def probability_file(class_name: str) -> str:
 
 
 def result_files(name: str, class_names: list[str], *, masks: bool = False,
-                 probabilities: bool = False, preview: bool = False) -> list[str]:
+                 probabilities: bool = False, preview: bool = False,
+                 like: bool = False) -> list[str]:
     """The files of one scan's result, relative to the output folder.
 
     raises ValueError  if two classes would write one file, or a name is too long for a file
@@ -62,6 +64,8 @@ def result_files(name: str, class_names: list[str], *, masks: bool = False,
     names = [f"{name}.nii.gz", f"{name}.json"]
     if preview:
         names.append(f"{name}.png")
+    if like:
+        names.append(f"like/{name}.nii.gz")
     if masks:
         names += [f"{name}/{mask_file(c)}" for c in class_names]
     if probabilities:
@@ -122,13 +126,15 @@ def remove_result(out_dir: Path, name: str, *, keep: list[str]) -> None:
 
 def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentation, classes,
                   indices: list[int], made_with: dict, *, masks: bool, preview: bool,
-                  volume: data.Volume, seen: str = "") -> list[dict]:
+                  volume: data.Volume, seen: str = "",
+                  own_values: dict[int, int] | None = None) -> list[dict]:
     """Write what was found in one scan: label map, JSON, ITK-SNAP labels, and what was asked for.
 
     classes    the class table; a label map's value is a class's index in it plus 1
     indices    the classes that `seg` holds, in its order
     made_with  the settings that the JSON records, and the identity of the scan
     seen       whether the model was made with this scan; see data.look_up
+    own_values see values_of_dataset; a label map with these values is written, too
     returns    results: value, name and volume in ml of each class
 
     Probabilities are written if `seg` holds them. The JSON of an earlier result is removed first
@@ -137,7 +143,8 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
     names = [classes[k].name for k in indices]
     content = {"scan": str(scan), "seen": seen, "classes": [], "made_with": made_with}
     content["files"] = result_files(name, names, masks=masks, preview=preview,
-                                    probabilities=seg.levels is not None)
+                                    probabilities=seg.levels is not None,
+                                    like=own_values is not None)
     remove_result(out_dir, name, keep=content["files"])
     value = np.array([0, *(k + 1 for k in indices)], np.uint8 if len(classes) < 256 else np.uint16)
     label = value[seg.merge([classes[k] for k in indices])]
@@ -155,11 +162,33 @@ def write_results(name: str, out_dir: Path, scan: Path, seg: streaming.Segmentat
     if preview:
         pictures.draw(out_dir / f"{name}.png", volume, label, classes, title=name,
                       software=DESCRIPTION)
+    if own_values is not None:
+        shared = [i for i, k in enumerate(indices) if k in own_values]
+        value = np.array([0, *(own_values.get(k, 0) for k in indices)], np.uint16)
+        like = value[seg.merge([classes[k] for k in indices], only=shared)]
+        nifti.save_nifti(out_dir / "like" / f"{name}.nii.gz", like, scan, description=DESCRIPTION)
     nifti.save_nifti(out_dir / f"{name}.nii.gz", label, scan, description=DESCRIPTION)
     write_itksnap_labels(out_dir / "itksnap_labels.txt", classes)
     with files.atomic_write(out_dir / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content["classes"]
+
+
+def values_of_dataset(path: Path, classes) -> dict[int, int]:
+    """{class: its value in the label files of a dataset}, by its dataset.json.
+
+    Of several values that mean a class, it is that which means the fewest other classes: in LiTS,
+    where 1 is liver and 2 is liver and tumour, 1 for the liver and 2 for the tumour.
+    """
+    info = files.read_json(path)
+    label_map = labels.label_map(info.get("labels"), classes, str(path),
+                                 context=str(info.get("name") or path.resolve().parent.name))
+    values = {}
+    for k in np.flatnonzero(label_map.annotated):
+        rows = np.flatnonzero(label_map.regions[:, k])
+        row = min(rows, key=lambda row: label_map.regions[row].sum())
+        values[int(k)] = label_map.values[row]
+    return values
 
 
 CLEAR_LABEL = '    0     0    0    0        0  0  0    "Clear Label"'    # the first line of ours

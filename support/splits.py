@@ -47,7 +47,7 @@ class SplitEntry:
         pattern, name = RELEASE_NAMES.get(self.public, ("(.*)", r"\1"))
         return {self.case, re.sub(f"^{pattern}$", name, self.case)}
 
-    def is_of(self, case: data.Case) -> bool:
+    def is_of(self, case) -> bool:
         """Whether this entry stands for a case of the dataset of `case`."""
         same_public = self.public != "" and self.public == case.public
         return not self.folders or case.dataset in self.folders or same_public
@@ -123,8 +123,9 @@ def _entries_of_list(path: Path) -> list[SplitEntry]:
     return entries
 
 
-def parts_of_cases(cases: list[data.Case], paths, fold: str = "") -> dict[str, str]:
-    """{name of the case: its part} of the cases that the files of --split name; see read_split.
+def parts_of_cases(cases, paths, fold: str = "", *, quiet: bool = False) -> dict[str, str]:
+    """{name of the case: its part} of the cases that the files of --split name; see read_split and
+    match_split.
 
     paths   the files; without one the answer is empty
     raises  ValueError  also if a fold is asked for without a file, or no case is for training
@@ -134,22 +135,46 @@ def parts_of_cases(cases: list[data.Case], paths, fold: str = "") -> dict[str, s
             raise ValueError(f"--fold {fold}: is the number of a fold of the splits_final.json "
                              "that --split names; name that file, too")
         return {}
-    parts = match_split(read_split(paths, fold), cases)
-    if "train" not in parts.values():
-        raise ValueError(f"{', '.join(paths)}: none of its training scans is in --data")
-    return parts
+    return match_split(read_split(paths, fold), cases, quiet=quiet)
 
 
-def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, str]:
+def add_flags(parser) -> None:
+    """--split, --fold and --part, for a command that takes the cases of one dataset."""
+    parser.add_argument("--split", nargs="+", default=[], metavar="FILE",
+                        help="only the cases of one part of a split, as train.py --split takes it")
+    parser.add_argument("--fold", default="", metavar="N",
+                        help="which fold of the splits_final.json that --split names, from 0 on")
+    parser.add_argument("--part", choices=PARTS, default="val",
+                        help="which part of the split (default: val)")
+
+
+def choose_cases(folder: Path, paths, fold: str, part: str) -> dict[str, datasets.CaseFiles]:
+    """{case: its files} of a dataset; with files of --split, of one part of the split.
+
+    raises ValueError  also if no case is in this part
+    """
+    cases = datasets.list_cases(folder)
+    if paths or fold:
+        parts = parts_of_cases(cases, paths, fold, quiet=True)
+        cases = [case for case in cases if parts.get(case.name) == part]
+    if not cases:
+        where = f"the part {part!r} of {', '.join(paths)}" if paths else "its dataset.json"
+        raise ValueError(f"{folder}: no case of it is in {where}")
+    return {case.case: case for case in cases}
+
+
+def match_split(entries: list[SplitEntry], cases, *, quiet: bool = False) -> dict[str, str]:
     """{name of the case: its part} of all cases that are used.
 
     A dataset of which the split names no scan is trained on whole. What a split names and is not
     there, what is there and not named, and which datasets train whole is printed. A scan that is
     named for validation and for testing, as some of the release's lists do, is validated.
 
+    cases   with a name, a dataset and a public: data.Case or datasets.CaseFiles
+    quiet   print nothing
     raises ValueError  if an entry may stand for several cases, or a case is in several parts
     """
-    with_name: dict[str, list[data.Case]] = {}
+    with_name: dict[str, list] = {}
     for case in cases:
         with_name.setdefault(case.name.removeprefix(f"{case.dataset}/"), []).append(case)
     parts: dict[str, str] = {}
@@ -174,12 +199,14 @@ def match_split(entries: list[SplitEntry], cases: list[data.Case]) -> dict[str, 
     named = {case.dataset for case in cases
              if case.name in parts or any(entry.is_of(case) for entry in with_folders)}
     unnamed = [case.name for case in cases if case.dataset in named and case.name not in parts]
-    processes.report_some("scans of the split are not in --data", absent)
-    processes.report_some("scans of --data are not in the split and not used", unnamed)
-    processes.report_some("scans are named for validation and for testing, and are validated",
-                          in_both)
-    processes.report_some("datasets are not named in the split and are trained on whole",
-                          sorted({case.dataset for case in cases} - named))
+    whole = sorted({case.dataset for case in cases} - named)
+    for what, names in (
+            ("scans of the split are not in --data", absent),
+            ("scans of --data are not in the split and not used", unnamed),
+            ("scans are named for validation and for testing, and are validated", in_both),
+            ("datasets are not named in the split and are trained on whole", whole)):
+        if not quiet:
+            processes.report_some(what, names)
     return {case.name: parts.get(case.name, "train") for case in cases
             if case.name in parts or case.dataset not in named}
 

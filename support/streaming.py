@@ -151,11 +151,13 @@ class Segmentation:
         self.winner[placement.box] = winner.cpu().numpy()
         self.masks.set_words(placement.box, words.cpu().numpy().astype(np.uint32))
 
-    def merge(self, classes) -> np.ndarray:
+    def merge(self, classes, only=None) -> np.ndarray:
         """One label map (D, H, W) of class numbers (index + 1), 0 for background.
 
         Where several masks are set, a child (a tumor) is drawn over its parent; else the winner is
         taken if its mask is still set after post-processing, else the first class in table order.
+
+        only  indices of classes; the others are left out. None: all
         """
         D, H, W = self.winner.shape
         label = np.zeros((W, D, H), self.winner.dtype).transpose(1, 2, 0)
@@ -163,7 +165,8 @@ class Segmentation:
         for z in range(W):
             plane = label[:, :, z]
             masks = {k: self.masks.get(k, np.s_[:, :, z]) for k, box in
-                     sorted(self.masks.boxes.items()) if box[2].start <= z < box[2].stop}
+                     sorted(self.masks.boxes.items())
+                     if box[2].start <= z < box[2].stop and (only is None or k in only)}
             for k in reversed(masks):                # so that the first class is drawn last
                 plane[masks[k]] = k + 1
             for k, mask in masks.items():
