@@ -90,7 +90,8 @@ def save_like(path: str | Path, array: np.ndarray, like: str | Path | nib.Nifti1
     header["cal_max"] = 0
     if description is not None:
         header["descrip"] = description
-    voxels = from_ras(array, img.affine).reshape(img.shape)
+    shape = img.shape if all(n == 1 for n in img.shape[3:]) else img.shape[:3]     # one channel
+    voxels = from_ras(array, img.affine).reshape(shape)
     out = type(img)(voxels, None, header)
     out.header.set_slope_inter(slope, 0)
     out.to_filename(path)

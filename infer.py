@@ -265,7 +265,7 @@ OUT_OF_MEMORY = "try --batch 1, fewer --classes, or --device cpu"
 def segment_scan(name: str, scan: Path, job: Job, args: argparse.Namespace,
                  made_with: dict) -> list[dict]:
     """Segment one scan and write its results as NAME."""
-    volume = nifti.read_checked(scan)
+    volume = nifti.read_checked(scan, first_channel=True)
     volume.modality = job.modality
     nifti.check_grey_values(volume, scan)
     seen, seen_as = checkpoints.look_up(job.seen, volume.array)

@@ -57,7 +57,8 @@ def build(case: data.Case, cache: Path, spacing_mm: float) -> data.Scan:
 
 def _make_entry(case: data.Case, entry: Path, spacing_mm: float) -> None:
     """Preprocess one case into the folder `entry`."""
-    volume, label = nifti.read_checked(case.image), nifti.read_checked(case.label)
+    volume = nifti.read_checked(case.image, first_channel=True)
+    label = nifti.read_checked(case.label)
     volume.modality = case.modality
     nifti.check_same_grid(case.label, label, case.image, volume)
     nifti.check_grey_values(volume, case.image)

@@ -323,7 +323,7 @@ def modality_of(info: dict, where: str | Path) -> str:
 
 def median_spacing(cases: list[data.Case]) -> float:
     """The median voxel spacing over all scans and axes, in mm: a target for a new collection."""
-    affines = [nifti.open_checked(case.image).affine for case in cases]
+    affines = [nifti.open_checked(case.image, first_channel=True).affine for case in cases]
     return float(np.median([np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]))
 
 

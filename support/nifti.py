@@ -26,14 +26,15 @@ QUATERNION_EXCESS = 1e-4        # a header's quaternion that is longer than 1 by
                                 # is taken for one that was rounded
 
 
-def read_checked(path: str | Path) -> data.Volume:
+def read_checked(path: str | Path, *, first_channel: bool = False) -> data.Volume:
     """`load_volume` of a file that may be damaged or no scan at all.
 
+    first_channel  of a file with a fourth axis, as MSD keeps several channels, read the first one
     raises FileNotFoundError, ValueError  in one line with the path, if the file is missing, cut
                                           off, not NIfTI, not 3D, if its affine is not usable, or
                                           if voxels are NaN or infinite
     """
-    img = open_checked(path)
+    img = open_checked(path, first_channel=first_channel)
     _note_orientation(path, img)
     try:
         volume = data.to_volume(_verified_voxels(path, img), img.affine)
@@ -46,8 +47,11 @@ def read_checked(path: str | Path) -> data.Volume:
     return volume
 
 
-def open_checked(path: str | Path) -> nib.Nifti1Image:
-    """The image object of a NIfTI file whose header has been checked; no voxel is read."""
+def open_checked(path: str | Path, *, first_channel: bool = False) -> nib.Nifti1Image:
+    """The image object of a NIfTI file whose header has been checked; no voxel is read.
+
+    first_channel  see read_checked
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -58,7 +62,7 @@ def open_checked(path: str | Path) -> nib.Nifti1Image:
                          ) from None
     if not isinstance(img, nib.Nifti1Image):
         raise ValueError(f"{path}: expected a NIfTI file, got {type(img).__name__}")
-    _check_voxels(path, img)
+    _check_voxels(path, img, first_channel)
     _check_affine(path, img.affine)
     return img
 
@@ -86,13 +90,16 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
             header.quaternion_threshold = threshold
 
 
-def _check_voxels(path: Path, img: nib.Nifti1Image) -> None:
+def _check_voxels(path: Path, img: nib.Nifti1Image, first_channel: bool) -> None:
     """Raise ValueError unless the header describes a 3D grid with one real number per voxel, and
     the file is long enough to hold them.
 
     A damaged header would otherwise make numpy allocate an arbitrary amount of memory.
     """
     is_3d = len(img.shape) >= 3 and all(n == 1 for n in img.shape[3:])
+    if first_channel and len(img.shape) == 4 and img.shape[3] > 1:
+        _note(f"{path}: of its {img.shape[3]} channels only the first is used")
+        is_3d = True
     if not is_3d or 0 in img.shape:
         raise ValueError(f"{path}: expected a 3D scan, its shape is {img.shape}")
     dtype = img.get_data_dtype()
@@ -123,17 +130,18 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
 
 
 def _verified_voxels(path: str | Path, img: nib.Nifti1Image) -> nib.arrayproxy.ArrayProxy:
-    """The voxels of a file; those of a .gz file are unpacked and its checksum is verified.
+    """The first three axes of a file's voxels, which come first in it: of several channels, the
+    first. Those of a .gz file are unpacked and its checksum is verified.
 
     nibabel stops at the last voxel, before the checksum, which follows at the end of the file.
     """
     voxels = img.dataobj
-    if not str(path).endswith(".gz"):
-        return voxels
-    length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
-    with gzip.open(path) as file:
-        content = io.BytesIO(file.read(length + (1 << 20)))
-    layout = voxels.shape, voxels.dtype, voxels.offset, voxels.slope, voxels.inter
+    content = path
+    if str(path).endswith(".gz"):
+        length = voxels.offset + math.prod(img.shape) * img.get_data_dtype().itemsize
+        with gzip.open(path) as file:
+            content = io.BytesIO(file.read(length + (1 << 20)))
+    layout = voxels.shape[:3], voxels.dtype, voxels.offset, voxels.slope, voxels.inter
     return nib.arrayproxy.ArrayProxy(content, layout)
 
 
