@@ -1,6 +1,6 @@
 """CLIP's text encoder (Radford et al., 2021): tokenizer, transformer, weights, prompts -> w.
 
-    python clip_text.py --out text.pt                              the 32 classes of the paper
+    python clip_text.py --out text.pt                              the 32 classes of the release
     python clip_text.py --classes liver "liver tumor" --template "A CT of a {}" --similarity
     python clip_text.py --text txt_encoding.pth --similarity       existing text embeddings
 
@@ -554,9 +554,9 @@ def main(argv=None) -> int:
         description="Compute the text embeddings of classes, and show how similar they are.")
     ap.add_argument("--classes", nargs="+", default=[], metavar="NAME",
                     help="class names, or a class table (JSON); default: the 32 classes of the "
-                    "paper")
+                    "release")
     ap.add_argument("--template", default="V3",
-                    help="prompt template: V1, V2 or V3 of the paper, or a text with {} for the "
+                    help="prompt template: V1, V2 or V3, or a text with {} for the "
                     "class name (default: V3)")
     ap.add_argument("--clip-weights", metavar="FILE",
                     help="a CLIP weights file of a model with QuickGELU (default: OpenAI's "

@@ -1,6 +1,6 @@
 """What there is to segment: the class table, its prompts, and the meaning of a label map.
 
-    python labels.py                        print the 32 classes of the paper with their prompts
+    python labels.py                        print the 32 classes of the release with their prompts
     python labels.py --classes my.json      print a class table of your own
 
 In the code, a class is an index 0..K-1; in a segmentation file, its value is that index + 1. The
@@ -532,7 +532,7 @@ def main(argv=None) -> int:
     ap.add_argument("--classes", metavar="FILE",
                     help="print this class table (JSON) instead of the built-in one")
     ap.add_argument("--prompt-template", default="V3",
-                    help="template of the prompts printed: V1, V2 or V3 of the paper, or a text "
+                    help="template of the prompts printed: V1, V2 or V3, or a text "
                     "with {} for the class name (default: V3)")
     args = ap.parse_args(argv)
     print(f"{'value':>5}  {'name':29} {'properties':18} {'parents':25} {'prompt':62} synonyms")

@@ -8,8 +8,8 @@ Randomness is a pure function of (seed, number of the crop): a resumed run sees 
 the same order as an undisturbed one and, with as many processes and threads, ends bit-identical.
 OUT gets last.pt, best.pt (with a validation set), log.jsonl, config.json and curve.png.
 
-As in the release, every scan weighs the same in the loss, background crops are centred in the body,
-and datasets are drawn uniformly. docs/differences.md lists what differs.
+As in the release, every scan weighs the same in the loss and background crops are centred in the
+body. docs/differences.md lists what differs.
 """
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Config:
     backbone: str = setting("unet", "backbone network")
     text: str = setting("clip", "text embeddings of the classes: clip, onehot, or a file (of "
                         "clip_text.py --out, or one tensor (K, E))")
-    prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3 of the paper, or a text "
+    prompt_template: str = setting("V3", "prompt for CLIP: V1, V2 or V3, or a text "
                                    "with {} for the class name (release: V3)")
     clip_weights: str = setting("", "file with CLIP weights of a model with QuickGELU (default: "
                                 "ViT-B/32, downloaded on first use)")
@@ -145,7 +145,7 @@ def counted_classes(annotated: Tensor, covered: Tensor, *, unmasked: bool, froze
     """annotated (B, K) of a batch -> (B, K) bool: the classes that its loss counts.
 
     covered   (K,) bool  the classes that some training scan annotates
-    unmasked             count all of them in every scan (the ablation of the paper)
+    unmasked             count all of them in every scan (an ablation)
     frozen               how many classes, the first ones, --extend has frozen; they do not count
     """
     counted = covered.expand_as(annotated) if unmasked else annotated
@@ -168,7 +168,7 @@ def step_targets(batch: dict, wanted: Tensor, device) -> tuple[Tensor, Tensor | 
 
 def step_loss(net, batch: dict, w: Tensor, *,
               amp: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked back-propagation of the paper -> (loss, its cross-entropy, its Dice loss).
+    """Masked back-propagation -> (loss, its cross-entropy, its Dice loss).
 
     net    (x, w) -> logits
     batch  image (B, 1, D, H, W), label_rows (B, D, H, W) int, regions and known (B, V, K) bool and

@@ -1,9 +1,9 @@
-"""New classes beside a frozen model (the 2024 extension of the paper): `train.py --extend`.
+"""New classes beside a frozen model (the 2024 extension of the method): `train.py --extend`.
 
 All weights of the model are frozen. The head of every new class comes from a two-layer MLP of its
 own instead of the shared controller. The decoder feature of a model does not separate structures
 that it was never trained on, so the new classes also get a copy of the decoder's last level and of
-the reduction, which is trained for them (ours; the paper has the MLPs only).
+the reduction, which is trained for them (ours; the extension has the MLPs only).
 
 B batch   K classes   C channels   D, H, W voxels   E text width (512)
 """
