@@ -128,7 +128,7 @@ def parts_of_cases(cases, paths, fold: str = "", *, quiet: bool = False) -> dict
     match_split.
 
     paths   the files; without one the answer is empty
-    raises  ValueError  also if a fold is asked for without a file, or no case is for training
+    raises  ValueError  also if a fold is asked for without a file
     """
     if not paths:
         if fold:
@@ -172,7 +172,8 @@ def match_split(entries: list[SplitEntry], cases, *, quiet: bool = False) -> dic
 
     cases   with a name, a dataset and a public: data.Case or datasets.CaseFiles
     quiet   print nothing
-    raises ValueError  if an entry may stand for several cases, or a case is in several parts
+    raises ValueError  if an entry may stand for several cases, a case is in several parts, or,
+                       unless `quiet`, no case is named for training
     """
     with_name: dict[str, list] = {}
     for case in cases:
@@ -195,6 +196,8 @@ def match_split(entries: list[SplitEntry], cases, *, quiet: bool = False) -> dic
         elif part != entry.part:
             raise ValueError(f"{found[0]} is in two parts of the split: {part!r} and "
                              f"{entry.part!r}")
+    if not quiet and "train" not in parts.values():
+        raise ValueError("--split: none of its training scans is in --data")
     with_folders = [entry for entry in entries if entry.folders]
     named = {case.dataset for case in cases
              if case.name in parts or any(entry.is_of(case) for entry in with_folders)}

@@ -119,15 +119,15 @@ def test_a_crop_is_moved_inside_the_scan_and_padded_where_the_scan_is_smaller():
     assert label.dtype == np.uint8 and np.array_equal(label, out)
 
 
-def as_msd_task(scans):
-    return [dataclasses.replace(scan, case=dataclasses.replace(scan.case, msd=True))
+def of_public_dataset(scans, **how):
+    return [dataclasses.replace(scan, case=dataclasses.replace(scan.case, **how))
             for scan in scans]
 
 
-def test_msd_tasks_show_their_tumours_more_often(tiny_scans):
+def test_lits_and_three_msd_tasks_show_their_tumours_more_often(tiny_scans):
     """5 : 1 : 1 crops on tumour, organ and background. 5/7 are centred on a tumour voxel, and 1/7
     on the liver, of which the tumour is a part."""
-    scan, = as_msd_task(tiny_scans[:1])
+    scan, = of_public_dataset(tiny_scans[:1], tumour_crops=True)
     tumours, n = 0, 600
     for i in range(n):
         _, label_rows = drawn_crop(scan, 16, i)
@@ -143,7 +143,7 @@ def test_msd_tasks_are_magnified_and_others_are_not(tiny_scans, monkeypatch):
     monkeypatch.setattr(data, "ROTATE_P", 0.0)
     monkeypatch.setattr(data, "SHIFT_P", 0.0)
     plain = crops(tiny_scans, seed=0, augment=False)
-    magnified = crops(as_msd_task(tiny_scans[:2]) + tiny_scans[2:], seed=0)
+    magnified = crops(of_public_dataset(tiny_scans[:2], zoomed=True) + tiny_scans[2:], seed=0)
     of_liver = [i for i in range(60) if magnified[i]["name"].startswith("Dataset901")]
     liver = [sum(int((crops_[i]["label_rows"] > 0).sum()) for i in of_liver)
              for crops_ in (magnified, plain)]

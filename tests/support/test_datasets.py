@@ -182,10 +182,12 @@ def msd_replica(root, task):
 
 
 def check_msd(root, task):
-    """The one case of the replica means what it should, and gets the zoom and crops of MSD."""
+    """The one case of the replica means what it should, and gets the zoom and crops of the
+    release."""
     meaning = MSD[task][2]
     case, = datasets.read_datasets([root], labels.CLASSES)
-    assert case.name == f"{task}/case_001" and case.msd and case.modality == "ct"
+    assert case.name == f"{task}/case_001" and case.zoomed and case.modality == "ct"
+    assert case.tumour_crops == (int(task[4:6]) in (3, 7, 8))
     for value, classes in meaning.items():
         row, = case.label_map.to_label_rows(np.array([value]), "x")
         assert class_names(case.label_map.regions[row]) == classes

@@ -275,7 +275,7 @@ def test_one_line_says_how_many_cases_the_model_has_seen(folder, capsys):
 
 # ---- what cannot be scored -----------------------------------------------------------------------
 @pytest.mark.parametrize("files, flags, message", [
-    ({"ref/b.nii.gz": "copy"}, [], "pred: no prediction for ['b.nii.gz']"),
+    ({"ref/b.nii.gz": "copy"}, [], "pred: no prediction for ['b']"),
     ({"pred/a.nii.gz": np.zeros((20, 8, 9))}, [], "prediction has shape (20, 8, 9)"),
     ({"pred/a.nii.gz": "moved"}, [], "pred/a.nii.gz: prediction and reference"),
     ({}, ["--pred", "nowhere"], "nowhere"),

@@ -7,7 +7,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import body, write_nifti
+from conftest import SHARED, body, write_nifti
 from runs import config, content_of_checkpoint, error_line, segment_with
 
 import data
@@ -108,11 +108,12 @@ def test_folds_of_nnunet(tmp_path):
 
 
 def test_five_folds_of_six_for_btcv(tmp_path, capsys):
-    """The training scans of BTCV are numbered 1 to 10 and 21 to 40. A second run changes nothing,
-    edited folds are kept, and the command reads what it wrote."""
+    """The training scans of BTCV are numbered 1 to 10 and 21 to 40, and the release counts its
+    folds from the last scans on. Others are in no fold. A second run changes nothing, edited folds
+    are kept, and the command reads what it wrote."""
     folder = tmp_path / "BTCV"
     numbers = [f"{i:04}" for i in (*range(1, 11), *range(21, 41))]
-    for number in numbers:
+    for number in (*numbers, "0061"):
         for file in (f"img/img{number}.nii.gz", f"label/label{number}.nii.gz"):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).touch()
@@ -120,11 +121,14 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
         assert public.main(["btcv", str(folder), "--folds", "5"]) == 0
     path = folder / "splits_final.json"
     held_out = [fold["val"] for fold in json.loads(path.read_text())]
-    assert held_out[0] == ["img0001", "img0002", "img0003", "img0004", "img0005", "img0006"]
-    assert held_out[1] == ["img0007", "img0008", "img0009", "img0010", "img0021", "img0022"]
-    assert sum(held_out, []) == [f"img{number}" for number in numbers]
+    assert held_out[4] == ["img0001", "img0002", "img0003", "img0004", "img0005", "img0006"]
+    assert held_out[3] == ["img0007", "img0008", "img0009", "img0010", "img0021", "img0022"]
+    assert sum(held_out[::-1], []) == [f"img{number}" for number in numbers]
+    if (SHARED / "splits").is_dir():
+        release = json.loads((SHARED / "splits/BTCV_folds.json").read_text(encoding="utf-8"))
+        assert held_out == [release[str(i)] for i in range(5)]
     cases = datasets.read_dataset(folder, labels.CLASSES)
-    parts = splits.match_split(splits.read_split([path], "4"), cases)
+    parts = splits.match_split(splits.read_split([path], "0"), cases)
     assert [name for name, part in parts.items() if part == "val"] \
         == [f"BTCV/img00{i}" for i in range(35, 41)]
     assert list(parts.values()).count("train") == 24
@@ -132,6 +136,10 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
         assert processes.run(public.main, ["btcv", str(folder), "--folds", str(k)]) == 2
         assert message in error_line(capsys)
     assert [fold["val"] for fold in json.loads(path.read_text())] == held_out
+    (folder / "label/label0001.nii.gz").unlink()
+    (folder / "dataset.json").unlink()
+    assert processes.run(public.main, ["btcv", str(folder), "--folds", "5"]) == 2
+    assert "of its 30 training scans, of which 29 are here" in error_line(capsys)
 
 
 @pytest.mark.parametrize("name, content, fold, message", [
@@ -223,8 +231,9 @@ def test_a_run_trains_on_the_scans_that_the_split_names(tiny, no_computation, tm
     assert list(content["seen"]["training"].values()) == ["Dataset901_Liver/c0"]
     assert list(content["seen"]["validation"].values()) == ["Dataset901_Liver/c1"]
 
-    lists = [split_file(tmp_path / f"fold_{part}.txt", f"Dataset901_Liver/{case}.nii\tx")
-             for part, case in (("train", "c0"), ("val", "c1"))]
+    lists = [split_file(tmp_path / f"fold_{part}.txt", lines) for part, lines in (
+        ("train", "Dataset901_Liver/c0.nii\tx\nDataset902_Kidney/c0.nii\tx"),
+        ("val", "Dataset901_Liver/c1.nii\tx"))]
     again = config(tiny, tmp_path / "run", resume=True, split=tuple(map(str, lists)),
                    val_fraction=0.5)
     train.train(again)
