@@ -129,7 +129,7 @@ def test_a_method_of_a_grid_is_compared_with_its_row_from_scratch():
 def test_an_interval_is_that_of_the_normal_law_for_many_patients():
     """The mean of n values of standard deviation 1 lies within 1.96 / sqrt(n)."""
     values = np.random.default_rng(0).normal(size=(400, 1))
-    low, high = claims.interval(claims.bootstrap(values)[:, 0])
+    low, high = claims.bootstrap(values)[0]
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
     assert low < values.mean() < high
 
@@ -176,6 +176,7 @@ def test_three_hospitals_have_other_patients_and_only_their_own_structures(tmp_p
     args = claims.parse(["partial-labels", "--study", "hospitals", "--kbp", str(kbp),
                          "--out", str(tmp_path / "out")])
     study = claims.hospitals_study(args)
+    assert claims.hospitals_study(args) == study
     seen = []
     for folder, structures in zip(study.datasets, claims.HOSPITALS.values(), strict=True):
         info = json.loads((folder / "dataset.json").read_text())
@@ -192,6 +193,9 @@ def test_three_hospitals_have_other_patients_and_only_their_own_structures(tmp_p
     assert sorted(seen) == [f"pt_{i}" for i in range(6)]
     assert json.loads((study.datasets[2] / "dataset.json").read_text())["annotated"]["pt_5"] == [
         "Larynx", "Mandible"]
+    openkbp._write_dataset_json(kbp / "Dataset007_OpenKBP" / "dataset.json", {"pt_0": ["Larynx"]})
+    with pytest.raises(ValueError, match="HospitalA: holds other scans"):
+        claims.hospitals_study(args)
 
 
 def test_the_cost_of_a_training_by_hand(tmp_path):
@@ -205,44 +209,34 @@ def test_the_cost_of_a_training_by_hand(tmp_path):
     assert claims.training_cost(log) == {"training_s": 12.0, "Dice loss, middle third": 3.0}
 
 
-def test_a_score_is_read_again_until_the_checkpoint_changes(tmp_path, monkeypatch):
-    checkpoint = tmp_path / "last.pt"
-    checkpoint.touch()
-    folder = tmp_path / "out_test"
-    folder.mkdir()
-    study = claims.Study("s", [], Path("test"), {}, swin_cost=1)
-    (folder / "score.json").write_text('{"seconds": 4}')
-    os.utime(checkpoint, (1, 1))
-    assert claims.score(study, claims.MASKED, checkpoint) == {"seconds": 4}
+def test_a_score_is_read_again_only_for_the_same_checkpoint_and_settings(tmp_path, monkeypatch):
+    run = tmp_path / "s_masked_0"
+    (run / "out_test").mkdir(parents=True)
+    (run / "last.pt").touch()
+    os.utime(run / "last.pt", (1, 1))
+    (run / "config.json").write_text('{"classes": "", "steps": 5}')
+    monkeypatch.setattr(claims, "fit", lambda *_: run / "last.pt")
+    monkeypatch.setattr(claims.infer, "main", lambda flags: 1 / 0)
+    study = claims.Study("s", [], Path("test"))
+    kept = run / "out_test" / "score.json"
+    kept.write_text(json.dumps({"seconds": 4, "settings": {
+        "training": {"classes": "", "steps": 5}, "test": "test", "infer": ["--batch", "2"],
+        "tolerances_mm": [3]}}))
 
-    def infer(flags):
-        raise RuntimeError("segments again")
-    monkeypatch.setattr(claims.infer, "main", infer)
-    with pytest.raises(RuntimeError, match="segments again"):
-        claims.score(study, claims.replace(claims.MASKED, flags=("--preview",)), checkpoint)
-    os.utime(folder / "score.json", (1, 1))
-    os.utime(checkpoint, (2, 2))
-    with pytest.raises(RuntimeError, match="segments again"):
-        claims.score(study, claims.MASKED, checkpoint)
-
-
-def test_a_part_of_other_scans_in_the_same_folder_is_refused(tmp_path):
-    source = _write_openkbp(tmp_path / "kbp") / "Dataset007_OpenKBP"
-    copy = claims.part_of(source, tmp_path / "few", ["pt_0", "pt_1"], ["Esophagus"])
-    assert json.loads((copy / "dataset.json").read_text())["annotated"] == {"pt_0": ["Esophagus"]}
-    assert [file.name for file in (copy / "imagesTr").iterdir()] == ["pt_0_0000.nii.gz"]
-    assert claims.part_of(source, tmp_path / "few", ["pt_0", "pt_1"], ["Esophagus"]) == copy
-    with pytest.raises(ValueError, match="few: holds other scans"):
-        claims.part_of(source, tmp_path / "few", ["pt_2"], ["Esophagus"])
-
-
-def test_a_phantom_of_another_size_in_the_same_folder_is_refused(tmp_path, monkeypatch):
-    folder = tmp_path / "phantom"
-    monkeypatch.setattr(claims.phantom, "write_datasets", lambda out, **_: out.mkdir())
-    claims.phantom_study(claims.parse(["text", "--out", str(tmp_path), "--scans", "5"]))
-    with pytest.raises(ValueError, match="phantom of another size.*5"):
-        claims.phantom_study(claims.parse(["text", "--out", str(tmp_path), "--scans", "6"]))
-    assert [path.name for path in folder.iterdir()] == ["complete.json"]
+    def score(study=study, **how):
+        return claims.score(None, study, claims.replace(claims.MASKED, **how), 0)
+    assert score()["seconds"] == 4
+    with pytest.raises(ValueError, match="other settings; delete it"):
+        score(claims.replace(study, tolerances_mm=(2,)))
+    with pytest.raises(ZeroDivisionError):                      # has a folder of its own
+        score(flags=("--preview",))
+    (run / "config.json").write_text('{"classes": "", "steps": 10}')
+    with pytest.raises(ValueError, match="other settings; delete it"):
+        score()
+    os.utime(run / "last.pt")
+    os.utime(kept, (1, 1))
+    with pytest.raises(ZeroDivisionError):
+        score()
 
 
 def test_openkbp_without_its_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
