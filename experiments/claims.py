@@ -43,8 +43,8 @@ import metrics
 import model
 import train
 from experiments import openkbp, phantom
-from experiments.bench import table as markdown
-from support import checkpoints, fast, files, pictures, processes, streaming
+from experiments.bench import markdown
+from support import checkpoints, fast, files, processes, streaming
 
 SETTINGS = {                # study: fields of train.Config, where these differ from those of fit
     "phantom": {"steps": 1800, "spacing_mm": 6.0, "patch": 32, "lr": 3e-3, "head_lr": 1e-3},
@@ -120,44 +120,37 @@ def openkbp_study(args) -> Study:
 
 
 def hospitals_study(args) -> Study:
-    """OpenKBP's training patients dealt out to three hospitals, each of which contours other
-    structures. A patient without any of the hospital's structures is left out."""
+    """OpenKBP's training patients dealt out to three hospitals. A hospital's dataset has only its
+    own structures; a patient without any of them is left out. Written on first use.
+
+    raises ValueError  if a folder holds other patients
+    """
     whole = openkbp_study(args)
     source, = whole.datasets
     info = files.read_json(source / "dataset.json")
-    datasets = []
-    for i, (name, structures) in enumerate(HOSPITALS.items()):
-        patients = sorted(info["annotated"])[i::len(HOSPITALS)]
-        datasets.append(args.out / "hospitals" / name)
-        write_hospital(source, datasets[-1], info, patients, ("background", *structures))
-    return replace(whole, name="hospitals", datasets=datasets)
-
-
-def write_hospital(source: Path, to: Path, info: dict, patients, structures) -> None:
-    """Copy some patients of a dataset; `info` is its dataset.json. Of the contours, only those of
-    some structures are kept. Nothing is done where the copy is there already.
-
-    raises ValueError  if the folder holds other patients or structures
-    """
-    own = {case: [name for name in info["annotated"][case] if name in structures]
-           for case in patients}
-    own = {case: names for case, names in own.items() if names}
-    values = {name: info["labels"][name] for name in info["labels"] if name in structures}
-    info = {**info, "labels": values, "annotated": own, "numTraining": len(own)}
-    if (to / "dataset.json").is_file():
-        if files.read_json(to / "dataset.json") != info:
-            raise ValueError(f"{to}: holds other scans or structures of {source.name} than asked "
-                             "for now; choose another --out")
-        return
-    for case in own:
-        image, label = f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"
-        volume = data.load_volume(source / label)
-        kept = np.isin(volume.array, list(values.values()))
-        phantom.write_nifti(to / label, np.where(kept, volume.array, 0).astype(np.uint8),
-                            volume.affine)
-        (to / image).parent.mkdir(exist_ok=True)
-        shutil.copy(source / image, to / image)
-    write_json(to / "dataset.json", info)
+    folders = [args.out / "hospitals" / name for name in HOSPITALS]
+    for i, (folder, structures) in enumerate(zip(folders, HOSPITALS.values(), strict=True)):
+        values = {name: info["labels"][name] for name in ("background", *structures)}
+        annotated = {}
+        for case in sorted(info["annotated"])[i::len(HOSPITALS)]:
+            own = [name for name in info["annotated"][case] if name in structures]
+            if own:
+                annotated[case] = own
+        content = {**info, "labels": values, "annotated": annotated,
+                   "numTraining": len(annotated)}
+        if not (folder / "dataset.json").is_file():
+            for case in annotated:
+                image, label = f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"
+                volume = data.load_volume(source / label)
+                kept = np.isin(volume.array, list(values.values()))
+                phantom.write_nifti(folder / label, (volume.array * kept).astype(np.uint8),
+                                    volume.affine)
+                (folder / image).parent.mkdir(exist_ok=True)
+                shutil.copy(source / image, folder / image)
+            write_json(folder / "dataset.json", content)
+        elif files.read_json(folder / "dataset.json") != content:
+            raise ValueError(f"{folder}: holds other patients than {source}; choose another --out")
+    return replace(whole, name="hospitals", datasets=folders)
 
 
 STUDIES = {"phantom": phantom_study, "openkbp": openkbp_study, "hospitals": hospitals_study,
@@ -252,9 +245,8 @@ def test_set(args, study: Study, method: Method) -> Path:
 def score(args, study: Study, method: Method, seed: int) -> dict:
     """Train a model, unless it is there already; segment and score the test set.
 
-    returns  the content of metrics.json, the cost of the model, its settings and the folder of the
-             segmentations. NSD at the first tolerance of the study is "nsd", at others "nsd at 2
-             mm" and so on
+    returns  the content of metrics.json, the cost of the model, and all settings. NSD at the first
+             tolerance of the study is "nsd", at others "nsd at 2 mm" and so on
 
     The score is kept beside the segmentations, and read again while the checkpoint is older.
 
@@ -280,7 +272,7 @@ def score(args, study: Study, method: Method, seed: int) -> dict:
     seconds = time.perf_counter() - start
     run = scores_at_tolerances(study, out, test / f"labels{study.split}", config["classes"])
     run |= {**training_cost(checkpoint.parent / "log.jsonl"), **size_of(checkpoint),
-            "seconds": seconds, "settings": settings, "folder": str(out)}
+            "seconds": seconds, "settings": settings}
     write_json(kept, run)
     return run
 
@@ -347,8 +339,6 @@ def partial_labels(args, study: Study, seed: int) -> dict:
     runs = score_all(args, study, seed, {"masked": MASKED, "unmasked": UNMASKED})
     if len(study.datasets) > 1:
         runs["one per dataset"] = one_per_dataset(args, study, seed)
-    if study.bootstrap_patients and seed == 0:
-        draw_patients(args.out, study, runs["masked"])
     return runs
 
 
@@ -375,30 +365,12 @@ def one_per_dataset(args, study: Study, seed: int) -> dict:
     }
 
 
-def draw_patients(folder: Path, study: Study, run: dict) -> None:
-    """STUDY_median.png and STUDY_worst.png: the test patients of median and of lowest mean Dice,
-    each over the patient's own contours, which are drawn above what was predicted."""
-    scores: dict[str, list[float]] = {}
-    for case in run["cases"]:
-        if case["dice"] is not None:
-            scores.setdefault(case["case"], []).append(case["dice"])
-    mean = {patient: statistics.mean(values) for patient, values in scores.items()}
-    order = sorted(mean, key=mean.get)
-    for name, patient in (("median", order[len(order) // 2]), ("worst", order[0])):
-        volume = data.load_volume(study.test / f"imagesTs/{patient}_0000.nii.gz")
-        label, reference = (data.load_volume(path / f"{patient}.nii.gz").array
-                            for path in (Path(run["folder"]), study.test / "labelsTs"))
-        title = f"{patient}: contours above, prediction below, mean Dice {mean[patient]:.2f}"
-        pictures.draw(folder / f"{study.name}_{name}.png", volume, label,
-                      labels.load_classes(study.classes), title, reference)
-
-
 # ---- text --------------------------------------------------------------------------------------
 def text(args, study: Study, seed: int) -> dict:
-    """One-hot text embeddings of norm 1 and 8.8 against CLIP's, where a file of them is given.
+    """One-hot text embeddings of norm 1 and 8.8 against CLIP's, those of --rows; and whether the
+    heads that are generated for related classes are neighbours.
 
-    Also what the controller makes of them (theta.png), and whether related classes are neighbours
-    there. Few-shot: only two scans show liver tumours, while ten more show the liver, the tumour's
+    Few-shot: only two scans show liver tumours, while ten more show the liver, the tumour's
     neighbour in the text.
     """
     _, liver, *_ = study.datasets
@@ -408,22 +380,12 @@ def text(args, study: Study, seed: int) -> dict:
     torch.save(torch.eye(len(labels.CLASSES)), norm_1)
     methods = {"one-hot, norm 1": Method("text_1", {"text": str(norm_1)}),
                "one-hot, norm 8.8": MASKED,
-               "few-shot, one-hot 8.8": Method("few_onehot", few)}
-    if args.rows:
-        methods["CLIP rows"] = Method("text_clip", {"text": args.rows})
-        methods["few-shot, CLIP rows"] = Method("few_clip", {"text": args.rows, **few})
-    else:
-        print("CLIP rows: skipped, no file of text embeddings given (--rows)")
-    runs = score_all(args, study, seed, methods)
-    maps = {}
-    for name, method in methods.items():
-        trained, theta = generated(fit(args, study, method, seed), study.test)
-        runs[name] |= nearest_is_kin(trained, theta)
-        if "split" not in method.settings:
-            maps[name] = (trained, theta)
-    if seed == 0:
-        draw_theta(args.out / "theta.png", maps)
-    return runs
+               "few-shot, one-hot 8.8": Method("few_onehot", few),
+               "CLIP rows": Method("text_clip", {"text": args.rows}),
+               "few-shot, CLIP rows": Method("few_clip", {"text": args.rows, **few})}
+    return {name: score(args, study, method, seed)
+            | nearest_is_kin(*generated(fit(args, study, method, seed), study.test))
+            for name, method in methods.items()}
 
 
 def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
@@ -467,22 +429,6 @@ def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
     hit = kin.gather(1, nearest.t())[has_kin]                   # (classes that have kin, scans)
     chance = kin[has_kin].sum(1) / (len(names) - 1)
     return {"nearest is kin": hit.float().mean().item(), "by chance": chance.mean().item()}
-
-
-def draw_theta(png: Path, maps: dict) -> None:
-    """theta_k on its first two principal axes: a point per class and scan, a plot per method."""
-    figure = pictures.new_figure(7 * len(maps), 7, layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    for ax, (method, (names, theta)) in zip(axes, maps.items(), strict=True):
-        points = theta.flatten(0, 1) - theta.mean((0, 1))
-        u, s, _ = torch.linalg.svd(points, full_matrices=False)
-        xy = (u * s)[:, :2].view(len(theta), len(names), 2).numpy()
-        for k, name in enumerate(names):
-            ax.scatter(*xy[:, k].T, s=18, color=np.array(pictures.COLOURS[k]) / 255)
-            ax.annotate(name, xy[:, k].mean(0), fontsize=9)
-        ax.set(title=method, xlabel="first principal axis", ylabel="second principal axis")
-    with files.atomic_write(png) as temporary:
-        figure.savefig(temporary, dpi=60)
 
 
 # ---- words -------------------------------------------------------------------------------------
@@ -587,8 +533,12 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
 
 
 # ---- false positives ---------------------------------------------------------------------------
+LESIONS = ("Liver Tumor", "Kidney Cyst")
+
+
 def false_positives(args, study: Study, seed: int) -> dict:
-    """Detection in scans with and without lesions, with and without post-processing.
+    """Detection in scans with and without lesions, with and without post-processing: a patient is
+    positive if any lesion voxel is predicted.
 
     The same for a model whose heads are generated from the text alone, without the image feature f.
     """
@@ -600,7 +550,12 @@ def false_positives(args, study: Study, seed: int) -> dict:
             with context():
                 run = score(args, study, method, seed)
                 healthy = score(args, study, replace(method, scans={"healthy": True}), seed)
-            runs[prefix + kind] = with_detection(run, healthy)
+            cases = run["cases"] + healthy["cases"]
+            run["detection"] = {lesion: metrics.detection(
+                [case["pred_ml"] > 0 for case in cases if case["class"] == lesion],
+                [case["ref_ml"] > 0 for case in cases if case["class"] == lesion])
+                for lesion in LESIONS}
+            runs[prefix + kind] = run
     return runs
 
 
@@ -614,20 +569,6 @@ def without_image_feature():
 
     with mock.patch.object(model.Controller, "forward", forward_without_f):
         yield
-
-
-def with_detection(run: dict, healthy: dict) -> dict:
-    """The score of the test set, and detection per patient over it and further healthy scans.
-
-    A patient is positive if any lesion voxel is predicted.
-    """
-    detection = {}
-    for lesion, values in run["classes"].items():
-        if "detection" in values:
-            cases = [case for case in run["cases"] + healthy["cases"] if case["class"] == lesion]
-            detection[lesion] = metrics.detection([case["pred_ml"] > 0 for case in cases],
-                                                  [case["ref_ml"] > 0 for case in cases])
-    return {**run, "detection": detection}
 
 
 # ---- transfer ----------------------------------------------------------------------------------
@@ -863,7 +804,7 @@ CLAIMS = {                      # by their names on the command line
         "row of a class not trained", "towards another trained class, 0.95",
         "row of another trained class")),
     "false-positives": Claim(false_positives, shown=(
-        *MEANS, *(lesion + end for lesion in ("Liver Tumor", "Kidney Cyst") for end in DETECTION))),
+        *MEANS, *(lesion + end for lesion in LESIONS for end in DETECTION))),
     # The other hospital: arterial phase, thick slices, more noise, wider view
     "generalisation": Claim({"same hospital": replace(MASKED, scans={"hospital": "a"}),
                              "another hospital": replace(MASKED, scans={"hospital": "b"})},
@@ -914,8 +855,8 @@ def parse(argv) -> argparse.Namespace:
     if args.study not in possible:
         parser.error(f"argument --study: {args.claim} can be run on {' or '.join(possible)}, not "
                      f"on {args.study}")
-    if args.claim == "words" and not args.rows:
-        parser.error("words needs --rows FILE, CLIP text embeddings of the 32 classes (the "
+    if args.claim in ("text", "words") and not args.rows:
+        parser.error(f"{args.claim} needs --rows FILE, CLIP text embeddings of the 32 classes (the "
                      "released txt_encoding.pth)")
     args.steps = args.steps or SETTINGS[args.study]["steps"]
     return args
@@ -941,7 +882,7 @@ def main(argv=None) -> int:
     if study.bootstrap_patients:
         content["intervals"] = intervals(result, ("dice", *nsd_measures(study)), claim.grid)
     for run in (run for runs in result.values() for run in runs):
-        for key in ("cases", "settings", "folder"):     # these stand in score.json of that run
+        for key in ("cases", "settings"):     # these stand in score.json of that run
             run.pop(key, None)
     name = args.claim if args.study == claim.studies[0] else f"{args.claim}-{args.study}"
     write_json(args.out / f"{name}.json", without_nan(content))

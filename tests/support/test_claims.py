@@ -194,7 +194,7 @@ def test_three_hospitals_have_other_patients_and_only_their_own_structures(tmp_p
     assert json.loads((study.datasets[2] / "dataset.json").read_text())["annotated"]["pt_5"] == [
         "Larynx", "Mandible"]
     openkbp._write_dataset_json(kbp / "Dataset007_OpenKBP" / "dataset.json", {"pt_0": ["Larynx"]})
-    with pytest.raises(ValueError, match="HospitalA: holds other scans"):
+    with pytest.raises(ValueError, match="HospitalA: holds other patients"):
         claims.hospitals_study(args)
 
 
@@ -249,7 +249,7 @@ def test_openkbp_without_its_folder_is_one_line_that_names_the_flag(tmp_path, ca
 
 def test_a_claim_on_a_study_that_it_does_not_know_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        claims.main(["text", "--study", "openkbp", "--out", str(tmp_path)])
+        claims.main(["text", "--rows", "x", "--study", "openkbp", "--out", str(tmp_path)])
     assert "text can be run on phantom, not on openkbp" in capsys.readouterr().err
 
 
@@ -258,7 +258,7 @@ def test_the_tables_of_results_md_are_those_of_the_stored_numbers(file):
     results = (ROOT / "experiments" / "RESULTS.md").read_text()
     content = json.loads(file.read_text())
     if file.stem.startswith("bench"):
-        table = bench.markdown(content)
+        table = bench.tables(content)
     else:
         name = max((name for name in claims.CLAIMS if file.stem.startswith(name)), key=len)
         table = claims.table(claims.CLAIMS[name], content)
@@ -317,9 +317,9 @@ def test_a_claim_writes_its_numbers(name, study, phantom_out, tmp_path, capsys):
         if not REAL.is_dir():
             pytest.skip("real scans absent")
         args += ["--real", str(REAL)]
-    if name == "words" and not EMBEDDINGS.is_file():
-        pytest.skip("released text embeddings absent")
-    if name in ("text", "words") and EMBEDDINGS.is_file():
+    if name in ("text", "words"):
+        if not EMBEDDINGS.is_file():
+            pytest.skip("released text embeddings absent")
         args += ["--rows", str(EMBEDDINGS)]
     assert claims.main(args) == 0
     stem = name if study == claims.CLAIMS[name].studies[0] else f"{name}-{study}"
@@ -328,8 +328,5 @@ def test_a_claim_writes_its_numbers(name, study, phantom_out, tmp_path, capsys):
     for runs in content["runs"].values():
         assert set(runs[0]["mean"]) == {"organ", "lesion"} and runs[0]["seconds"] > 0
     assert ("intervals" in content) == patients
-    if name == "partial-labels" and patients:
-        assert (out / f"{study}_median.png").is_file()
-        assert (out / f"{study}_worst.png").is_file()
     table = (out / f"{stem}.md").read_text()
     assert table == claims.table(claims.CLAIMS[name], content) and table in capsys.readouterr().out
