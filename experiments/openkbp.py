@@ -67,7 +67,12 @@ def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list
     ct = folder / "ct.csv"
     if not ct.is_file():
         raise FileNotFoundError(f"{ct}: no such file; the patient has no CT")
-    affine = _read_affine(folder / "voxel_dimensions.csv")
+    dimensions = folder / "voxel_dimensions.csv"
+    sides_mm = _parse(dimensions, dimensions.read_bytes(), columns=1)[:, 0]
+    low, high = nifti.VOXEL_SIDE_MM
+    if len(sides_mm) != 3 or not ((sides_mm >= low) & (sides_mm <= high)).all():
+        raise ValueError(f"{dimensions}: expected the three sides of a voxel, {low} to {high} mm, "
+                         f"got {sides_mm[:4].tolist()}")
     label = np.zeros(GRID ** 3, np.uint8)
     annotated = []
     for file, name in STRUCTURES.items():
@@ -84,22 +89,10 @@ def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list
         raise ValueError(f"{ct}: it lists no voxel, or a value that is no grey value of a CT")
     image = np.full(GRID ** 3, AIR_HU, np.int16)
     image[voxels] = hu
-    return _as_volume(image), _as_volume(label), affine, annotated
-
-
-def _as_volume(flat: np.ndarray) -> np.ndarray:
-    """The source counts in C order along axes to the back, the left and the feet."""
-    return flat.reshape(GRID, GRID, GRID).transpose(1, 0, 2)[:, :, ::-1]
-
-
-def _read_affine(path: Path) -> np.ndarray:
-    """The affine (4, 4) voxel -> mm of axes to the left, back and head, from a voxel's sides."""
-    sides_mm = _parse(path, path.read_bytes(), columns=1)[:, 0]
-    low, high = nifti.VOXEL_SIDE_MM
-    if len(sides_mm) != 3 or not ((sides_mm >= low) & (sides_mm <= high)).all():
-        raise ValueError(f"{path}: expected the three sides of a voxel, {low} to {high} mm, got "
-                         f"{sides_mm[:4].tolist()}")
-    return np.diag([-sides_mm[0], -sides_mm[1], sides_mm[2], 1])
+    # The source counts in C order along axes to the back, the left and the feet
+    image, label = (flat.reshape(GRID, GRID, GRID).transpose(1, 0, 2)[:, :, ::-1]
+                    for flat in (image, label))
+    return image, label, np.diag([-sides_mm[0], -sides_mm[1], sides_mm[2], 1]), annotated
 
 
 def _read_list(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,25 +128,7 @@ def _parse(path: Path, text: bytes, columns: int) -> np.ndarray:
 
 
 # ---- writing the datasets ----------------------------------------------------------------------
-def find_patients(source: Path) -> dict[str, list[Path]]:
-    """{"train-pats" or "test-pats": the folders of its patients, by number}
-
-    source  the cloned repository, or its folder provided-data
-    raises  FileNotFoundError  if it has no patient of either part
-    """
-    root = source / "provided-data"
-    if not root.is_dir():
-        root = source
-    found = {part: sorted((path for path in (root / part).glob("pt_*")
-                           if re.fullmatch(r"pt_\d+", path.name)),
-                          key=lambda path: _by_number(path.name)) for part in DATASETS}
-    if not any(found.values()):
-        raise FileNotFoundError(f"{source}: no folder train-pats/pt_N or test-pats/pt_N in it; "
-                                "clone github.com/ababier/open-kbp and name that folder")
-    return found
-
-
-def _by_number(case: str) -> tuple[int, str]:
+def by_number(case: str) -> tuple[int, str]:
     """Sorting key: pt_9 comes before pt_10."""
     return len(case), case
 
@@ -195,8 +170,8 @@ def convert(patients: list[Path], dataset: Path, split: str) -> None:
 
 
 def _write_dataset_json(path: Path, annotated: dict[str, list[str]]) -> None:
-    by_number = {case: annotated[case] for case in sorted(annotated, key=_by_number)}
-    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "annotated": by_number,
+    ordered = {case: annotated[case] for case in sorted(annotated, key=by_number)}
+    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "annotated": ordered,
                "file_ending": ".nii.gz", "numTraining": len(annotated), "source": SOURCE}
     with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -220,11 +195,18 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, required=True,
                         help="folder that gets the two dataset folders and kbp.json")
     args = parser.parse_args(argv)
-    found = find_patients(args.source)
+    root = args.source / "provided-data"
+    if not root.is_dir():
+        root = args.source
+    found = {part: [path for path in (root / part).glob("pt_*")
+                    if re.fullmatch(r"pt_\d+", path.name)] for part in DATASETS}
+    if not any(found.values()):
+        raise FileNotFoundError(f"{args.source}: no folder train-pats/pt_N or test-pats/pt_N in "
+                                "it; clone github.com/ababier/open-kbp and name that folder")
     write_class_table(args.out / "kbp.json")
     for part, patients in found.items():
         name, split = DATASETS[part]
-        convert(patients, args.out / name, split)
+        convert(sorted(patients, key=lambda path: by_number(path.name)), args.out / name, split)
     return 0
 
 
