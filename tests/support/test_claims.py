@@ -20,65 +20,31 @@ REAL = SHARED / "data"
 EMBEDDINGS = SHARED / "clip" / "txt_encoding.pth"
 
 
-def _run(liver, cyst, **more):
-    return {"mean": {"organ": liver, "lesion": cyst}, "seconds": 3.0, **more,
-            "classes": {"Liver": {"dice": liver, "nsd": 0.5}, "Kidney Cyst": {"dice": cyst}}}
-
-
-def _content(runs, **more):
-    return {"steps": 7, "runs": runs, **more}
-
-
-MEANS = ("mean Dice, organs", "mean Dice, lesions", "mean NSD")
-
-
 def test_a_table_by_hand():
-    """It has the rows that its claim shows, but for those in which no method has a value."""
-    runs = {"a": [_run(0.5, 0.25, parameters=1200), _run(0.75, 0.5, parameters=1200)],
-            "b": [_run(1.0, None, parameters=7), _run(0.5, None, parameters=7)]}
-    claim = claims.Claim(None, shown=("Liver", "Kidney Cyst", "Spleen", *MEANS, "parameters",
-                                      "training, s", "inference, s"))
-    assert claims.table(claim, _content(runs)) == """`--steps 7`, seeds: 2.
+    """It has the rows that its claim shows, but for those in which no method has a value; intervals
+    stand in brackets."""
+    def run(liver, cyst, **more):
+        return {"mean": {"organ": liver, "lesion": cyst}, "seconds": 3.0, **more,
+                "classes": {"Liver": {"dice": liver, "nsd": 0.5}, "Kidney Cyst": {"dice": cyst}}}
+    runs = {"a": [run(0.5, 0.25, parameters=1200), run(0.75, 0.5, parameters=1200)],
+            "b": [run(1.0, None, parameters=7), run(0.5, None, parameters=7)]}
+    limits = {"a": {"dice": {"Liver": [0.41, 0.612], "mean": [0.3, 0.7]}},
+              "b": {"dice": {}, "difference": [-0.05, -0.071, 0.02]}}
+    claim = claims.Claim(None, shown=(
+        "Liver", "Kidney Cyst", "Spleen", "mean Dice, organs", "difference from a", "mean NSD",
+        "parameters", "training, s", "inference, s"))
+    assert claims.table(claim, {"steps": 7, "runs": runs, "intervals": limits}) == """\
+`--steps 7`, seeds: 2.
 
 |  | a | b |
 | --- | --- | --- |
-| Liver | 0.625 ± 0.177 | 0.750 ± 0.354 |
+| Liver | 0.625 ± 0.177 (0.41 to 0.61) | 0.750 ± 0.354 |
 | Kidney Cyst | 0.375 ± 0.177 |  |
-| mean Dice, organs | 0.625 ± 0.177 | 0.750 ± 0.354 |
-| mean Dice, lesions | 0.375 ± 0.177 |  |
+| mean Dice, organs | 0.625 ± 0.177 (0.30 to 0.70) | 0.750 ± 0.354 |
+| difference from a |  | -0.050 (-0.07 to 0.02) |
 | mean NSD | 0.500 | 0.500 |
 | parameters | 1,200 | 7 |
 | inference, s | 3 | 3 |
-"""
-
-
-def test_methods_in_rows_and_patients_summed_over_seeds():
-    found = {"Liver Tumor": {"true positive": 2, "positive": 3, "true negative": 1, "negative": 4}}
-    runs = {name: [_run(0.5, 0.25, detection=found)] * 2 for name in "abc"}
-    claim = claims.Claim(None, rows=("a", "c"), shown=(
-        "mean Dice, organs", "Liver Tumor found in the sick",
-        "Liver Tumor not found in the healthy"))
-    assert claims.table(claim, _content(runs)) == """`--steps 7`, seeds: 2.
-
-|  | mean Dice, organs | Liver Tumor found in the sick | Liver Tumor not found in the healthy |
-| --- | --- | --- | --- |
-| a | 0.500 | 4 of 6 | 2 of 8 |
-| c | 0.500 | 4 of 6 | 2 of 8 |
-"""
-
-
-GRID = claims.Claim(None, grid=True)
-
-
-def test_a_grid_has_the_first_part_of_a_method_in_columns():
-    runs = {"--init, 1 scan": [_run(0.5, 0.25)], "from scratch, 1 scan": [_run(0.25, 0.25)],
-            "--init, 2 scans": [_run(1.0, 0.25)]}
-    assert claims.table(GRID, _content(runs)) == """`--steps 7`, seeds: 1.
-
-|  | --init | from scratch |
-| --- | --- | --- |
-| 1 scan | 0.500 | 0.250 |
-| 2 scans | 1.000 |  |
 """
 
 
@@ -118,12 +84,6 @@ def test_a_method_of_a_grid_is_compared_with_its_row_from_scratch():
     assert content["--init, Liver"]["difference"] == pytest.approx([0.2, 0.1, 0.2])
     assert content["--init, Cord"]["difference"] == pytest.approx([-0.25, -0.25, -0.25])
     assert "difference" not in content["from scratch, Cord"]
-    for runs_of in runs.values():
-        for run in runs_of:
-            run["mean"] = {"organ": 0.5, "lesion": None}
-    lines = claims.table(GRID, _content(runs, intervals=content)).splitlines()
-    assert lines[5] == "| Liver, difference | +0.200 (0.10 to 0.20) |  |"
-    assert lines[7] == "| Cord, difference | -0.250 (-0.25 to -0.25) |  |"
 
 
 def test_an_interval_is_that_of_the_normal_law_for_many_patients():
@@ -132,22 +92,6 @@ def test_an_interval_is_that_of_the_normal_law_for_many_patients():
     low, high = claims.bootstrap(values)[0]
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
     assert low < values.mean() < high
-
-
-def test_intervals_stand_in_brackets_behind_the_values():
-    limits = {"a": {"dice": {"Liver": [0.41, 0.612], "mean": [0.3, 0.7]}},
-              "b": {"dice": {"Liver": [0.2, 0.3], "mean": [0.1, 0.2]},
-                    "difference": [-0.05, -0.071, 0.02]}}
-    runs = {"a": [_run(0.5, 0.25)], "b": [_run(0.25, 0.25)]}
-    claim = claims.Claim(None, shown=("Liver", "mean Dice, organs", "difference from a"))
-    assert claims.table(claim, _content(runs, intervals=limits)) == """`--steps 7`, seeds: 1.
-
-|  | a | b |
-| --- | --- | --- |
-| Liver | 0.500 (0.41 to 0.61) | 0.250 (0.20 to 0.30) |
-| mean Dice, organs | 0.500 (0.30 to 0.70) | 0.250 (0.10 to 0.20) |
-| difference from a |  | -0.050 (-0.07 to 0.02) |
-"""
 
 
 # ---- studies -----------------------------------------------------------------------------------
@@ -239,18 +183,19 @@ def test_a_score_is_read_again_only_for_the_same_checkpoint_and_settings(tmp_pat
         score()
 
 
-def test_openkbp_without_its_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
-    args = ["partial-labels", "--study", "openkbp", "--kbp", str(tmp_path / "no"),
-            "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize("args, named", [
+    (["partial-labels", "--study", "openkbp", "--kbp", "no"], "--kbp"),
+    (["real-scans"], "--real DIR")])
+def test_data_that_is_not_there_is_one_line_that_names_the_flag(args, named, capsys):
     assert processes.run(claims.main, args) == 2
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "--kbp" in error and str(tmp_path / "no") in error
+    assert len(error.splitlines()) == 1 and named in error
 
 
 def test_a_claim_on_a_study_that_it_does_not_know_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        claims.main(["text", "--rows", "x", "--study", "openkbp", "--out", str(tmp_path)])
-    assert "text can be run on phantom, not on openkbp" in capsys.readouterr().err
+        claims.main(["knee", "--study", "openkbp", "--out", str(tmp_path)])
+    assert "knee can be run on knee, not on openkbp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", STORED, ids=lambda f: f.stem)
@@ -263,12 +208,6 @@ def test_the_tables_of_results_md_are_those_of_the_stored_numbers(file):
         name = max((name for name in claims.CLAIMS if file.stem.startswith(name)), key=len)
         table = claims.table(claims.CLAIMS[name], content)
     assert table in results
-
-
-def test_real_scans_without_their_folder_is_one_line_that_names_the_flag(tmp_path, capsys):
-    assert processes.run(claims.main, ["real-scans", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "--real DIR" in error
 
 
 def test_a_row_turned_towards_another_by_hand():
