@@ -157,14 +157,10 @@ STUDIES = {"phantom": phantom_study, "openkbp": openkbp_study, "hospitals": hosp
            "knee": knee_study, "real": real_study}
 
 
-def scans_of(folder: Path) -> dict[str, Path]:
-    """{case: its image} of a folder of images."""
-    return {files.case_name(path): path for path in sorted(folder.glob("*_0000.nii.gz"))}
-
-
 def cases_of(dataset: Path) -> list[str]:
     """The training scans of a dataset, as --split of train.py names them."""
-    return [f"{dataset.name}/{case}" for case in scans_of(dataset / "imagesTr")]
+    return [f"{dataset.name}/{files.case_name(path)}"
+            for path in sorted((dataset / "imagesTr").iterdir())]
 
 
 def only(split: Path, cases: list[str]) -> dict:
@@ -398,7 +394,7 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
     trained = [names.index(name) for name in content["trained"]]
     patch = content["config"]["patch"]
     thetas = []
-    for scan in scans_of(test / "imagesTs").values():
+    for scan in sorted((test / "imagesTs").iterdir()):
         image, *_ = data.preprocess(data.load_volume(scan), content["config"]["spacing_mm"])
         corner = [(n - patch) // 2 for n in image.shape]
         window = torch.from_numpy(data.cut_out(image, corner, patch))
@@ -517,9 +513,9 @@ def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
     config = content["config"]
     label_map = labels.label_map(files.read_json(test / "dataset.json")["labels"], labels.CLASSES)
     scores: list[list[float]] = [[] for _ in pairs]
-    for case, scan in scans_of(test / "imagesTs").items():
+    for scan in sorted((test / "imagesTs").iterdir()):
         volume = data.load_volume(scan)
-        file = test / "labelsTs" / f"{case}.nii.gz"
+        file = test / "labelsTs" / f"{files.case_name(scan)}.nii.gz"
         label_rows = label_map.to_label_rows(data.load_volume(file).array, str(file))
         for first in range(0, len(pairs), ROWS_AT_ONCE):
             part = pairs[first:first + ROWS_AT_ONCE]
@@ -575,9 +571,12 @@ def without_image_feature():
 SCRATCH = "from scratch"
 
 
-def ways_from(base: Path) -> dict[str, dict]:
-    """{flag of train.py: the settings} to start from a model; without one, from scratch."""
-    return {"--init": {"init": str(base)}, "--pretrained": {"pretrained": str(base)}, SCRATCH: {}}
+def ways_from(base: Path, ways: tuple[str, ...], row: str, settings: dict, **how) -> dict:
+    """{"way, row": Method} for flags of train.py that start from a model, and for a start from
+    scratch."""
+    starts = {f"--{way}": {way: str(base)} for way in ways} | {SCRATCH: {}}
+    return {f"{way}, {row}": Method(f"{way}, {row}", {**settings, **start}, **how)
+            for way, start in starts.items()}
 
 
 def transfer(args, study: Study, seed: int) -> dict:
@@ -599,10 +598,11 @@ def transfer(args, study: Study, seed: int) -> dict:
     methods = {}
     for share, n in combinations:
         few = only(args.out / f"few{n}.json", cases_of(trunk)[:n])
-        for way, start in ({"--extend": {"extend": str(base)}} | ways_from(base)).items():
-            name = f"{way}, {n} scan{'s' * (n > 1)}, {round(args.steps * share)} steps"
-            methods[name] = Method(name, {"classes": str(new), "head_lr": 5e-4, **few, **start},
-                                   share, [trunk], flags=("--classes", "Aorta"))
+        methods |= ways_from(
+            base, ("extend", "init", "pretrained"),
+            f"{n} scan{'s' * (n > 1)}, {round(args.steps * share)} steps",
+            {"classes": str(new), "head_lr": 5e-4, **few},
+            share=share, datasets=[trunk], flags=("--classes", "Aorta"))
     return score_all(args, study, seed, methods)
 
 
@@ -623,9 +623,9 @@ def new_structure(args, study: Study, seed: int) -> dict:
         random.Random(seed).shuffle(having)
         for n in (n for n in (1, 2, 5, 10) if n <= len(having)):
             few = only(args.out / f"few_{structure}_{n}_{seed}.json", having[:n])
-            for way, start in ways_from(base).items():
-                name = f"{way}, {structure}, {n} patient{'s' * (n > 1)}"
-                methods[name] = Method(name, {"classes": str(alone), **few, **start}, 1 / 4)
+            methods |= ways_from(base, ("init", "pretrained"),
+                                 f"{structure}, {n} patient{'s' * (n > 1)}",
+                                 {"classes": str(alone), **few}, share=1 / 4)
     return score_all(args, study, seed, methods)
 
 

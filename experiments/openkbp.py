@@ -107,9 +107,9 @@ def _read_list(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
                          "voxels of OpenKBP")
     table = _parse(path, lines, columns)
     indices = table[:, 0]
-    right = (indices >= 0) & (indices < GRID ** 3) & (indices == np.floor(indices))
-    if not right.all():
-        raise ValueError(f"{path}: {indices[~right][0]:.10g} is not the index of a voxel, 0 to "
+    wrong = indices[~((indices >= 0) & (indices < GRID ** 3) & (indices == np.floor(indices)))]
+    if len(wrong):
+        raise ValueError(f"{path}: {wrong[0]:.10g} is not the index of a voxel, 0 to "
                          f"{GRID ** 3 - 1}")
     return indices.astype(np.int64), table[:, 1:]
 
@@ -120,9 +120,9 @@ def _parse(path: Path, text: bytes, columns: int) -> np.ndarray:
         return np.empty((0, columns))
     if not text.endswith(b"\n"):
         raise ValueError(f"{path}: its last line is cut off")
-    lines = text.decode("latin-1").splitlines()
     try:
-        return np.loadtxt(lines, delimiter=",", comments=None, usecols=range(columns), ndmin=2)
+        return np.loadtxt(text.decode("latin-1").splitlines(), delimiter=",", comments=None,
+                          usecols=range(columns), ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable CSV file ({error})") from None
 
