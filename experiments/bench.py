@@ -54,7 +54,7 @@ import labels
 import losses
 import metrics
 import model as plain_form
-from support import checkpoints, fast, files, nifti, postprocess, processes
+from support import checkpoints, fast, files, nifti, postprocess, processes, streaming
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -400,7 +400,7 @@ def whole_ct() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         scan, weights = write_scan(folder), write_checkpoint(folder)
         image, *_ = data.preprocess(nifti.read_checked(scan))
-        windows = data.count_windows(image.shape, FULL.side)
+        windows = streaming.count_windows(image.shape, FULL.side)
         whole = statistics.median(segment(scan, weights, f"{folder}/out{i}") for i in range(5))
     single, = medians(5, window("fast", "unet", BF16))        # as infer.py computes
     return {"windows": windows, "window_s": single, "whole_s": whole,

@@ -44,7 +44,7 @@ import model
 import train
 from experiments import openkbp, phantom
 from experiments.bench import markdown
-from support import checkpoints, fast, files, processes, streaming
+from support import checkpoints, class_tables, fast, files, processes, streaming
 
 SETTINGS = {                # study: fields of train.Config, where these differ from those of fit
     "phantom": {"steps": 1800, "spacing_mm": 6.0, "patch": 32, "lr": 3e-3, "head_lr": 1e-3},
@@ -355,7 +355,7 @@ def one_per_dataset(args, study: Study, seed: int) -> dict:
                              for measure in ("dice", *nsd_measures(study))}
     return {
         "classes": classes,
-        "mean": mean_dice(classes, labels.load_classes(study.classes)),
+        "mean": mean_dice(classes, class_tables.load_classes(study.classes)),
         "cases": [case for run in runs for case in run["cases"]],
         **{key: sum(run[key] for run in runs) for key in ("parameters", "seconds", "training_s")},
     }

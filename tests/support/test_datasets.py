@@ -10,7 +10,7 @@ from runs import config, error_line
 import data
 import labels
 import train
-from support import cache, datasets, evaluate, processes
+from support import cache, class_tables, datasets, evaluate, processes
 
 EYE = np.eye(4)
 BOX = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
@@ -106,13 +106,13 @@ def test_annotated_may_name_what_a_smaller_table_lacks_but_nothing_unknown(tmp_p
     """A built-in class, or a structure of the dataset itself; "splen" is a typing error."""
     folder = nnunet(tmp_path / "X", labels={"liver": 1, "larynx": 2},
                     annotated={"x": ["liver", "spleen", "larynx"], "img0099": ["liver"]})
-    case, = datasets.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
+    case, = datasets.read_dataset(folder, class_tables.make_classes(["Femur", "Liver"]))
     assert case.annotated.tolist() == [False, True]
     line, = capsys.readouterr().out.splitlines()
     assert "X/dataset.json" in line and "img0099" in line            # which is no case
     nnunet(folder, annotated={"x": ["liver", "splen"]})
     with pytest.raises(ValueError, match="splen"):
-        datasets.read_dataset(folder, labels.make_classes(["Femur", "Liver"]))
+        datasets.read_dataset(folder, class_tables.make_classes(["Femur", "Liver"]))
 
 
 def test_median_spacing_is_over_scans_and_axes(tiny):

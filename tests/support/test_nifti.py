@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import data
-import labels
-from support import files, nifti
+from support import class_tables, files, nifti
 
 
 # ---- grey values and grids ---------------------------------------------------------------------
@@ -126,14 +125,14 @@ def test_json_is_read_with_or_without_a_byte_order_mark(tmp_path, encoding):
     path.write_text('{"name": "Säugetier 肝"}', encoding)
     assert files.read_json(path) == {"name": "Säugetier 肝"}
     path.write_text('["Säugetier", "肝"]', encoding)
-    assert [c.name for c in labels.load_classes(path)] == ["Säugetier", "肝"]
+    assert [c.name for c in class_tables.load_classes(path)] == ["Säugetier", "肝"]
 
 
 @pytest.mark.parametrize("raw", ["ä".encode("latin-1"), b"", b"\0\0\0", b'"a"', b"[" * 100_000])
 def test_what_is_no_json_object_is_refused_with_the_path(tmp_path, raw):
     path = tmp_path / "a.json"
     path.write_bytes(raw)
-    for read in (files.read_json, labels.load_classes):
+    for read in (files.read_json, class_tables.load_classes):
         with pytest.raises(ValueError, match="a.json: ") as e:
             read(path)
         assert "\n" not in str(e.value)

@@ -10,9 +10,8 @@ import pytest
 from conftest import SHARED, needs_shared
 
 import data
-import labels
 from experiments import openkbp
-from support import datasets, files, processes
+from support import class_tables, datasets, files, processes
 
 SHARED_CASES = [("Dataset007_OpenKBP", "Tr", "pt_13"), ("Dataset007_OpenKBP", "Tr", "pt_38"),
                 ("Dataset008_OpenKBPTest", "Ts", "pt_242")]
@@ -143,7 +142,7 @@ def test_the_datasets_as_the_other_commands_read_them(small, tmp_path):
     info = json.loads((tmp_path / "kbp/Dataset007_OpenKBP/dataset.json").read_text())
     assert list(info["annotated"].items()) == [("pt_9", ["Larynx"]), ("pt_10", ["Larynx"])]
     assert info["numTraining"] == 2
-    classes = labels.load_classes(tmp_path / "kbp/kbp.json")
+    classes = class_tables.load_classes(tmp_path / "kbp/kbp.json")
     cases = datasets.read_dataset(tmp_path / "kbp/Dataset007_OpenKBP", classes)
     names = [c.name for c in classes]
     for case in cases:
@@ -155,7 +154,7 @@ def test_the_datasets_as_the_other_commands_read_them(small, tmp_path):
 
 def test_the_class_table_has_the_labels_order_and_both_sides(tmp_path):
     openkbp.write_class_table(tmp_path / "kbp.json")
-    classes = labels.load_classes(tmp_path / "kbp.json")
+    classes = class_tables.load_classes(tmp_path / "kbp.json")
     assert {c.name: i for i, c in enumerate(classes, 1)} | {"background": 0} == openkbp.LABELS
     assert {c.name: c.side for c in classes if c.side} == {"Right Parotid": "right",
                                                            "Left Parotid": "left"}
