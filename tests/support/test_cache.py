@@ -115,3 +115,11 @@ def test_preprocessing_checks_the_grid_and_the_grey_values(tiny, tmp_path, capsy
     write_nifti(second.image, np.full(image.shape, 60, np.int16), image.affine)
     with pytest.raises(ValueError, match="c1_0000.nii.gz: all of its voxels have the value 60"):
         cache.build(second, tmp_path / "cache", 4.0)
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tiny_cases, tmp_path):
+    abandoned = tmp_path / ".0123.77.part"
+    abandoned.mkdir()
+    (abandoned / "image.npy").write_bytes(b"half")
+    cache.build_all(tiny_cases[:1], tmp_path, 4.0, workers=0, quiet=True)
+    assert not abandoned.exists()

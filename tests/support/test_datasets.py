@@ -241,3 +241,15 @@ def test_an_msd_task_as_distributed(task, tmp_path):
     assert annotated & lesions == wanted & lesions
     scan = cache.build(case, tmp_path / "cache", 1.0)
     assert {labels.CLASSES[k].name for k in scan.present_classes()} == annotated & wanted
+
+
+def test_a_case_may_list_structures_of_its_dataset_that_the_class_table_lacks():
+    """The table has one of the two structures; "cords" is a typing error, known nowhere."""
+    info = {"labels": {"background": 0, "cord": 1, "larynx": 2},
+            "annotated": {"a": ["cord", "larynx", "liver"], "b": ["larynx"]}}
+    classes, where = [labels.Class("cord")], Path("dataset.json")
+    masks = datasets.annotated_per_case(info, classes, where)
+    assert {case: mask.tolist() for case, mask in masks.items()} == {"a": [True], "b": [False]}
+    info["annotated"]["a"] = ["cords"]
+    with pytest.raises(ValueError, match='dataset.json: "annotated", a: no class.*cords'):
+        datasets.annotated_per_case(info, classes, where)

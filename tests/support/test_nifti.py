@@ -72,7 +72,7 @@ def test_a_quaternion_that_was_rounded_is_brought_to_length_one(tmp_path, name, 
     volume = nifti.read_checked(path)
     assert np.allclose(volume.affine[:3, :3], np.diag([2, 3, 4]), atol=1e-6)
     assert np.array_equal(volume.array, VOXELS[::-1, ::-1])
-    data.save_like(tmp_path / "out.nii.gz", volume.array.astype(np.uint8), path)
+    nifti.save_nifti(tmp_path / "out.nii.gz", volume.array.astype(np.uint8), path)
     out = nib.load(tmp_path / "out.nii.gz")
     assert (out.header["sform_code"], out.header["qform_code"]) == (0, 1)
     assert np.array_equal(np.asarray(out.dataobj), VOXELS)
