@@ -1,6 +1,7 @@
 """Finding datasets as their users have them: folders, lists, MSD tasks; faulty ones."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
