@@ -3,7 +3,7 @@
     python -m experiments.bench                     every row, written to bench.json and bench.md
     python -m experiments.bench --quick             the rows that matter most
     python -m experiments.bench --only heads unet   the rows whose names contain one of these
-    python -m experiments.bench --device cuda       the GPU's measurements, at most five minutes,
+    python -m experiments.bench --device cuda       the GPU's measurements, in about five minutes,
                                                     written to experiments/results/bench-cuda.json
 
 Three forms of the network are compared. `base` is what the release computes, frozen in this file:
@@ -12,7 +12,7 @@ grouped convolutions as heads, all 32 classes also in training. `plain` is model
 CPU: `ours`) is model.py after fast.accelerate, as train.py and infer.py use it.
 
 On the CPU every measurement runs in a fresh process, so that its peak memory is its own. The sides
-of a comparison are timed in turn, and the table shows medians.
+of a comparison are timed in turn, and the tables show medians.
 
 B batch   K classes   D, H, W voxels
 """
@@ -54,17 +54,7 @@ import labels
 import losses
 import metrics
 import model as plain_form
-from support import (
-    cache,
-    checkpoints,
-    datasets,
-    fast,
-    files,
-    nifti,
-    postprocess,
-    processes,
-    streaming,
-)
+from support import checkpoints, fast, files, nifti, postprocess, processes, streaming
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +71,7 @@ class Size:
 
 
 FULL = Size()
+BF16 = processes.has_bf16_instructions()    # elsewhere it is not measured
 BACKBONES = {"unet": "U-Net", "swin": "Swin UNETR"}
 
 
@@ -201,9 +192,10 @@ def release_loss(logits: Tensor, y: Tensor) -> Tensor:
     return cross_entropy + dice.mean()
 
 
-# ---- what is measured on both devices ------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> nn.Module:
-    """An untrained network: side is base, plain, fast or compiled (torch.compile of plain)."""
+    """An untrained network: side is base, plain, fast, compiled (torch.compile of plain), or the
+    name of the only class that fast.accelerate swaps."""
     spec = {"unet": {"backbone": "unet", "width": size.width},
             "swin": {"backbone": "swin_unetr", "feature_size": size.feature_size}}[backbone]
     with torch.device(device):
@@ -212,16 +204,13 @@ def build(side: str, backbone: str, size: Size = FULL, device: str = "cpu") -> n
         if side == "base":
             return Release(MonaiSwinUNETR(size.side, size.feature_size), size.text_dim)
         network = plain_form.build_model({**spec, "text_dim": size.text_dim})
-    if side == "fast":
+    if side == "plain":
+        return network
+    if side == "compiled":
+        return torch.compile(network)
+    swapped = {plain: own for plain, own in fast.FAST.items() if side in ("fast", plain.__name__)}
+    with mock.patch.object(fast, "FAST", swapped):
         return fast.accelerate(network)
-    return torch.compile(network) if side == "compiled" else network
-
-
-def inputs(size: Size, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """x (B, 1, D, H, W) and w (K, E)."""
-    x = torch.rand(batch, 1, *(size.side,) * 3, device=device)
-    w = torch.randn(size.classes, size.text_dim, device=device)
-    return x, w
 
 
 def window(side: str, backbone: str, amp: bool = False, *, size: Size = FULL, batch: int = 1,
@@ -240,6 +229,12 @@ def window(side: str, backbone: str, amp: bool = False, *, size: Size = FULL, ba
                 return torch.cat([network(one, w) for one in x.split(1)])
             return network(x, w)
     return call
+
+
+def inputs(size: Size, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """x (B, 1, D, H, W) and w (K, E)."""
+    x = torch.rand(batch, 1, *(size.side,) * 3, device=device)
+    return x, torch.randn(size.classes, size.text_dim, device=device)
 
 
 def step(side: str, backbone: str, amp: bool = False, *, size: Size = FULL, batch: int = 1,
@@ -315,31 +310,9 @@ def segment(scan: Path, weights: Path, out_dir, *flags: str) -> float:
     return time.perf_counter() - start
 
 
-def count_windows(scan: Path) -> int:
-    image, *_ = data.preprocess(nifti.read_checked(scan))
-    return streaming.count_windows(image.shape, FULL.side)
-
-
 def peak_gb() -> float:
     """The largest resident memory that this process ever had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def bf16() -> bool:
-    """Whether this processor computes in bf16; elsewhere it is not measured."""
-    return processes.has_bf16_instructions()
-
-
-# ---- calls of single rows ------------------------------------------------------------------------
-def small_step(threads: int) -> Callable[[], None]:
-    """A training step like those of the README's first command (U-Net of width 8, a crop of 48^3,
-    5 annotated classes, fp32) on some threads."""
-    one = step("fast", "unet", size=Size(side=48, width=8, annotated=tuple(range(5))))
-
-    def call():
-        torch.set_num_threads(threads)
-        one()
-    return call
 
 
 def heads(side: str) -> Callable[[], Tensor]:
@@ -421,29 +394,20 @@ def scores_of_metrics(maps, spacing) -> list[tuple]:
     return scores
 
 
-# ---- rows that are no comparison of two calls ----------------------------------------------------
-def whole_ct(part: str) -> dict:
+def whole_ct() -> dict:
     """Full-width U-Net, 32 classes; everything from reading to writing against the windows, both
     medians of five runs."""
     with tempfile.TemporaryDirectory() as folder:
         scan, weights = write_scan(folder), write_checkpoint(folder)
-        windows = count_windows(scan)
+        image, *_ = data.preprocess(nifti.read_checked(scan))
+        windows = streaming.count_windows(image.shape, FULL.side)
         whole = statistics.median(segment(scan, weights, f"{folder}/out{i}") for i in range(5))
-    single, = medians(5, window("fast", "unet", bf16()))        # as infer.py computes
+    single, = medians(5, window("fast", "unet", BF16))        # as infer.py computes
     return {"windows": windows, "window_s": single, "whole_s": whole,
             "ratio": whole / (windows * single), "threads": torch.get_num_threads()}
 
 
-def size(part: str) -> dict:
-    """Scans of 1, 2, 4, 8 times the voxels (the part), full-width U-Net, 32 classes."""
-    with tempfile.TemporaryDirectory() as folder:
-        scan = write_scan(folder, (1.5,) * 3, (192, 192, 96 * int(part)))
-        windows = count_windows(scan)
-        seconds = segment(scan, write_checkpoint(folder), f"{folder}/out")
-    return {f"x{part}_s_per_window": seconds / windows, f"x{part}_gb": peak_gb()}
-
-
-def huge_ct(part: str) -> dict:
+def huge_ct() -> dict:
     """512 x 512 x 1000 at 0.8 x 0.8 x 1 mm, width 8, 32 classes, written."""
     with tempfile.TemporaryDirectory() as folder:
         # another process writes the scan, so that its memory does not count
@@ -454,22 +418,6 @@ def huge_ct(part: str) -> dict:
     return {"peak_gb": peak_gb(), "seconds": seconds}
 
 
-def pipeline(part: str) -> dict:
-    """Cached crops a second with two workers against training steps a second (U-Net, 96^3)."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "experiments.phantom", "--out", folder, "--scans",
-                        "6", "--test-scans", "0"], cwd=ROOT, check=True, capture_output=True)
-        cases = datasets.read_datasets([folder], labels.CLASSES)
-        scans = cache.build_all(cases, Path(folder) / "cache")
-        crops = data.Crops(scans, patch=FULL.side, length=64)
-        loader = torch.utils.data.DataLoader(crops, 1, collate_fn=data.collate, num_workers=2)
-        start = time.perf_counter()
-        count = sum(len(batch["image"]) for batch in loader)
-        rate = count / (time.perf_counter() - start)
-    step_s, = medians(1, step("fast", "unet", bf16()))
-    return {"crops_per_s": rate, "step_s": step_s, "ratio": rate * step_s}
-
-
 def count_flops(backbone: str, size: Size = FULL) -> int:
     """Two per multiply-add of the plain backbone for one window, counted without computing."""
     network = build("plain", backbone, size, "meta").backbone
@@ -478,7 +426,7 @@ def count_flops(backbone: str, size: Size = FULL) -> int:
     return counter.get_total_flops()
 
 
-def arithmetic(part: str) -> dict:
+def arithmetic() -> dict:
     """The plain backbone's arithmetic per second of the fast one, as a share of that of a matrix
     product. The fast one does less arithmetic, so that a share may be above 1."""
     n = 2048
@@ -487,7 +435,7 @@ def arithmetic(part: str) -> dict:
         flops = count_flops(name)
         backbone = build("fast", name).backbone.eval()
         x = torch.rand(1, 1, *(FULL.side,) * 3)
-        for precision in ("fp32", "bf16") if bf16() else ("fp32",):
+        for precision in ("fp32", "bf16") if BF16 else ("fp32",):
             amp = precision == "bf16"
             a = torch.randn(n, n, dtype=torch.bfloat16 if amp else torch.float32)
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -500,7 +448,7 @@ def arithmetic(part: str) -> dict:
     return numbers
 
 
-def hostile(part: str) -> dict:
+def hostile() -> dict:
     """Post-processing of a 512 x 512 x 300 segmentation; each of its 32 classes is a block and
     3000 specks of 3 x 4 x 3 voxels, anywhere in the volume."""
     shape = (512, 512, 300)
@@ -519,40 +467,15 @@ def hostile(part: str) -> dict:
     return {"seconds": time.perf_counter() - start, "peak_gb": peak_gb()}
 
 
-def agreement(part: str) -> dict:
-    """fp32 against bf16 segmentations by the README's first model and the one of four sources, with
-    and without post-processing: the smallest Dice of a class in a scan."""
-    numbers = {}
-    for run, scans in (("run", "phantom/Dataset199_PhantomTest/imagesTs"),
-                       ("real", "Dataset001_TotalSegExample/imagesTr")):
-        weights = ROOT / run / "last.pt"
-        if not weights.is_file():
-            numbers[run] = "not run: needs the training run of this name, and its data"
-            continue
-        for how in ("postprocess", "no-postprocess"):
-            with tempfile.TemporaryDirectory() as folder:
-                for precision in ("no-amp", "amp"):
-                    segment(ROOT / scans, weights, f"{folder}/{precision}", f"--{precision}",
-                            f"--{how}")
-                metrics.main(["--pred", f"{folder}/amp", "--ref", f"{folder}/no-amp"])
-                cases = json.loads(Path(folder, "amp", "metrics.json").read_text())["cases"]
-            for least, most in ((10, math.inf), (1, 10)):           # ml
-                numbers[f"{run}_{how.replace('-', '_')}_from_{least}_ml"] = min(
-                    (case["dice"] for case in cases if least < case["ref_ml"] <= most),
-                    default=None)
-    return numbers
-
-
-# ---- the rows ------------------------------------------------------------------------------------
+# ---- the CPU's rows ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Row:
     """A comparison of calls, or a function that returns the numbers of the row."""
     goal: str
     calls: dict[str, Callable] = field(default_factory=dict)    # side -> function that makes it
     runs: int = 3
-    numbers: Callable[[str], dict] | None = None                # of a part
-    parts: tuple[str, ...] = ("all",)       # each in a process of its own
-    quick: bool = False                     # among the rows of --quick
+    numbers: Callable[[], dict] | None = None
+    quick: bool = True                      # among the rows of --quick
     memory_of_imports: bool = True          # whether peak memory counts them
 
 
@@ -560,44 +483,38 @@ def networks(make: Callable, backbone: str) -> dict[str, Callable]:
     """make is `window` or `step`."""
     calls = {"base": partial(make, "base", backbone), "plain": partial(make, "plain", backbone),
              "ours": partial(make, "fast", backbone)}
-    return calls | ({"bf16": partial(make, "fast", backbone, True)} if bf16() else {})
+    return calls | ({"bf16": partial(make, "fast", backbone, True)} if BF16 else {})
 
 
-def sides(make: Callable, base="base", ours="ours") -> dict[str, Callable]:
-    return {"base": partial(make, base), "ours": partial(make, ours)}
+def sides(make: Callable) -> dict[str, Callable]:
+    return {"base": partial(make, "base"), "ours": partial(make, "ours")}
 
 
 ROWS = {
-    "window_swin": Row("fp32 3.3x, bf16 6.5x, memory 50 %", networks(window, "swin"), quick=True),
-    "window_unet": Row("fp32 2.3x, bf16 4.5x, memory 50 %", networks(window, "unet"), quick=True),
-    "step_swin": Row("fp32 3.5x, bf16 6.5x, memory 45 %", networks(step, "swin"), 2, quick=True),
-    "step_unet": Row("fp32 2.4x, bf16 4.5x, memory 45 %", networks(step, "unet"), 2, quick=True),
-    "small_step": Row("two threads 1.8x one, 0.25 s", sides(small_step, 1, 2), 15),
-    "heads": Row("20x", sides(heads), 5),
-    "whole_ct": Row("at most 1.08x", numbers=whole_ct, quick=True),
-    "huge_ct": Row("4 GB", numbers=huge_ct, quick=True),
-    "preprocess": Row("2x faster, less memory", sides(preprocess), quick=True),
-    "pipeline": Row("5x what training consumes", numbers=pipeline),
-    "arithmetic": Row("bf16: 90 % U-Net, 55 % Swin UNETR", numbers=arithmetic, quick=True),
-    "size": Row("seconds per window within 10 %, memory below the volume's growth", numbers=size,
-                parts=("1", "2", "4", "8")),
-    "surfaces": Row("8x, memory below", sides(surfaces), 1, quick=True, memory_of_imports=False),
-    "hostile": Row("at most 10 s", numbers=hostile),
-    "agreement": Row("Dice above 0.99 from 10 ml, 0.97 from 1 ml", numbers=agreement),
+    "window_swin": Row("fp32 3.3x, bf16 6.5x, memory 50 %", networks(window, "swin")),
+    "window_unet": Row("fp32 2.3x, bf16 4.5x, memory 50 %", networks(window, "unet")),
+    "step_swin": Row("fp32 3.5x, bf16 6.5x, memory 45 %", networks(step, "swin"), 2),
+    "step_unet": Row("fp32 2.4x, bf16 4.5x, memory 45 %", networks(step, "unet"), 2),
+    "heads": Row("20x", sides(heads), 5, quick=False),
+    "whole_ct": Row("at most 1.08x", numbers=whole_ct),
+    "huge_ct": Row("4 GB", numbers=huge_ct),
+    "preprocess": Row("2x faster, less memory", sides(preprocess)),
+    "arithmetic": Row("bf16: 90 % U-Net, 55 % Swin UNETR", numbers=arithmetic),
+    "surfaces": Row("8x, memory below", sides(surfaces), 1, memory_of_imports=False),
+    "hostile": Row("at most 10 s", numbers=hostile, quick=False),
 }
 
 
 def parts_of(row: Row) -> tuple[str, ...]:
-    """Of a comparison: the times of all sides, and the memory of each side."""
-    if row.numbers:
-        return row.parts
-    return ("time", *(side for side in row.calls if side != "bf16"))
+    """What is measured in a process each: of a comparison, the times of all sides, and the memory
+    of each side."""
+    return ("time", *(side for side in row.calls if side != "bf16")) if row.calls else ("numbers",)
 
 
 def measure_part(row: Row, part: str) -> dict:
     """The numbers of a part, in this process."""
-    if row.numbers:
-        return row.numbers(part)
+    if part == "numbers":
+        return row.numbers()
     if part == "time":
         seconds = medians(row.runs, *(make() for make in row.calls.values()))
         return {f"{side}_s": value for side, value in zip(row.calls, seconds, strict=True)}
@@ -606,20 +523,34 @@ def measure_part(row: Row, part: str) -> dict:
     return {f"{part}_gb": peak_gb() - before}
 
 
+def in_own_process(name: str, part: str) -> dict:
+    """The numbers of a row's part, measured in a fresh process."""
+    command = [sys.executable, "-m", "experiments.bench", "--part", name, part]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        return {"error": str(run.stderr.strip().splitlines()[-1:])}
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def run_rows(names: list[str], out: Path, machine: dict) -> None:
+    """Measure rows and replace them in the file, which keeps its other rows."""
+    rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
+    for name in names:
+        rows[name] = {"goal": ROWS[name].goal}
+        for part in parts_of(ROWS[name]):
+            rows[name] |= in_own_process(name, part)
+        print(f"{name:12} goal: {ROWS[name].goal}\n   {measured(rows[name])} {memory(rows[name])}",
+              flush=True)
+        write({"machine": machine, "rows": rows}, out)
+
+
 # ---- the GPU's measurements ----------------------------------------------------------------------
 MODES = {                  # name: (tf32 in matrix products, tf32 in convolutions, bf16 autocast)
     "fp32": (False, False, False),
     "tf32": (True, True, False),
     "bf16": (False, True, True),          # PyTorch's own settings, as in train.py and infer.py
 }
-TIME_LIMIT_S = 285.0       # of all measurements together
-OWN_LIMIT_S = 100.0        # of a measurement in a process of its own
-VARIANTS = {               # name: the plain classes that fast.accelerate swaps; None: all
-    "model.py": (),
-    "fast.py": None,
-    "only WindowAttention": ("WindowAttention",),
-    "only UniversalModel (heads)": ("UniversalModel",),
-}
+TIME_LIMIT_S = 285.0       # after which no measurement begins
 
 
 @dataclass(frozen=True)
@@ -628,136 +559,97 @@ class Measurement:
     table: str                       # networks, pieces or scan
     what: str                        # window or step; for a scan, what infer.py is asked to do
     backbone: str = "unet"
-    side: str = "fast"               # base, plain, fast or compiled
+    side: str = "fast"               # of build
     mode: str = "bf16"
     batch: int = 1
-    variant: str = "fast.py"         # one of VARIANTS
+    variant: str = ""                # name in the table of the pieces of fast.py
 
 
 def measurements() -> list[Measurement]:
     """All measurements, the most important first, since the time limit cuts the end."""
-    def all_sides(mode, kinds, sides=("base", "plain", "fast")):
+    pairs = (("window", 1), ("step", 2))                # what is measured, batch
+
+    def all_sides(mode, kinds=pairs, sides=("base", "plain", "fast")):
         return [Measurement("networks", what, backbone, side, mode, batch)
                 for what, batch in kinds for backbone in BACKBONES for side in sides]
-    kinds = (("window", 1), ("step", 2))
-    pieces = [Measurement("pieces", what, backbone, batch=batch, variant=variant)
-              for variant in VARIANTS for backbone in BACKBONES for what, batch in kinds]
-    return [*all_sides("bf16", kinds), *all_sides("fp32", kinds),
-            Measurement("scan", "postprocess", batch=4), *all_sides("tf32", kinds),
-            *all_sides("bf16", [("window", 4)]), *pieces,
-            *all_sides("bf16", [("window", 1)], ["compiled"]),
+    pieces = [Measurement("pieces", what, backbone, piece, batch=batch, variant=f"only {piece}")
+              for piece in ("WindowAttention", "UniversalModel") for backbone in BACKBONES
+              for what, batch in pairs if (piece, backbone) != ("WindowAttention", "unet")]
+    return [*all_sides("bf16"), *all_sides("fp32"), Measurement("scan", "postprocess", batch=4),
+            *all_sides("tf32"), *all_sides("bf16", [("window", 4)]), *pieces,
             Measurement("scan", "no-postprocess", batch=4),
-            *all_sides("tf32", [("window", 1)], ["compiled"]),
-            *all_sides("fp32", [("window", 1)], ["compiled"])]
+            *(m for mode in ("bf16", "tf32", "fp32")
+              for m in all_sides(mode, [("window", 1)], ["compiled"]))]
 
 
-@contextlib.contextmanager
-def switched(variant: str):
-    """Inside, fast.accelerate swaps the classes of the variant only."""
-    names = VARIANTS[variant]
-    table = {plain: own for plain, own in fast.FAST.items()
-             if names is None or plain.__name__ in names}
-    with mock.patch.object(fast, "FAST", table):
-        yield
+def measure(m: Measurement, device: str, size: Size = FULL, runs: int = 5,
+            shape=(512, 512, 300)) -> dict:
+    """The numbers of a measurement, or the first line of its error.
 
-
-@contextlib.contextmanager
-def precision(mode: str):
-    """Inside, tf32 is used as the mode says -> whether to compute in bf16 by autocast."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32, amp = MODES[mode]
-    try:
-        yield amp
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def device_gb(device: str) -> float | None:
-    """The most memory that tensors held since the last reset; None where nobody counts."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-
-
-def measure_network(m: Measurement, device: str, size: Size, runs: int) -> dict:
-    """The median of a window's or step's times, per call of the whole batch, and its memory."""
-    make = window if m.what == "window" else step
-    with switched(m.variant), precision(m.mode) as amp:
-        call = make(m.side, m.backbone, amp, size=size, batch=m.batch, device=device)
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        seconds, = medians(runs, call, device=device)
-    return {"ms": 1000 * seconds, "gb": device_gb(device), "runs": runs}
-
-
-def measure_scan(m: Measurement, device: str, size: Size, shape=(512, 512, 300)) -> dict:
-    """Seconds of infer.main, from reading to writing, for a CT of 0.8 x 0.8 x 1 mm, 32 classes, in
-    the precision that infer.py chooses on this device (bf16 on an H100).
-
-    The network is untrained, so its masks have far more pieces than those of a trained one, which
-    makes post-processing slower.
+    Of networks and pieces, the median time of a call for the whole batch; of a scan, the seconds of
+    infer.py from reading to writing, for a CT of 0.8 x 0.8 x 1 mm and 32 classes. The network is
+    untrained, so its masks have far more pieces than those of a trained one, which makes
+    post-processing slower. Memory is the most that tensors held.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        scan = write_scan(folder, (0.8, 0.8, 1.0), shape)
-        weights = write_checkpoint(folder, size.width, size.side)
-        seconds = segment(scan, weights, f"{folder}/out", "--device", device, "--batch",
-                          str(m.batch), f"--{m.what}")
-    return {"s": seconds, "gb": device_gb(device)}
-
-
-def measure(m: Measurement, device: str, size: Size = FULL, runs: int = 5) -> dict:
-    """The numbers of a measurement, or the first line of its error."""
+    matmul, convolution, amp = MODES[m.mode]
+    torch.backends.cuda.matmul.allow_tf32 = matmul
+    torch.backends.cudnn.allow_tf32 = convolution
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
         if m.table == "scan":
-            return measure_scan(m, device, size)
-        return measure_network(m, device, size, runs)
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = segment(write_scan(folder, (0.8, 0.8, 1.0), shape),
+                                  write_checkpoint(folder, size.width, size.side), f"{folder}/out",
+                                  "--device", device, "--batch", str(m.batch), f"--{m.what}")
+            numbers = {"s": seconds}
+        else:
+            make = window if m.what == "window" else step
+            call = make(m.side, m.backbone, amp, size=size, batch=m.batch, device=device)
+            seconds, = medians(runs, call, device=device)
+            numbers = {"ms": 1000 * seconds, "runs": runs}
     except Exception as e:               # one failure must not end the others
         return {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[:1]}"}
-    finally:
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    gb = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    return {**numbers, "gb": gb}
 
 
 def run_measurements(plan: list[Measurement], device: str, out: Path, machine: dict, *,
-                     size: Size = FULL, runs: int = 5, limit_s: float = TIME_LIMIT_S) -> dict:
-    """Measure one after the other. Each is printed as a line of JSON and written at once.
-
-    A scan, and a compiler, which does not look at the clock, run in a process of their own.
-    """
+                     limit_s: float = TIME_LIMIT_S, **how) -> dict:
+    """Measure one after the other. Each is printed as a line of JSON and written at once."""
     start = time.monotonic()
     content = {"machine": machine, "measurements": []}
     for m in plan:
-        left = limit_s - (time.monotonic() - start)
-        if left < 5:
-            numbers = {"error": "not run: the time limit was reached"}
-        elif m.table == "scan" or m.side == "compiled":
-            numbers = in_own_process(json.dumps(asdict(m)), device, min(OWN_LIMIT_S, left))
+        if time.monotonic() - start < limit_s:
+            numbers = measure(m, device, **how)
         else:
-            numbers = measure(m, device, size, runs)
-        entry = {**asdict(m), **numbers}
-        content["measurements"].append(entry)
-        print(json.dumps(entry), flush=True)
+            numbers = {"error": "not run: the time limit was reached"}
+        content["measurements"].append({**asdict(m), **numbers})
+        print(json.dumps(content["measurements"][-1]), flush=True)
         machine["seconds"] = round(time.monotonic() - start, 1)
         write(content, out)
     return content
 
 
 # ---- tables --------------------------------------------------------------------------------------
-def table(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
-def markdown(content: dict) -> str:
+def tables(content: dict) -> str:
     """The table of a bench.json, or the three tables of a bench-cuda.json."""
     if "rows" in content:
-        return table(["row", "goal", "measured", "peak memory"], [
+        return markdown(["row", "goal", "measured", "peak memory"], [
             [name.replace("_", " "), numbers["goal"], measured(numbers), memory(numbers)]
             for name, numbers in content["rows"].items()])
     of = {name: [e for e in content["measurements"] if e["table"] == name]
           for name in ("networks", "scan", "pieces")}
-    return "\n".join([networks_table(of["networks"]), scans_table(of["scan"]),
+    scans = [[f"--{e['what']}", device_cell(e) if "error" in e else f"{e['s']:.1f} s",
+              f"{e['gb']:.2f} GB" if e.get("gb") else ""] for e in of["scan"]]
+    return "\n".join([networks_table(of["networks"]),
+                      markdown(["whole CT with infer.py", "seconds", "memory"], scans),
                       pieces_table(of["pieces"])])
 
 
@@ -803,13 +695,7 @@ def networks_table(entries: list[dict]) -> str:
         rows.append([f"{what}, {BACKBONES[backbone]}, batch {batch}", mode,
                      *(device_cell(found.get(side)) for side in sides),
                      f"{base / own:.2f}x" if base and own else ""])
-    return table(["time per window or step", "mode", *sides, "base / fast"], rows)
-
-
-def scans_table(entries: list[dict]) -> str:
-    rows = [[f"--{e['what']}", device_cell(e) if "error" in e else f"{e['s']:.1f} s",
-             f"{e['gb']:.2f} GB" if e.get("gb") else ""] for e in entries]
-    return table(["whole CT with infer.py", "seconds", "memory"], rows)
+    return markdown(["time per window or step", "mode", *sides, "base / fast"], rows)
 
 
 def pieces_table(entries: list[dict]) -> str:
@@ -818,7 +704,7 @@ def pieces_table(entries: list[dict]) -> str:
     for e in entries:
         by_variant.setdefault(e["variant"], {})[e["what"], e["backbone"]] = e
     head = [f"{BACKBONES[backbone]}, {what}" for what, backbone in columns]
-    return table(["classes of fast.py, bf16", *head], [
+    return markdown(["classes of fast.py, bf16", *head], [
         [variant, *(device_cell(found.get(column)) for column in columns)]
         for variant, found in by_variant.items()])
 
@@ -829,7 +715,7 @@ def write(content: dict, out: Path) -> None:
     with files.atomic_write(out) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     with files.atomic_write(out.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(content), encoding="utf-8")
+        temporary.write_text(tables(content), encoding="utf-8")
 
 
 def processor() -> str:
@@ -838,30 +724,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor()
-
-
-def in_own_process(part: str, device: str = "cpu", limit_s: float | None = None) -> dict:
-    """The numbers of a part, "row/part" or a measurement in JSON, in a fresh process."""
-    command = [sys.executable, "-m", "experiments.bench", "--device", device, "--part", part]
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"error": f"ended after {limit_s:.0f} s"}
-    if run.returncode:
-        return {"error": str(run.stderr.strip().splitlines()[-1:])}
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def run_rows(names: list[str], out: Path, machine: dict) -> None:
-    """Measure rows and replace them in the file, which keeps its other rows."""
-    rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
-    for name in names:
-        rows[name] = {"goal": ROWS[name].goal}
-        for part in parts_of(ROWS[name]):
-            rows[name] |= in_own_process(f"{name}/{part}")
-        print(f"{name:12} goal: {ROWS[name].goal}\n   {measured(rows[name])} {memory(rows[name])}",
-              flush=True)
-        write({"machine": machine, "rows": rows}, out)
 
 
 def main(argv=None) -> int:
@@ -875,19 +737,16 @@ def main(argv=None) -> int:
     ap.add_argument("--out", type=Path, metavar="FILE",
                     help="the JSON file; the table is written beside it (default: bench.json, for "
                          "cuda experiments/results/bench-cuda.json)")
-    ap.add_argument("--part", help=argparse.SUPPRESS)           # one measurement, in this process
+    ap.add_argument("--part", nargs=2, help=argparse.SUPPRESS)      # a row's part, in this process
     args = ap.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         ap.error("--device cuda: PyTorch finds no CUDA device here")
-    if args.part and args.part.startswith("{"):
-        print(json.dumps(measure(Measurement(**json.loads(args.part)), args.device)))
-        return 0
     if args.part:
-        name, part = args.part.split("/")
+        name, part = args.part
         print(json.dumps(measure_part(ROWS[name], part)))
         return 0
     machine = {"processor": processor(), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "bf16": bf16(), "python": platform.python_version()}
+               "torch": torch.__version__, "bf16": BF16, "python": platform.python_version()}
     if args.device == "cuda":
         machine |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
                     "cudnn": torch.backends.cudnn.version()}

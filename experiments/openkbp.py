@@ -67,7 +67,12 @@ def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list
     ct = folder / "ct.csv"
     if not ct.is_file():
         raise FileNotFoundError(f"{ct}: no such file; the patient has no CT")
-    affine = _read_affine(folder / "voxel_dimensions.csv")
+    dimensions = folder / "voxel_dimensions.csv"
+    sides_mm = _parse(dimensions, dimensions.read_bytes(), columns=1)[:, 0]
+    low, high = nifti.VOXEL_SIDE_MM
+    if len(sides_mm) != 3 or not ((sides_mm >= low) & (sides_mm <= high)).all():
+        raise ValueError(f"{dimensions}: expected the three sides of a voxel, {low} to {high} mm, "
+                         f"got {sides_mm[:4].tolist()}")
     label = np.zeros(GRID ** 3, np.uint8)
     annotated = []
     for file, name in STRUCTURES.items():
@@ -84,22 +89,10 @@ def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list
         raise ValueError(f"{ct}: it lists no voxel, or a value that is no grey value of a CT")
     image = np.full(GRID ** 3, AIR_HU, np.int16)
     image[voxels] = hu
-    return _as_volume(image), _as_volume(label), affine, annotated
-
-
-def _as_volume(flat: np.ndarray) -> np.ndarray:
-    """The source counts in C order along axes to the back, the left and the feet."""
-    return flat.reshape(GRID, GRID, GRID).transpose(1, 0, 2)[:, :, ::-1]
-
-
-def _read_affine(path: Path) -> np.ndarray:
-    """The affine (4, 4) voxel -> mm of axes to the left, back and head, from a voxel's sides."""
-    sides_mm = _parse(path, path.read_bytes(), columns=1)[:, 0]
-    low, high = nifti.VOXEL_SIDE_MM
-    if len(sides_mm) != 3 or not ((sides_mm >= low) & (sides_mm <= high)).all():
-        raise ValueError(f"{path}: expected the three sides of a voxel, {low} to {high} mm, got "
-                         f"{sides_mm[:4].tolist()}")
-    return np.diag([-sides_mm[0], -sides_mm[1], sides_mm[2], 1])
+    # The source counts in C order along axes to the back, the left and the feet
+    image, label = (flat.reshape(GRID, GRID, GRID).transpose(1, 0, 2)[:, :, ::-1]
+                    for flat in (image, label))
+    return image, label, np.diag([-sides_mm[0], -sides_mm[1], sides_mm[2], 1]), annotated
 
 
 def _read_list(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +107,9 @@ def _read_list(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
                          "voxels of OpenKBP")
     table = _parse(path, lines, columns)
     indices = table[:, 0]
-    right = (indices >= 0) & (indices < GRID ** 3) & (indices == np.floor(indices))
-    if not right.all():
-        raise ValueError(f"{path}: {indices[~right][0]:.10g} is not the index of a voxel, 0 to "
+    wrong = indices[~((indices >= 0) & (indices < GRID ** 3) & (indices == np.floor(indices)))]
+    if len(wrong):
+        raise ValueError(f"{path}: {wrong[0]:.10g} is not the index of a voxel, 0 to "
                          f"{GRID ** 3 - 1}")
     return indices.astype(np.int64), table[:, 1:]
 
@@ -127,33 +120,15 @@ def _parse(path: Path, text: bytes, columns: int) -> np.ndarray:
         return np.empty((0, columns))
     if not text.endswith(b"\n"):
         raise ValueError(f"{path}: its last line is cut off")
-    lines = text.decode("latin-1").splitlines()
     try:
-        return np.loadtxt(lines, delimiter=",", comments=None, usecols=range(columns), ndmin=2)
+        return np.loadtxt(text.decode("latin-1").splitlines(), delimiter=",", comments=None,
+                          usecols=range(columns), ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable CSV file ({error})") from None
 
 
 # ---- writing the datasets ----------------------------------------------------------------------
-def find_patients(source: Path) -> dict[str, list[Path]]:
-    """{"train-pats" or "test-pats": the folders of its patients, by number}
-
-    source  the cloned repository, or its folder provided-data
-    raises  FileNotFoundError  if it has no patient of either part
-    """
-    root = source / "provided-data"
-    if not root.is_dir():
-        root = source
-    found = {part: sorted((path for path in (root / part).glob("pt_*")
-                           if re.fullmatch(r"pt_\d+", path.name)),
-                          key=lambda path: _by_number(path.name)) for part in DATASETS}
-    if not any(found.values()):
-        raise FileNotFoundError(f"{source}: no folder train-pats/pt_N or test-pats/pt_N in it; "
-                                "clone github.com/ababier/open-kbp and name that folder")
-    return found
-
-
-def _by_number(case: str) -> tuple[int, str]:
+def by_number(case: str) -> tuple[int, str]:
     """Sorting key: pt_9 comes before pt_10."""
     return len(case), case
 
@@ -195,8 +170,8 @@ def convert(patients: list[Path], dataset: Path, split: str) -> None:
 
 
 def _write_dataset_json(path: Path, annotated: dict[str, list[str]]) -> None:
-    by_number = {case: annotated[case] for case in sorted(annotated, key=_by_number)}
-    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "annotated": by_number,
+    ordered = {case: annotated[case] for case in sorted(annotated, key=by_number)}
+    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "annotated": ordered,
                "file_ending": ".nii.gz", "numTraining": len(annotated), "source": SOURCE}
     with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -220,11 +195,18 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, required=True,
                         help="folder that gets the two dataset folders and kbp.json")
     args = parser.parse_args(argv)
-    found = find_patients(args.source)
+    root = args.source / "provided-data"
+    if not root.is_dir():
+        root = args.source
+    found = {part: [path for path in (root / part).glob("pt_*")
+                    if re.fullmatch(r"pt_\d+", path.name)] for part in DATASETS}
+    if not any(found.values()):
+        raise FileNotFoundError(f"{args.source}: no folder train-pats/pt_N or test-pats/pt_N in "
+                                "it; clone github.com/ababier/open-kbp and name that folder")
     write_class_table(args.out / "kbp.json")
     for part, patients in found.items():
         name, split = DATASETS[part]
-        convert(patients, args.out / name, split)
+        convert(sorted(patients, key=lambda path: by_number(path.name)), args.out / name, split)
     return 0
 
 

@@ -28,8 +28,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,24 +40,14 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
 import data
 from support import files, pictures, processes
 
 # What a truth value means, as a set of classes: a lesion voxel also belongs to its host organ.
-TRUTH = {
-    1: {"Spleen"},
-    2: {"Right Kidney"},
-    3: {"Left Kidney"},
-    4: {"Gall Bladder"},
-    5: {"Liver"},
-    6: {"Stomach"},
-    7: {"Aorta"},
-    8: {"Postcava"},
-    9: {"Pancreas"},
-    10: {"Right Lung"},
-    11: {"Left Lung"},
+ORGANS = ("Spleen", "Right Kidney", "Left Kidney", "Gall Bladder", "Liver", "Stomach", "Aorta",
+          "Postcava", "Pancreas", "Right Lung", "Left Lung")
+TRUTH = {i: {name} for i, name in enumerate(ORGANS, 1)} | {
     12: {"Liver", "Liver Tumor"},
     13: {"Right Kidney", "Kidney Cyst"},
     14: {"Left Kidney", "Kidney Cyst"},
@@ -69,22 +57,14 @@ TRUTH = {
 }
 
 # How the datasets spell a class. A dataset.json that labels the class uses one of the spellings.
-SPELLING = {
-    "Spleen": ("spleen",),
+LESIONS = ("Liver Tumor", "Kidney Cyst", "Lung Tumor", "Pancreas Tumor")
+SPELLING = {name: (name.lower(),) for name in (*ORGANS, *LESIONS)} | {
     "Right Kidney": ("kidney_right", "kidney"),
     "Left Kidney": ("kidney_left", "kidney"),
     "Gall Bladder": ("gallbladder", "gall bladder"),
-    "Liver": ("liver",),
-    "Stomach": ("stomach",),
-    "Aorta": ("aorta",),
     "Postcava": ("inferior_vena_cava", "postcava"),
-    "Pancreas": ("pancreas",),
     "Right Lung": ("lung_right",),
     "Left Lung": ("lung_left",),
-    "Liver Tumor": ("liver tumor",),
-    "Kidney Cyst": ("kidney cyst",),
-    "Lung Tumor": ("lung tumor",),
-    "Pancreas Tumor": ("pancreas tumor",),
 }
 
 # "labels" of each dataset.json: name -> a value, or the list of values that make up a region.
@@ -92,10 +72,7 @@ TEST = "Dataset199_PhantomTest"
 DATASETS = {
     "Dataset101_PhantomKidney": {"kidney": [1, 2], "kidney cyst": 2},
     "Dataset102_PhantomLiver": {"liver": [1, 2], "liver tumor": 2},
-    "Dataset103_PhantomOrgans": {
-        "spleen": 1, "kidney_right": 2, "kidney_left": 3, "gallbladder": 4, "liver": 5,
-        "stomach": 6, "aorta": 7, "inferior_vena_cava": 8, "pancreas": 9, "lung_right": 10,
-        "lung_left": 11},
+    "Dataset103_PhantomOrgans": {SPELLING[c][0]: i for i, c in enumerate(ORGANS, 1)},
     "Dataset104_PhantomSpleen": {"spleen": 1},
     "Dataset105_PhantomTrunk": {
         "lung_left": 1, "lung_right": 2, "aorta": 3, "postcava": 4, "stomach": 5, "pancreas": 6,
@@ -120,7 +97,7 @@ class Shape(NamedTuple):
     """A solid in the body frame."""
     low: np.ndarray         # corner of a bounding box, mm
     high: np.ndarray        # opposite corner, mm
-    distance: Callable      # p, the three coordinate arrays x, y, z -> signed distance in mm
+    distance: Callable      # p, the coordinate arrays x, y, z -> signed distance in mm
 
 
 def _ellipsoid(centre, radii, tilt=(0, 0, 0)) -> Shape:
@@ -177,21 +154,26 @@ WHOLE = (slice(None),) * 3      # the box of the whole grid
 class _Body:
     """The scan while it is painted.
 
-    axes   coordinates in the body frame of the voxels along each array axis
-    p      the same, warped, as three arrays (D, H, W): where each voxel lies in the body
-    hu     (D, H, W) float32
-    truth  (D, H, W) uint8
+    mm       size of the patient: mm per unit of the body frame
+    low, high, spacing_mm   corners of the field of view and distances of voxels, mm
+
+    axes_mm  coordinates of the voxels along each array axis, mm; axes: the same in the body frame
+    p        the latter, warped, as three arrays (D, H, W): where each voxel lies in the body
+    hu       (D, H, W) float32
+    truth    (D, H, W) uint8
     """
 
-    def __init__(self, axes, voxel_mm, rng):
-        self.axes = axes
-        self.voxel_mm = np.float32(voxel_mm)
+    def __init__(self, mm, low, high, spacing_mm, rng):
+        shape = [round((high[i] - low[i]) / spacing_mm[i]) for i in range(3)]
+        self.axes_mm = [low[i] + spacing_mm[i] * np.arange(shape[i]) for i in range(3)]
+        self.axes = [a / mm for a in self.axes_mm]
+        self.voxel_mm = np.float32(np.prod(spacing_mm) ** (1 / 3) / mm)
         self.rng = rng
-        self.hu = np.full([len(a) for a in axes], -1000, np.float32)
-        self.truth = np.zeros(self.hu.shape, np.uint8)
+        self.hu = np.full(shape, -1000, np.float32)
+        self.truth = np.zeros(shape, np.uint8)
         # One smooth warp of space for all shapes: neighbours bend together and do not collide.
         self.p = [a.astype(np.float32) + np.float32(3.5) * self.noise(75)
-                  + np.float32(1.2) * self.noise(28) for a in np.ix_(*axes)]
+                  + np.float32(1.2) * self.noise(28) for a in np.ix_(*self.axes)]
 
     def noise(self, step_mm, box=WHOLE):
         """Random field of unit variance, smooth over `step_mm`, fixed to the body, not the grid.
@@ -565,33 +547,23 @@ def _paint_vessels(body, tissue_hu):
 
 
 # ---- lesions -----------------------------------------------------------------------------------
-class _Lesion(NamedTuple):
-    host: int           # truth value of the organ
-    value: int          # truth value of the lesion
-    radius_mm: float
-    hu: float
-    inside: float       # share of the radius within which all must be host
-
-
-CYSTS = (13, 14)
 BULGING_HOSTS = (2, 3, 9)       # a lesion of a kidney or the pancreas may bulge into the fat
 
 
-def _plan_lesions(rng, tissue_hu) -> list[_Lesion]:
+def _plan_lesions(rng, tissue_hu) -> list[tuple]:
+    """Truth value of the organ and of the lesion, radius in mm, HU, and the share of the radius
+    within which all must be organ."""
     plan = []
     if rng.random() < 0.9:
         for _ in range(rng.integers(1, 4)):
-            plan.append(_Lesion(5, 12, rng.uniform(15, 26),
-                                tissue_hu["liver"] - rng.uniform(55, 70), 0.8))
+            plan.append((5, 12, rng.uniform(15, 26), tissue_hu["liver"] - rng.uniform(55, 70), 0.8))
     for side in (0, 1):                 # right, left
         if rng.random() < 0.7:
-            plan.append(_Lesion(2 + side, 13 + side, rng.uniform(18, 25), rng.uniform(0, 15), 0.3))
+            plan.append((2 + side, 13 + side, rng.uniform(18, 25), rng.uniform(0, 15), 0.3))
         if rng.random() < 0.3:
-            plan.append(_Lesion(10 + side, 15 + side, rng.uniform(15, 26), rng.uniform(30, 70),
-                                0.8))
+            plan.append((10 + side, 15 + side, rng.uniform(15, 26), rng.uniform(30, 70), 0.8))
     if rng.random() < 0.3:
-        plan.append(_Lesion(9, 17, rng.uniform(8, 13),
-                            tissue_hu["pancreas"] - rng.uniform(35, 50), 0.5))
+        plan.append((9, 17, rng.uniform(8, 13), tissue_hu["pancreas"] - rng.uniform(35, 50), 0.5))
     return plan
 
 
@@ -612,19 +584,19 @@ def _find_room(body, host, reach):
 def _paint_lesions(body, tissue_hu, mm):
     """mm  size of one unit of the body frame, so that a lesion's radius is in true mm"""
     rng = body.rng
-    for lesion in _plan_lesions(rng, tissue_hu):
-        radius = lesion.radius_mm / mm
-        cyst = lesion.value in CYSTS
-        centre = _find_room(body, lesion.host, radius * lesion.inside)
+    for host, value, radius_mm, hu, inside in _plan_lesions(rng, tissue_hu):
+        radius = radius_mm / mm
+        cyst = value in (13, 14)
+        centre = _find_room(body, host, radius * inside)
         if centre is None:
             continue
         shape = _ellipsoid(centre, radius * rng.uniform(0.9, 1.1, 3))
         box, sd = body.distance(shape, bumps=0.3 if cyst else 1.2, bump_mm=12)
         spots = 0 if cyst else 7 * body.noise(7, box)
-        over = [lesion.host, 0] if lesion.host in BULGING_HOSTS else [lesion.host]
-        body.paint(sd, lesion.hu + spots, lesion.value, box=box, over=over)
-        if lesion.value == 12 and radius > 13:          # a large liver tumour has a necrotic core
-            body.paint(sd + 0.55 * radius, lesion.hu - 18, box=box, over=[lesion.value])
+        body.paint(sd, hu + spots, value, box=box,
+                   over=[host, 0] if host in BULGING_HOSTS else [host])
+        if value == 12 and radius > 13:                 # a large liver tumour has a necrotic core
+            body.paint(sd + 0.55 * radius, hu - 18, box=box, over=[value])
 
 
 # ---- the scanner -------------------------------------------------------------------------------
@@ -655,24 +627,18 @@ def _acquisition(rng, mm, hospital):
     return phase, spacing_mm, noise_hu, low, high
 
 
-def _coordinates(low, high, spacing_mm) -> list[np.ndarray]:
-    """Voxel centres along each axis, mm."""
-    return [low[i] + spacing_mm[i] * np.arange(round((high[i] - low[i]) / spacing_mm[i]))
-            for i in range(3)]
-
-
-def _add_table(body, axes, spacing_mm):
+def _with_table(body, spacing_mm):
     """The HU with the scanner's table, a curved hollow plate under the patient's back."""
-    x, y, _ = np.ix_(*axes)
-    back = axes[1][(body.hu > -500).any((0, 2)).argmax()]
+    x, y, _ = np.ix_(*body.axes_mm)
+    back = body.axes_mm[1][(body.hu > -500).any((0, 2)).argmax()]
     sink = np.sqrt(x ** 2 + (y - 420) ** 2) - 423 + back
     plate = np.clip(1.6 - np.abs(sink) / spacing_mm[0], 0, 1) * 950 + (np.abs(sink - 9) < 7) * 50
     return body.hu + ((body.hu < -950) & (np.abs(x) < 210) & (y < -50)) * plate
 
 
-def _add_noise(image, axes, noise_hu, rng):
+def _with_noise(image, body, noise_hu, rng):
     """CT noise is grainy, not white, and stronger deep in the body."""
-    x, y, _ = np.ix_(*axes)
+    x, y, _ = np.ix_(*body.axes_mm)
     grain = rng.standard_normal(image.shape, dtype=np.float32)
     grain = gaussian_filter(grain, (0.75, 0.75, 0.35)) - 0.6 * gaussian_filter(grain, (2, 2, 0.35))
     depth = np.exp(-(x ** 2 / 2.4e4 + y ** 2 / 1.4e4))
@@ -694,8 +660,7 @@ def make_scan(seed, *, healthy=False, hospital="a"):
     scanner, anatomy, lesions, dots = (np.random.default_rng([seed, i]) for i in range(4))
     mm = anatomy.uniform(0.92, 1.1)             # size of the patient: mm per unit of the body frame
     phase, spacing_mm, noise_hu, low, high = _acquisition(scanner, mm, hospital)
-    axes = _coordinates(low, high, spacing_mm)
-    body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
+    body = _Body(mm, low, high, spacing_mm, anatomy)
     levels = np.array(PHASES[phase]) * scanner.uniform(0.96, 1.04) + scanner.normal(0, 3, 8)
     tissue_hu = dict(zip(TISSUES, levels.tolist(), strict=True))
 
@@ -710,9 +675,9 @@ def make_scan(seed, *, healthy=False, hospital="a"):
         body.rng = lesions                      # so that a healthy body is the same body
         _paint_lesions(body, tissue_hu, mm)
 
-    image = _add_table(body, axes, spacing_mm)
+    image = _with_table(body, spacing_mm)
     image = gaussian_filter(image.astype(np.float32), 1.3 / spacing_mm)     # point spread
-    image = _add_noise(image, axes, noise_hu, dots)
+    image = _with_noise(image, body, noise_hu, dots)
     return _store(np.clip(image, -1024, 3071), body.truth, spacing_mm, low, scanner)
 
 
@@ -838,8 +803,7 @@ def make_knee(seed):
     spacing_mm = np.append(scanner.uniform(1.4, 2.2), np.repeat(scanner.uniform(0.8, 1.1), 2))
     low = -scanner.uniform(46, 52, 3)
     high = scanner.uniform(46, 52, 3)
-    axes = _coordinates(low, high, spacing_mm)
-    body = _Body([a / mm for a in axes], np.prod(spacing_mm) ** (1 / 3) / mm, anatomy)
+    body = _Body(mm, low, high, spacing_mm, anatomy)
     body.hu[:] = 0
     grey = SimpleNamespace(cartilage=_vary(anatomy, 330),
                            dark=_vary(anatomy, 60),         # cortical bone and menisci
@@ -917,8 +881,7 @@ class Job(NamedTuple):
 def _write_case(job: Job) -> None:
     """One scan into one dataset folder: the image, and the labels that this dataset has."""
     kind = ANATOMY[job.anatomy]
-    how = {"healthy": True} if job.healthy else {}
-    image, truth, affine = kind.make(job.seed, **how)
+    image, truth, affine = kind.make(job.seed, **({"healthy": True} if job.healthy else {}))
     label = values_for(kind.datasets[job.folder.name], job.anatomy)[truth]
     write_nifti(job.folder / f"images{job.split}" / f"{job.case}_0000.nii.gz", image, affine)
     write_nifti(job.folder / f"labels{job.split}" / f"{job.case}.nii.gz", label, affine)
@@ -943,38 +906,24 @@ def _deal(out: Path, scans: int, test_scans: int, seed: int, anatomy: str) -> li
     return jobs
 
 
-def _write_dataset_json(folder: Path, training_scans: int, anatomy: str) -> None:
+def write_datasets(out, *, scans, seed, test_scans=6, anatomy="abdomen"):
+    """Write training scans, dealt over the training datasets, and test scans."""
     kind = ANATOMY[anatomy]
-    names = {"background": 0}
-    for name, values in kind.datasets[folder.name].items():
-        one_value = isinstance(values, list) and len(values) == 1
-        names[name] = values[0] if one_value else values
-    content = {"channel_names": {"0": kind.modality}, "labels": names,
-               "numTraining": training_scans, "file_ending": ".nii.gz"}
-    with files.atomic_write(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_datasets(out, *, scans, seed, test_scans=6, processes=None, anatomy="abdomen"):
-    """Write `scans` training scans, dealt over the training datasets, and `test_scans` test scans.
-
-    processes  scans made at a time (default: one per processor, at least two)
-    """
     jobs = _deal(out, scans, test_scans, seed, anatomy)
-    for job in jobs:
-        (job.folder / f"images{job.split}").mkdir(parents=True, exist_ok=True)
-        (job.folder / f"labels{job.split}").mkdir(exist_ok=True)
     for folder in dict.fromkeys(job.folder for job in jobs):
+        names = {"background": 0}
+        for name, values in kind.datasets[folder.name].items():
+            one_value = isinstance(values, list) and len(values) == 1
+            names[name] = values[0] if one_value else values
         training = sum(job.folder == folder and job.split == "Tr" for job in jobs)
-        _write_dataset_json(folder, training, anatomy)
+        content = {"channel_names": {"0": kind.modality}, "labels": names,
+                   "numTraining": training, "file_ending": ".nii.gz"}
+        with files.atomic_write(folder / "dataset.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
     if anatomy != "abdomen":
         with files.atomic_write(out / f"{anatomy}.json") as temporary:
-            temporary.write_text(json.dumps(list(ANATOMY[anatomy].spelling)) + "\n")
-    # spawn: a forked process may inherit a lock that another thread of the caller holds
-    workers = min(processes or max(2, os.cpu_count() or 2), len(jobs))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for _ in tqdm(pool.imap_unordered(_write_case, jobs), total=len(jobs), unit="scan"):
-            pass
+            temporary.write_text(json.dumps(list(kind.spelling)) + "\n")
+    processes.pool_map(_write_case, jobs, desc=str(out), unit="scan")
 
 
 def draw(path, seed, anatomy="abdomen"):

@@ -17,11 +17,10 @@ TINY = bench.Size(side=32, classes=4, annotated=(1, 3), width=8, feature_size=12
 TINY_SWIN = dataclasses.replace(TINY, side=64)
 
 
-def logits_of(side, backbone="unet", size=TINY, batch=1, variant="fast.py"):
+def logits_of(side, backbone="unet", size=TINY, batch=1):
     """Of a network and of windows that depend on nothing but a seed."""
     torch.manual_seed(0)
-    with bench.switched(variant):
-        return bench.window(side, backbone, size=size, batch=batch)()
+    return bench.window(side, backbone, size=size, batch=batch)()
 
 
 # ---- baselines -----------------------------------------------------------------------------------
@@ -119,16 +118,14 @@ def test_surfaces_are_those_of_surface_distance():
 
 @pytest.mark.slow
 def test_a_part_is_measured_in_a_process_of_its_own():
-    numbers = bench.in_own_process("heads/ours")
-    assert 0 < numbers["ours_gb"] < 100
-    assert "KeyError" in bench.in_own_process("heads/theirs")["error"]
-    assert bench.in_own_process("heads/ours", limit_s=0.1)["error"].startswith("ended after")
+    assert 0 < bench.in_own_process("heads", "ours")["ours_gb"] < 100
+    assert "KeyError" in bench.in_own_process("heads", "theirs")["error"]
 
 
 def test_rows_that_were_not_measured_again_stay_in_the_file(monkeypatch, tmp_path):
     out = tmp_path / "bench.json"
     out.write_text(json.dumps({"rows": {"heads": {"goal": "20x", "kept": 1}}}))
-    monkeypatch.setattr(bench, "in_own_process", lambda part: {"seconds": 0.25})
+    monkeypatch.setattr(bench, "in_own_process", lambda name, part: {"seconds": 0.25})
     assert bench.main(["--only", "huge", "--out", str(out)]) == 0
     assert list(json.loads(out.read_text())["rows"]) == ["heads", "huge_ct"]
     *_, last = out.with_suffix(".md").read_text().splitlines()
@@ -139,7 +136,7 @@ def test_a_table_by_hand():
     numbers = {"goal": "2x", "base_s": 4.0, "plain_s": 3.0, "ours_s": 1.0, "bf16_s": 0.5,
                "base_gb": 2.0, "plain_gb": 1.5, "ours_gb": 1.0}
     other = {"goal": "few", "windows": 12, "whole_s": 0.12345, "threads": 2}
-    assert bench.markdown({"rows": {"step_unet": numbers, "whole_ct": other}}) == """\
+    assert bench.tables({"rows": {"step_unet": numbers, "whole_ct": other}}) == """\
 | row | goal | measured | peak memory |
 | --- | --- | --- | --- |
 | step unet | 2x | 4.00x (4 s, plain 3 s, here 1 s), bf16 8.00x | \
@@ -151,24 +148,23 @@ def test_a_table_by_hand():
 # ---- the GPU's measurements ----------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone, size", [("unet", TINY), ("swin", TINY_SWIN)])
-def test_every_variant_swaps_what_it_says_and_computes_the_same(backbone, size):
+def test_every_form_computes_the_same_and_a_piece_is_the_only_class_that_is_swapped(backbone, size):
     before = dict(fast.FAST)
     want = logits_of("plain", backbone, size)
-    for variant in bench.VARIANTS:
-        torch.testing.assert_close(logits_of("fast", backbone, size, variant=variant), want,
-                                   rtol=1e-3, atol=1e-3)
-    with bench.switched("only UniversalModel (heads)"):
-        assert set(fast.FAST) == {model.UniversalModel}
+    for side in ("fast", "WindowAttention", "UniversalModel"):
+        torch.testing.assert_close(logits_of(side, backbone, size), want, rtol=1e-3, atol=1e-3)
+    swapped = {type(m) for m in bench.build("UniversalModel", backbone, size).modules()}
+    assert swapped & set(before.values()) == {fast.FastUniversalModel}
     assert fast.FAST == before
 
 
-def test_precision_is_set_and_restored():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    for mode, want in bench.MODES.items():
-        with bench.precision(mode) as amp:
-            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
-                    amp) == want
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+@pytest.fixture
+def tf32():
+    """Restores the settings of TF32, which are those of the process."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def test_no_measurement_comes_twice_and_the_most_important_come_first():
@@ -176,43 +172,46 @@ def test_no_measurement_comes_twice_and_the_most_important_come_first():
     assert len(set(plan)) == len(plan)
     assert [m.mode for m in plan[:24]] == ["bf16"] * 12 + ["fp32"] * 12
     assert plan[24].table == "scan" and plan[-1].side == "compiled"
-    assert all(m.variant in bench.VARIANTS and m.mode in bench.MODES for m in plan)
 
 
-def tiny_plan():
-    """A window of three sides, a step, a piece and a failure."""
+@pytest.mark.slow
+def test_measurements_of_the_gpu_on_the_cpu(tmp_path, capsys, tf32):
+    """Windows and steps of all forms and precisions, a piece, a whole scan and a failure."""
     plan = [bench.Measurement("networks", "window", side=side, mode=mode, batch=batch)
             for side, mode, batch in (("base", "fp32", 1), ("plain", "tf32", 1),
                                       ("fast", "bf16", 1), ("fast", "fp32", 4))]
-    return [*plan, bench.Measurement("networks", "step", mode="fp32", batch=2),
-            bench.Measurement("pieces", "window", variant="model.py", mode="fp32"),
-            bench.Measurement("pieces", "step", backbone="resnet", mode="fp32")]
-
-
-@pytest.mark.slow
-def test_measurements_of_the_gpu_on_the_cpu(tmp_path, capsys):
+    plan += [bench.Measurement("networks", "step", mode="fp32", batch=2),
+             bench.Measurement("pieces", "window", side="UniversalModel", variant="only heads"),
+             bench.Measurement("scan", "no-postprocess", batch=4),
+             bench.Measurement("pieces", "step", backbone="resnet", mode="fp32")]
     out = tmp_path / "results" / "bench-cuda.json"
-    content = bench.run_measurements(tiny_plan(), "cpu", out, {"device": "none"}, size=TINY, runs=2)
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    content = bench.run_measurements(plan, "cpu", out, {"device": "none"}, size=TINY, runs=2,
+                                     shape=(40, 36, 30))
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
     assert printed == content["measurements"] == json.loads(out.read_text())["measurements"]
     *good, failed = printed
-    assert all(e["ms"] > 0 and e["gb"] is None for e in good)
-    assert "error" in failed and "ms" not in failed
-    assert out.with_suffix(".md").read_text() == bench.markdown(content)
+    assert all(e.get("ms", e.get("s")) > 0 and e["gb"] is None for e in good)
+    assert "KeyError" in failed["error"] and "ms" not in failed
+    assert out.with_suffix(".md").read_text() == bench.tables(content)
+
+
+def test_precision_is_that_of_the_mode(monkeypatch, tf32):
+    seen = []
+
+    def window(side, backbone, amp, **_):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, amp))
+        return list
+    monkeypatch.setattr(bench, "window", window)
+    for mode in bench.MODES:
+        bench.measure(bench.Measurement("networks", "window", mode=mode), "cpu")
+    assert seen == list(bench.MODES.values())
 
 
 def test_what_no_time_is_left_for_is_named(tmp_path):
-    content = bench.run_measurements(tiny_plan()[:2], "cpu", tmp_path / "b.json", {}, size=TINY,
+    content = bench.run_measurements(bench.measurements()[:2], "cpu", tmp_path / "b.json", {},
                                      limit_s=0)
     assert [e["error"] for e in content["measurements"]] == [
         "not run: the time limit was reached"] * 2
-
-
-@pytest.mark.slow
-def test_a_whole_scan_is_timed():
-    m = bench.Measurement("scan", "no-postprocess", batch=4)
-    numbers = bench.measure_scan(m, "cpu", TINY, shape=(40, 36, 30))
-    assert numbers["s"] > 0 and numbers["gb"] is None
 
 
 def test_without_a_gpu_the_command_says_so(capsys):
@@ -238,7 +237,7 @@ def test_tables_of_the_gpu_by_hand():
         entry("pieces", "step", variant="fast.py", ms=5.0, gb=0.5),
         entry("pieces", "window", variant="fast.py", backbone="swin", error="OutOfMemoryError: []"),
     ]}
-    assert bench.markdown(content) == """\
+    assert bench.tables(content) == """\
 | time per window or step | mode | base | plain | fast | compiled | base / fast |
 | --- | --- | --- | --- | --- | --- | --- |
 | window, U-Net, batch 4 | bf16 | 20.0 ms, 2.00 GB | 15.0 ms, 1.50 GB | 10.0 ms, 1.00 GB | \

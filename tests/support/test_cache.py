@@ -1,7 +1,6 @@
 """Preprocessed scans: what an entry holds, when it is made again."""
 import json
 import shutil
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,12 +9,6 @@ from conftest import affine_of, body, write_nifti
 
 import labels
 from support import cache, datasets
-
-
-# ---- cache -------------------------------------------------------------------------------------
-def test_datasets_are_found_inside_a_folder(tiny):
-    folders = datasets.find_datasets([tiny / "raw"])
-    assert [folder.name for folder in folders] == ["Dataset901_Liver", "Dataset902_Kidney"]
 
 
 def test_cache_holds_sides_regions_and_class_voxels(tiny_cases, tmp_path):
@@ -33,6 +26,8 @@ def test_cache_holds_sides_regions_and_class_voxels(tiny_cases, tmp_path):
 
 def test_a_cache_entry_is_built_once_for_each_spacing(tiny_cases, tmp_path):
     first = cache.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
+    assert {path.name for path in first.entry.iterdir()} == {"image.npy", "rows.npy", "points.npy",
+                                                             "meta.json"}
     stamp = first.entry.stat().st_mtime_ns
     again = cache.build_all(tiny_cases, tmp_path / "cache", 4.0)[0]
     assert again.entry == first.entry and again.entry.stat().st_mtime_ns == stamp
@@ -54,13 +49,7 @@ def test_a_class_that_becomes_annotated_gets_crop_centres(tiny, tmp_path):
     assert present == [[26], [5, 26]]
 
 
-def test_the_files_of_a_cache_entry(tiny_scans):
-    files = {path.name for path in tiny_scans[0].entry.iterdir()}
-    assert files == {"image.npy", "rows.npy", "points.npy", "meta.json"}
-    assert set(tiny_scans[0].meta) == {"points", "fingerprint", "shape", "spacing_mm", "undecided"}
-
-
-def half_body_case(tiny, folder, names, value_of):
+def half_body_case(folder, names, value_of):
     """The right half of a body, with the values of conftest.body replaced by value_of's."""
     hu, label = body(3)
     new = np.zeros_like(label)
@@ -73,24 +62,11 @@ def half_body_case(tiny, folder, names, value_of):
     return datasets.read_dataset(folder, labels.CLASSES)[0]
 
 
-def test_a_case_may_list_structures_of_its_dataset_that_the_class_table_lacks():
-    """The table has one of the two structures; "cords" is a typing error, known nowhere."""
-    info = {"labels": {"background": 0, "cord": 1, "larynx": 2},
-            "annotated": {"a": ["cord", "larynx", "liver"], "b": ["larynx"]}}
-    classes = [labels.Class("cord")]
-    masks = datasets.annotated_per_case(info, classes, Path("dataset.json"))
-    assert {case: mask.tolist() for case, mask in masks.items()} == {"a": [True], "b": [False]}
-    info["annotated"]["a"] = ["cords"]
-    with pytest.raises(ValueError, match='dataset.json: "annotated", a: no class.*cords'):
-        datasets.annotated_per_case(info, classes, Path("dataset.json"))
-
-
-def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(tiny, tmp_path,
-                                                                               capsys):
+def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(tmp_path, capsys):
     """A right kidney in the right half of a body lies on both sides of the middle of what is in
     view. Nothing else about the scan is lost, also when it is found in the cache."""
     names, values = {"liver": 1, "kidney": 2}, {1: 1, 2: 1, 3: 2}
-    case = half_body_case(tiny, tmp_path / "D1", names, values)
+    case = half_body_case(tmp_path / "D1", names, values)
     assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]
     scan = cache.build(case, tmp_path / "cache", 4.0)
     assert capsys.readouterr().out.count("right and left cannot be told apart") == 1
@@ -100,19 +76,18 @@ def test_kidneys_without_a_side_are_not_annotated_where_half_a_body_is_in_view(t
     assert np.flatnonzero(case.annotated).tolist() == [1, 2, 5]        # the case is not changed
 
 
-def test_kidneys_with_a_side_stay_annotated_where_half_a_body_is_in_view(tiny, tmp_path, capsys):
+def test_kidneys_with_a_side_stay_annotated_where_half_a_body_is_in_view(tmp_path, capsys):
     """Also a tumour without a side that touches one of them."""
     names, values = {"kidney_right": 1, "kidney_left": 2, "kidney tumor": 3}, {1: 1, 2: 3}
-    case = half_body_case(tiny, tmp_path / "D1", names, values)
+    case = half_body_case(tmp_path / "D1", names, values)
     scan = cache.build(case, tmp_path / "cache", 4.0)
     assert scan.meta["undecided"] == [] and scan.case.annotated.sum() == 3
     assert scan.present_classes() == [1, 25] and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("file, damage", [
-    ("image.npy", lambda b: b[:-7]), ("rows.npy", lambda b: None), ("rows.npy", lambda b: b""),
-    ("points.npy", lambda b: b[:200]), ("meta.json", lambda b: b""),
-    ("meta.json", lambda b: b"[]"),
+    ("image.npy", lambda b: b[:-7]), ("rows.npy", lambda b: None),
+    ("points.npy", lambda b: b[:200]), ("meta.json", lambda b: b""), ("meta.json", lambda b: b"[]"),
     ("meta.json", lambda b: b.replace(b'"shape": [', b'"shape": [1'))])
 def test_a_damaged_cache_entry_is_made_again(tiny_cases, tmp_path, file, damage):
     scan = cache.build(tiny_cases[0], tmp_path, 4.0)
@@ -126,21 +101,25 @@ def test_a_damaged_cache_entry_is_made_again(tiny_cases, tmp_path, file, damage)
     assert again.meta == scan.meta and len(list(tmp_path.iterdir())) == 1
 
 
+def test_preprocessing_checks_the_grid_and_the_grey_values(tiny, tmp_path, capsys):
+    """Of the first scan, the label lies 0.05 mm off and the values are no Hounsfield units."""
+    folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
+    first, second = datasets.read_dataset(folder, labels.CLASSES)
+    image, label = nib.load(first.image), nib.load(first.label)
+    write_nifti(first.image, np.asarray(image.dataobj) + np.int16(1024), image.affine)
+    write_nifti(first.label, np.asarray(label.dataobj),
+                image.affine + np.outer([0, 1, 0, 0], [0, 0, 0, 0.05]))
+    cache.build(first, tmp_path / "cache", 4.0)
+    printed = capsys.readouterr().out
+    assert f"note: {first.image}: its values lie in" in printed and "0.05 mm apart" in printed
+    write_nifti(second.image, np.full(image.shape, 60, np.int16), image.affine)
+    with pytest.raises(ValueError, match="c1_0000.nii.gz: all of its voxels have the value 60"):
+        cache.build(second, tmp_path / "cache", 4.0)
+
+
 def test_what_a_killed_process_left_in_the_cache_is_removed(tiny_cases, tmp_path):
     abandoned = tmp_path / ".0123.77.part"
     abandoned.mkdir()
     (abandoned / "image.npy").write_bytes(b"half")
     cache.build_all(tiny_cases[:1], tmp_path, 4.0, workers=0, quiet=True)
     assert not abandoned.exists()
-
-
-def test_label_and_image_a_twentieth_of_a_mm_apart_are_treated_as_one_grid(tiny, tmp_path, capsys):
-    folder = shutil.copytree(tiny / "raw/Dataset901_Liver", tmp_path / "Dataset901_Liver")
-    file = folder / "labelsTr/c0.nii.gz"
-    img = nib.load(file)
-    array, affine = np.asarray(img.dataobj), img.affine.copy()
-    affine[1, 3] += 0.05
-    nib.save(nib.Nifti1Image(array, affine), file)
-    cache.build(datasets.read_dataset(folder, labels.CLASSES)[0], tmp_path / "cache", 4.0)
-    printed = capsys.readouterr().out
-    assert "note:" in printed and "0.05 mm apart" in printed

@@ -1,4 +1,5 @@
 """The commands, links and snippets of README.md, docs and experiments/RESULTS.md work."""
+import importlib
 import json
 import math
 import re
@@ -31,6 +32,8 @@ RESULTS = ROOT / "experiments" / "RESULTS.md"
 DOCS = ROOT / "docs"
 GUIDE = DOCS / "guide.md"
 DOCUMENTS = [README, *sorted(DOCS.glob("*.md")), RESULTS]
+OTHERS_FLAGS = {"--num_samples", "--uniform_sample", "--dist", "--nproc-per-node", "--standalone"}
+NO_NAMES = {"model.safetensors"}           # files of other programs that look like names of ours
 LONGEST_README = 12_000         # bytes
 MAINS = {"train.py": train.parse, "infer.py": infer.main, "metrics.py": metrics.main,
          "clip_text.py": clip_text.main, "labels.py": labels.main,
@@ -73,6 +76,27 @@ def test_every_flag_of_every_command_exists(document, capsys):
         known = capsys.readouterr().out
         for flag in (a for a in args if a.startswith("--")):
             assert re.search(rf"{flag}\b", known), (name, flag)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_every_flag_file_and_name_in_backquotes_exists(document, capsys):
+    """`--flag` of some command, `folder/file.py`, and `module.name` of the house."""
+    known = ""
+    for main in MAINS.values():
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        known += capsys.readouterr().out
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    gone = text.partition("## What this version no longer does")[2]
+    for piece in re.findall(r"`([^`\n]+)`", text.replace(gone, "")):
+        for flag in re.findall(r"(?<!\S)--[a-z][a-z_-]*", piece):
+            assert re.search(rf"{flag}\b", known) or flag in OTHERS_FLAGS, (piece, flag)
+        if re.fullmatch(r"[\w/]+\.py", piece):
+            assert (ROOT / piece).is_file(), piece
+        found = re.fullmatch(r"((?:support\.)?\w+)\.(\w+)", piece)
+        if found and piece not in NO_NAMES and found[2] != "py" \
+                and (ROOT / f"{found[1].replace('.', '/')}.py").is_file():
+            assert hasattr(importlib.import_module(found[1]), found[2]), piece
 
 
 @pytest.mark.parametrize("document", [README, RESULTS], ids=lambda p: p.name)

@@ -283,7 +283,7 @@ def test_a_prompt_far_from_every_trained_text_is_doubted(tmp_path, monkeypatch, 
 def test_prompts_stand_beside_classes_and_other_words_for_them(tmp_path, clip):
     given = job(trained_with(tmp_path, CLIP_W), "--classes", "spleen", "--prompt", SPLEEN,
                 "--prompt", HEART, "--text", words_in(tmp_path, {"Spleen": "The lien"}))
-    assert given.indices == [1, 3, 4]
+    assert given.indices == [1, 3, 4] and given.settings.keys() >= {"text", "prompts"}
     assert given.w.tolist() == [OTHER.tolist()] * 3
 
 

@@ -57,7 +57,7 @@ def test_every_number_is_checked_and_its_flag_named(tmp_path, capsys, name):
     ({"patch": 65}, "multiples of 16"),
     ({"backbone": "swin_unetr", "patch": 80}, "multiples of 32"),
     ({"data": ("nowhere",), "text": "clip"}, "nowhere: no such folder"),       # before a download
-    ({"classes": "nowhere.json"}, "class table"),
+    ({"classes": "nowhere.json"}, "nowhere.json: not readable JSON"),
     ({"clip_weights": "c.pt"}, "leave it out with --text onehot"),
     ({"head_lr": 1.0, "lr": 0.0}, "--head-lr is a share of the schedule of --lr"),
     ({"modality": "pet"}, "ct or mri"),
