@@ -325,3 +325,15 @@ def test_the_region_of_a_host_is_that_of_three_distance_transforms(spacing):
     masks = PackedMasks.from_array(liver[None])
     got = postprocess.host_region(masks, [0], tuple(slice(0, n) for n in liver.shape), spacing)
     assert np.array_equal(got, want[:60, :50, :40])
+
+
+# ---- one label map of several masks --------------------------------------------------------------
+def test_a_child_is_drawn_over_its_parent_and_the_parent_of_that():
+    """The table has the innermost class first; the network finds the outermost most probable."""
+    classes = labels.make_classes([{"name": "Necrosis", "parents": ["Mass"]},
+                                   {"name": "Mass", "parents": ["Thyroid"]}, "Thyroid"])
+    seg = streaming.Segmentation((4, 1, 1), 3)
+    seg.masks = PackedMasks.from_array(
+        np.array([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1]], bool)[..., None, None])
+    seg.winner[:] = 2
+    assert seg.merge(classes).ravel().tolist() == [3, 2, 1, 1]
