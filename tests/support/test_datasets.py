@@ -138,7 +138,6 @@ FAULTS = {      # message: what is wrong with a dataset
     "label has shape": lambda folder: write_nifti(folder / LABEL, BOX[:3] % 2, EYE),
     "mm apart": lambda folder: write_nifti(folder / LABEL, BOX % 2, affine_of("RAS", (1, 1, 1))),
     "label values [2] are not": lambda folder: write_nifti(folder / LABEL, BOX % 3, EYE),
-    "3D scan": lambda folder: write_nifti(folder / IMAGE, BOX.reshape(4, 4, 2, 2), EYE),
     "is a class here": lambda folder: nnunet(folder, labels={"sacrum": 1}),
     "not readable JSON": lambda folder: (folder / "dataset.json").write_text("{"),
     '"training" must be': lambda folder: nnunet(folder, training=[{"image": IMAGE}]),
