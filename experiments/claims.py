@@ -394,14 +394,13 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
     trained = [names.index(name) for name in content["trained"]]
     patch = content["config"]["patch"]
     thetas = []
+    network.controller.register_forward_hook(lambda _, inputs, theta: thetas.append(theta[0]))
     for scan in sorted((test / "imagesTs").iterdir()):
         image, *_ = data.preprocess(data.load_volume(scan), content["config"]["spacing_mm"])
         corner = [(n - patch) // 2 for n in image.shape]
         window = torch.from_numpy(data.cut_out(image, corner, patch))
         with torch.no_grad():
-            deep, _ = network.backbone(window[None, None])
-            f = network.pool(network.pool_norm(deep).mean((2, 3, 4)))          # (1, 256)
-            thetas.append(network.controller(w[trained], f)[0])
+            network(window[None, None], w[trained])
     return content["trained"], torch.stack(thetas)
 
 
