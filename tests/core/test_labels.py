@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import labels
-from support import datasets
+from support import class_tables, datasets
 
 
 def name(k):
@@ -212,7 +212,7 @@ def test_no_lesion_in_an_organ_is_taught_as_background():
       "3 kidney cyst -> Right Kidney or Left Kidney; Kidney Cyst"])])
 def test_the_values_of_a_dataset_mean_in_a_table_of_ones_own(names, table, want):
     """An organ of which the table has one side is not background without its side."""
-    assert meaning_of(table, classes=labels.make_classes(names)) == want
+    assert meaning_of(table, classes=class_tables.make_classes(names)) == want
 
 
 @pytest.mark.parametrize("table, what", [
@@ -239,7 +239,7 @@ def test_a_class_table_of_ones_own_replaces_the_built_in_one(tmp_path):
     path.write_text(json.dumps(["Femur", {
         "name": "Medial Meniscus", "prompt": "A 3D MRI scan of the medial meniscus", "parents": [],
         "solid": 0.25}]))
-    table = labels.load_classes(path)
+    table = class_tables.load_classes(path)
     assert table[0] == labels.Class("Femur")
     assert labels.match("medial_meniscus", table) == (1,)
     assert table[1].sentence("V1") == "A 3D MRI scan of the medial meniscus"
@@ -248,12 +248,12 @@ def test_a_class_table_of_ones_own_replaces_the_built_in_one(tmp_path):
 
 def test_bare_names_of_the_built_in_table_are_the_built_in_table():
     names = [c.name for c in labels.CLASSES]
-    assert labels.make_classes(names) == labels.CLASSES
-    assert labels.make_classes(names[::-1]) == labels.CLASSES[::-1]
+    assert class_tables.make_classes(names) == labels.CLASSES
+    assert class_tables.make_classes(names[::-1]) == labels.CLASSES[::-1]
 
 
 def test_a_bare_name_keeps_its_spelling_and_takes_the_rest_also_by_a_synonym():
-    kidney, cava, celiac = labels.make_classes(["kidney_left", "IVC", "Celiac Artery"])
+    kidney, cava, celiac = class_tables.make_classes(["kidney_left", "IVC", "Celiac Artery"])
     assert kidney == labels.Class("kidney_left", side="left", solid=1.0, prompt_name="Left Kidney",
                                   synonyms=("Left Kidney",))
     assert cava.sentence("V3") == "A computerized tomography of a Postcava"     # as trained
@@ -264,10 +264,10 @@ def test_a_bare_name_keeps_its_spelling_and_takes_the_rest_also_by_a_synonym():
 
 def test_an_object_with_the_name_of_a_built_in_class_keeps_what_it_says():
     entries = [{"name": "Right Kidney"}, {"name": "Kidney Tumor", "parents": ["Right Kidney"]}]
-    table = labels.make_classes(entries)
+    table = class_tables.make_classes(entries)
     assert table == (
         labels.Class("Right Kidney"), labels.Class("Kidney Tumor", parents=("Right Kidney",)))
-    assert labels.other_side(0, labels.make_classes([*entries, "Left Kidney"])) is None
+    assert labels.other_side(0, class_tables.make_classes([*entries, "Left Kidney"])) is None
 
 
 def test_other_side_ignores_case_and_word_order():
@@ -279,7 +279,7 @@ def test_other_side_ignores_case_and_word_order():
 
 def test_a_lobe_is_not_its_lung():
     """Its row stays bare, and its name is not the lung's any more."""
-    table = labels.make_classes(["Right Lung", "right lung upper lobe",
+    table = class_tables.make_classes(["Right Lung", "right lung upper lobe",
                                  {"name": "Middle", "synonyms": ["right lung middle lobe"]}])
     assert table[0].synonyms == ("right lung lower lobe",) and table[0].side == "right"
     assert table[1] == labels.Class("right lung upper lobe")
@@ -296,18 +296,18 @@ def test_a_lobe_is_not_its_lung():
     (["Colon Tumor", "Large Bowel"], ("Large Bowel",)),
     (["Liver Tumor", {"name": "liver", "prompt": "a liver"}], ("liver",))])
 def test_parents_of_a_bare_name_are_those_that_the_table_holds(names, parents):
-    tumor, *_ = labels.make_classes(names)
+    tumor, *_ = class_tables.make_classes(names)
     assert tumor.parents == parents and tumor.lesion
 
 
 def test_parents_may_be_among_the_classes_of_a_model_that_is_extended():
-    old = labels.make_classes(["Right Kidney", "kidney (left)", "Postcava"])
-    new, = labels.make_classes(["Kidney Cyst"], beside=old)
+    old = class_tables.make_classes(["Right Kidney", "kidney (left)", "Postcava"])
+    new, = class_tables.make_classes(["Kidney Cyst"], beside=old)
     assert new.parents == ("Right Kidney", "kidney (left)")
     own = [{"name": "Renal Scar", "parents": ["Right Kidney"]}]
-    assert labels.make_classes(own, beside=old)[0].parents == ("Right Kidney",)
+    assert class_tables.make_classes(own, beside=old)[0].parents == ("Right Kidney",)
     with pytest.raises(ValueError, match="parents"):
-        labels.make_classes(own)
+        class_tables.make_classes(own)
 
 
 @pytest.mark.parametrize("table", [
@@ -315,13 +315,13 @@ def test_parents_may_be_among_the_classes_of_a_model_that_is_extended():
     ["Liver Tumor", "hepatic lesion"], [{"name": "X", "synonyms": ["y"]}, {"name": "Y"}]])
 def test_two_names_of_one_structure_are_refused(table):
     with pytest.raises(ValueError, match="are the same name"):
-        labels.make_classes(table)
+        class_tables.make_classes(table)
 
 
 def test_a_table_with_one_of_two_kidneys_and_their_tumor_is_refused():
     """Whether the tumour lies in the kidney of the table would not be known."""
     with pytest.raises(ValueError, match="t.json: Kidney Tumor lies in Right Kidney or Left"):
-        labels.make_classes(["Kidney Tumor", "kidney right"], where="t.json")
+        class_tables.make_classes(["Kidney Tumor", "kidney right"], where="t.json")
 
 
 @pytest.mark.parametrize("content, what", [
@@ -338,7 +338,7 @@ def test_a_table_with_one_of_two_kidneys_and_their_tumor_is_refused():
 def test_a_malformed_class_table_is_refused_with_the_reason(tmp_path, content, what):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=f"t.json.*{what}"):
-        labels.load_classes(tmp_path / "t.json")
+        class_tables.load_classes(tmp_path / "t.json")
 
 
 # ---- the command ---------------------------------------------------------------------------------

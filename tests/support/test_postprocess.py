@@ -7,7 +7,7 @@ from scipy import ndimage
 
 import data
 import labels
-from support import postprocess, streaming
+from support import class_tables, postprocess, streaming
 from support.postprocess import PackedMasks
 
 NAMES = ["Right Kidney", "Left Kidney", "Liver", "Colon", "Right Lung", "Left Lung",
@@ -107,7 +107,7 @@ def test_a_table_of_ones_own_says_which_organ_is_solid():
     large, small = box((40, 50), (5, 15), (5, 15)), box((5, 13), (5, 13), (5, 13))
     found = large | small | box((30, 32), (30, 32), (20, 22))
     for solid, expected in ((1.0, large), (0.5, large | small), (0.0, large | small)):
-        classes = labels.make_classes([{"name": "Patella", "solid": solid}])
+        classes = class_tables.make_classes([{"name": "Patella", "solid": solid}])
         assert np.array_equal(after(classes, Patella=found)["Patella"], expected), solid
 
 
@@ -233,7 +233,7 @@ def test_settling_deletes_nothing_and_commutes_with_a_mirror(seed):
 
 def test_sides_of_a_table_of_ones_own_are_paired_whatever_the_case_and_order_of_the_words():
     """Two lobes that are both labelled left, or both right. The left hand has no other side."""
-    classes = labels.make_classes([{"name": "Lobe (left)", "side": "left"},
+    classes = class_tables.make_classes([{"name": "Lobe (left)", "side": "left"},
                                    {"name": "right lobe", "side": "right"},
                                    {"name": "left hand", "side": "left"}])
     for labelled in ("Lobe (left)", "right lobe"):
@@ -330,7 +330,7 @@ def test_the_region_of_a_host_is_that_of_three_distance_transforms(spacing):
 # ---- one label map of several masks --------------------------------------------------------------
 def test_a_child_is_drawn_over_its_parent_and_the_parent_of_that():
     """The table has the innermost class first; the network finds the outermost most probable."""
-    classes = labels.make_classes([{"name": "Necrosis", "parents": ["Mass"]},
+    classes = class_tables.make_classes([{"name": "Necrosis", "parents": ["Mass"]},
                                    {"name": "Mass", "parents": ["Thyroid"]}, "Thyroid"])
     seg = streaming.Segmentation((4, 1, 1), 3)
     seg.masks = PackedMasks.from_array(
