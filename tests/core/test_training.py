@@ -234,6 +234,13 @@ def test_validation_counts_only_voxels_whose_label_says_something(tiny, tiny_sca
     assert scores["Liver Tumor"] == pytest.approx(dice_of_yes(scan, "Liver Tumor"))
 
 
+def test_a_validation_scan_that_annotates_nothing_has_no_score(tiny, tiny_scans, tmp_path):
+    case = dataclasses.replace(tiny_scans[0].case, annotated=np.zeros(32, bool))
+    scan = dataclasses.replace(tiny_scans[0], case=case)
+    assert train.validate(Yes(), torch.eye(32), [scan], labels.CLASSES, config(tiny, tmp_path),
+                          False) == {}
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
