@@ -176,10 +176,8 @@ class _Body:
                   + np.float32(1.2) * self.noise(28) for a in np.ix_(*self.axes)]
 
     def noise(self, step_mm, box=WHOLE):
-        """Random field of unit variance, smooth over `step_mm`, fixed to the body, not the grid.
-
-        Random numbers on a coarse lattice, interpolated along one axis after the other.
-        """
+        """Random field of unit variance, smooth over `step_mm`, fixed to the body, not the grid:
+        random numbers on a coarse lattice, interpolated along one axis after the other."""
         field = self.rng.standard_normal((20, 20, 20), dtype=np.float32)    # repeats after 20 steps
         for axis, where in zip(self.axes[::-1], box[::-1], strict=True):
             gap = (axis[where, None] / step_mm - np.arange(20) + 10) % 20 - 10
@@ -297,9 +295,7 @@ def _paint_ribs(body, cavity):
 
 def _paint_diaphragm(body, cavity):
     """The diaphragm is high in the middle, higher on the right, and falls steeply to the wall.
-
-    returns  (D, H, W) signed distance to the chest above it
-    """
+    Returns the signed distance (D, H, W) to the chest above it."""
     x, y, z = body.p[0], body.p[1] + 3, body.p[2]
     slope = np.exp(np.minimum(cavity, 0) / 15) * (74 - 38 * np.clip(y / 85, -1, 1))
     dome = (97 + 15 * np.exp(-((x - 62) ** 2 + (y - 8) ** 2) / 3600)
@@ -551,10 +547,8 @@ def _plan_lesions(rng, tissue_hu) -> list[tuple]:
 
 
 def _find_room(body, host, reach):
-    """A random place all of whose surroundings, `reach` away along each axis, are host voxels.
-
-    returns  (3,) in the body frame; None if the host is outside this scan or too small
-    """
+    """A random place (3,) in the body frame whose surroundings, `reach` away along each axis, are
+    host voxels; None if the host is outside this scan or too small."""
     probes = np.vstack([np.zeros(3), np.eye(3), -np.eye(3)]) * reach
     for centre in body.rng.uniform((-125, -85, -110), (125, 85, 200), (4000, 3)):
         index = [np.searchsorted(a, centre[i] + probes[:, i]) for i, a in enumerate(body.axes)]
@@ -584,10 +578,8 @@ def _paint_lesions(body, tissue_hu, mm):
 
 # ---- the scanner -------------------------------------------------------------------------------
 def _acquisition(rng, mm, hospital):
-    """What a scanner is set to; `mm` is the size of the patient.
-
-    returns  a key of PHASES, spacing_mm (3,), noise in HU, two corners of the field of view, mm
-    """
+    """What a scanner is set to: a key of PHASES, spacing_mm (3,), noise in HU, two corners of the
+    field of view in mm. mm is the size of the patient."""
     phase = rng.choice(["portal", "portal", "portal", "delayed"])
     spacing_mm = np.append(np.repeat(rng.uniform(2.1, 3.0), 2), rng.choice([2.5, 3, 4, 5]))
     noise_hu = rng.uniform(7, 14)
