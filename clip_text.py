@@ -228,8 +228,7 @@ class TextEncoder(nn.Module):
         # (T, T), True where attention is forbidden: token i must not see a token j > i
         is_later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
         for layer in self.layers:
-            # is_causal only promises that the mask is the causal one
-            x = layer(x, src_mask=is_later, is_causal=True)                 # (N, T, width)
+            x = layer(x, src_mask=is_later)                                 # (N, T, width)
         end = tokens.argmax(dim=1)             # (N,) END has the largest id of the vocabulary
         x = x[torch.arange(N, device=x.device), end]                        # (N, width)
         return self.projection(self.norm(x))                                # (N, E)

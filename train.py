@@ -282,6 +282,8 @@ def score_scan(scan: data.Scan, network, w: Tensor, classes, cfg: Config,
     """{class: Dice} of the annotated classes that the scan or its segmentation contains, at the
     spacing of the run and without post-processing."""
     annotated = np.flatnonzero(scan.case.annotated)
+    if len(annotated) == 0:
+        return {}
     logits = infer.sliding_window(scan.image(), network, w[annotated], patch=cfg.patch, amp=amp)
     masks = (logits > 0).cpu().numpy()
     label_rows, label_map = scan.label_rows(), scan.case.label_map

@@ -195,10 +195,8 @@ SWIN = Method("swin_unetr", {"backbone": "swin_unetr", "width": 12, "patch": 64,
 
 
 def fit(args, study: Study, method: Method, seed: int) -> Path:
-    """Train a model, unless it is there already -> its checkpoint.
-
-    raises ValueError  from train.py, if the model that is there has other settings
-    """
+    """Train a model -> its checkpoint. One that is there is kept; train.py refuses it if it was
+    trained with other settings."""
     cost = SWIN_COST[study.name] if method.run == SWIN.run else 1
     name = re.sub(r"\W+", "_", method.run).strip("_")
     settings = {
@@ -241,11 +239,8 @@ def test_set(args, study: Study, method: Method) -> Path:
 def score(args, study: Study, method: Method, seed: int) -> dict:
     """Train a model, unless it is there already; segment and score the test set.
 
-    returns  the content of metrics.json, the cost of the model, and all settings. NSD at the first
-             tolerance of the study is "nsd", at others "nsd at 2 mm" and so on
-
-    The score is kept beside the segmentations, and read again while the checkpoint is older.
-
+    returns  the content of metrics.json, the cost of the model, and all settings. The score is kept
+             beside the segmentations, and read again while the checkpoint is older
     raises ValueError  if the kept score is that of other settings
     """
     checkpoint = fit(args, study, method, seed)
@@ -274,7 +269,7 @@ def score(args, study: Study, method: Method, seed: int) -> dict:
 
 
 def scores_at_tolerances(study: Study, out: Path, references: Path, classes: str) -> dict:
-    """metrics.json at the first tolerance, with the NSD at the others added to classes and cases"""
+    """metrics.json at the first tolerance of NSD; at others NSD is added as "nsd at 2 mm"."""
     contents = []
     for tolerance in study.tolerances_mm:
         metrics.main(["--pred", str(out), "--ref", str(references), "--tolerance", str(tolerance),
@@ -294,10 +289,8 @@ def nsd_measures(study: Study) -> list[str]:
 
 
 def training_cost(log: Path) -> dict:
-    """Seconds of all training steps, and the mean Dice loss over the middle third of them.
-
-    The seconds are those of the median step times their number, so that a pause does not count.
-    """
+    """Seconds of all training steps, as the median step times their number, so that a pause does
+    not count; and the mean Dice loss over the middle third of them."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     third = len(steps) // 3
@@ -394,25 +387,22 @@ def generated(checkpoint: Path, test: Path) -> tuple[list[str], torch.Tensor]:
     trained = [names.index(name) for name in content["trained"]]
     patch = content["config"]["patch"]
     thetas = []
+    network.controller.register_forward_hook(lambda _, inputs, theta: thetas.append(theta[0]))
     for scan in sorted((test / "imagesTs").iterdir()):
         image, *_ = data.preprocess(data.load_volume(scan), content["config"]["spacing_mm"])
         corner = [(n - patch) // 2 for n in image.shape]
         window = torch.from_numpy(data.cut_out(image, corner, patch))
         with torch.no_grad():
-            deep, _ = network.backbone(window[None, None])
-            f = network.pool(network.pool_norm(deep).mean((2, 3, 4)))          # (1, 256)
-            thetas.append(network.controller(w[trained], f)[0])
+            network(window[None, None], w[trained])
     return content["trained"], torch.stack(thetas)
 
 
 def nearest_is_kin(names: list[str], theta: torch.Tensor) -> dict:
-    """How often the nearest neighbour of a generated head belongs to a related class: the other
-    side of an organ, or an organ and its tumour or cyst.
+    """How often the nearest neighbour of a generated head, in the same scan, belongs to a related
+    class: the other side of an organ, or an organ and its tumour or cyst. Classes without a related
+    one do not count.
 
-    names    of K classes
-    theta    (scans, K, 153); neighbours are sought among the classes of the same scan
-    returns  the share over all scans and classes that have a related one, and what random
-             neighbours would give
+    names  of K classes        theta  (scans, K, 153)
     """
     indices = [[c.name for c in labels.CLASSES].index(name) for name in names]
     kin = torch.tensor([[labels.other_side(i, labels.CLASSES) == j
@@ -460,10 +450,7 @@ def words(args, study: Study, seed: int) -> dict:
 
 
 def turned(row: torch.Tensor, direction: torch.Tensor, cosine: float) -> torch.Tensor:
-    """The text embedding (E,) of this norm and this cosine to `row` that lies towards a direction.
-
-    With another row as the direction it is row + t (other - row), scaled to the norm of row.
-    """
+    """The text embedding (E,) of this cosine to `row`, and of its norm, towards a direction."""
     unit = row / row.norm()
     side = direction - (direction @ unit) * unit
     return row.norm() * (cosine * unit + (1 - cosine ** 2) ** 0.5 * side / side.norm())
@@ -473,10 +460,9 @@ def other_rows(w: torch.Tensor, trained: list[int], seed: int) -> dict:
     """Text embeddings with which the trained classes are asked for.
 
     w        (K, E) text embeddings of all classes
-    trained  indices of the trained classes
-    returns  {kind: [(class index, text embedding), ...]}. "random" goes from the trained one in a
-             random direction of the space that the differences of all rows span; "towards" a class
-             goes to its row, as far as the cosine is not below that of the two rows
+    returns  {kind: [(class index, text embedding), ...]}. "random" goes in a random direction of
+             the space that the differences of all rows span; "towards" a class goes to its row, as
+             far as the cosine is not below that of the two rows
     """
     generator = torch.Generator().manual_seed(seed)
     spread = w - w.mean(0)                                             # (K, E)
@@ -502,12 +488,8 @@ def other_rows(w: torch.Tensor, trained: list[int], seed: int) -> dict:
 
 
 def dice_of_rows(checkpoint: Path, test: Path, pairs: list) -> list[float]:
-    """The Dice of a class that is asked for with a text embedding, averaged over the test scans.
-
-    pairs    [(class index, text embedding), ...]
-    returns  a number for each pair. It is that of the mask of the class alone: no other class takes
-             voxels from it, and nothing is post-processed
-    """
+    """The Dice of each (class index, text embedding), averaged over the test scans. It is that of
+    the class's own mask: no other class takes voxels from it, and nothing is post-processed."""
     network, _, content = checkpoints.load_checkpoint(checkpoint)
     fast.accelerate(network)
     config = content["config"]
@@ -655,8 +637,7 @@ def bootstrap(values: np.ndarray) -> list[list[float]]:
 
     values   (patients, classes), nan where there is no value
     returns  [low, high] of the mean of each class over the patients that have it, and last of the
-             mean of the classes. The same patients are drawn for every table of the same number of
-             patients
+             mean of the classes. Tables of as many patients share the draws
     """
     n = len(values)
     drawn = np.random.default_rng(0).integers(n, size=(BOOTSTRAP_SAMPLES, n))
@@ -668,12 +649,11 @@ def bootstrap(values: np.ndarray) -> list[list[float]]:
 
 
 def intervals(result: dict, measures, grid: bool) -> dict:
-    """95 % bootstrap intervals over patients.
+    """{method: {measure: {class: [low, high], "mean": [low, high]}}}: 95 % intervals over patients.
 
-    returns  {method: {measure: {class: [low, high], "mean": [low, high]}}}; "difference" beside the
-             measures is that of the mean Dice from another method's, [difference, low, high]: from
-             the first method's or, of a grid, from that of the same row "from scratch". It is taken
-             over the patients and classes of the other method
+    "difference" beside the measures is that of the mean Dice from another method's, [difference,
+    low, high], over the patients and classes of the other: the first method or, of a grid, the same
+    row "from scratch".
     """
     content: dict[str, dict] = {}
     for method, runs in result.items():
@@ -882,7 +862,7 @@ def main(argv=None) -> int:
     if study.bootstrap_patients:
         content["intervals"] = intervals(result, ("dice", *nsd_measures(study)), claim.grid)
     for run in (run for runs in result.values() for run in runs):
-        for key in ("cases", "settings"):     # these stand in score.json of that run
+        for key in ("cases", "settings"):           # they stand in score.json of that run
             run.pop(key, None)
     name = args.claim if args.study == claim.studies[0] else f"{args.claim}-{args.study}"
     write_json(args.out / f"{name}.json", without_nan(content))

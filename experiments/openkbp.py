@@ -2,6 +2,7 @@
 
     git clone --depth 1 https://github.com/ababier/open-kbp
     python -m experiments.openkbp open-kbp --out kbp
+    python -m experiments.openkbp open-kbp --out kbp --patients experiments/openkbp-120.txt
 
     kbp/Dataset007_OpenKBP         the patients of train-pats, in imagesTr and labelsTr
     kbp/Dataset008_OpenKBPTest     the patients of test-pats, in imagesTs and labelsTs
@@ -194,12 +195,21 @@ def main(argv=None) -> int:
                         help="folder of the cloned repository open-kbp, or its provided-data")
     parser.add_argument("--out", type=Path, required=True,
                         help="folder that gets the two dataset folders and kbp.json")
+    parser.add_argument("--patients", type=Path, metavar="FILE",
+                        help="convert only the patients that this file names, such as "
+                             "train-pats/pt_1, one in a line (default: all)")
     args = parser.parse_args(argv)
     root = args.source / "provided-data"
     if not root.is_dir():
         root = args.source
     found = {part: [path for path in (root / part).glob("pt_*")
                     if re.fullmatch(r"pt_\d+", path.name)] for part in DATASETS}
+    if args.patients:
+        named = args.patients.read_text(encoding="utf-8").split()
+        found = {part: [path for path in patients if f"{part}/{path.name}" in named]
+                 for part, patients in found.items()}
+        if sum(map(len, found.values())) < len(named):
+            raise ValueError(f"{args.patients}: names patients that {args.source} does not have")
     if not any(found.values()):
         raise FileNotFoundError(f"{args.source}: no folder train-pats/pt_N or test-pats/pt_N in "
                                 "it; clone github.com/ababier/open-kbp and name that folder")

@@ -176,10 +176,8 @@ class _Body:
                   + np.float32(1.2) * self.noise(28) for a in np.ix_(*self.axes)]
 
     def noise(self, step_mm, box=WHOLE):
-        """Random field of unit variance, smooth over `step_mm`, fixed to the body, not the grid.
-
-        Random numbers on a coarse lattice, interpolated along one axis after the other.
-        """
+        """Random field of unit variance, smooth over `step_mm`, fixed to the body, not the grid:
+        random numbers on a coarse lattice, interpolated along one axis after the other."""
         field = self.rng.standard_normal((20, 20, 20), dtype=np.float32)    # repeats after 20 steps
         for axis, where in zip(self.axes[::-1], box[::-1], strict=True):
             gap = (axis[where, None] / step_mm - np.arange(20) + 10) % 20 - 10
@@ -257,16 +255,11 @@ def _parenchyma(body, box):
 
 
 # ---- anatomy of the trunk, from the outside inward; later layers cover earlier ones --------------
-def _trunk(body):
-    """x, y, z about the axis of the trunk, which lies 3 mm behind that of the body frame."""
-    x, y, z = body.p
-    return x, y + 3, z
-
-
+# The axis of the trunk lies 3 mm behind that of the body frame: there y is y + 3.
 def _paint_wall(body):
     """Skin, fat and muscle; returns the signed distance (D, H, W) to the cavity inside them."""
     rng = body.rng
-    x, y, z = _trunk(body)
+    x, y, z = body.p[0], body.p[1] + 3, body.p[2]
     fat_mm = rng.uniform(8, 38)
     chest = np.clip((z - 90) / 120, 0, None) ** 2               # the chest tapers upwards
     cavity = _rounded_square(x, y, 133 * (1 - 0.17 * chest), 85 * (1 - 0.12 * chest), 2.3)
@@ -289,7 +282,7 @@ def _paint_wall(body):
 
 def _paint_ribs(body, cavity):
     """Ribs run around the wall and down towards the front; the last ones are short."""
-    x, y, z = _trunk(body)
+    x, y, z = body.p[0], body.p[1] + 3, body.p[2]
     angle = np.arctan2(np.abs(x), -y)                                   # 0 behind, pi in front
     drop = 105 * np.sin(np.minimum(angle, 2.0) / 2) ** 2 - 40 * np.clip(angle - 2.0, 0, None)
     level = (z + drop - 30) / 27
@@ -302,10 +295,8 @@ def _paint_ribs(body, cavity):
 
 def _paint_diaphragm(body, cavity):
     """The diaphragm is high in the middle, higher on the right, and falls steeply to the wall.
-
-    returns  (D, H, W) signed distance to the chest above it
-    """
-    x, y, z = _trunk(body)
+    Returns the signed distance (D, H, W) to the chest above it."""
+    x, y, z = body.p[0], body.p[1] + 3, body.p[2]
     slope = np.exp(np.minimum(cavity, 0) / 15) * (74 - 38 * np.clip(y / 85, -1, 1))
     dome = (97 + 15 * np.exp(-((x - 62) ** 2 + (y - 8) ** 2) / 3600)
             + 6 * np.exp(-((x + 65) ** 2 + y ** 2) / 3200) - slope)
@@ -344,8 +335,8 @@ def _paint_spine(body):
         body.put(hu, _tube(np.array(column) - (0, 32, 0), radius))
 
 
-def _small_bowel(rng) -> list[tuple]:
-    """Pieces of bowel: (shape, whether gas is in it, HU of its content)."""
+def _bowel(rng) -> list[tuple]:
+    """Pieces of small bowel and colon: (shape, whether gas is in it, HU of its content)."""
     content_hu = rng.choice([18, 28, 60])
     loops = []
     for centre in rng.uniform((-82, -18, -150), (82, 70, -8), (46, 3)):
@@ -355,15 +346,9 @@ def _small_bowel(rng) -> list[tuple]:
         clear_of_duodenum = centre[2] < -42 or (centre[1] > 15 and centre[0] < 25)
         if clear_of_duodenum:
             loops.append((shape, rng.random() < 0.22, content_hu + rng.normal(0, 8)))
-    return loops
-
-
-def _colon(rng) -> list[tuple]:
-    ascending = [(96, -22, -150), (98, -15, -90), (92, 2, -42)]
-    transverse = [(88, 30, -38), (45, 66, -48), (-20, 70, -40), (-80, 40, 5)]
-    descending = [(-100, -5, 18), (-104, -22, -30), (-100, -32, -150)]
-    loops = []
-    for radius, path in ((24, ascending), (18, transverse), (15, descending)):
+    for radius, path in ((24, [(96, -22, -150), (98, -15, -90), (92, 2, -42)]),     # ascending
+                         (18, [(88, 30, -38), (45, 66, -48), (-20, 70, -40), (-80, 40, 5)]),
+                         (15, [(-100, -5, 18), (-104, -22, -30), (-100, -32, -150)])):
         path = path + rng.normal(0, 4, (len(path), 3))
         for a, b in zip(path[:-1], path[1:], strict=True):
             shape = _tube([a, b], radius * rng.uniform(0.85, 1.1))
@@ -373,16 +358,15 @@ def _colon(rng) -> list[tuple]:
 
 def _paint_bowel(body, belly):
     """Small bowel and colon; returns the HU of their wall."""
-    rng = body.rng
-    wall = rng.uniform(75, 110)
-    for shape, gas, content_hu in _small_bowel(rng) + _colon(rng):
+    wall = body.rng.uniform(75, 110)
+    for shape, gas, content_hu in _bowel(body.rng):
         box, sd = body.distance(shape, bumps=1.8, bump_mm=16, within=belly)
         body.paint(sd, wall, box=box, gap=1.2)
         texture = 14 * body.noise(8, box) if content_hu > 40 else 0
         body.paint(sd + 3.2, content_hu + texture, box=box)
         if gas:                                     # it rises, and the patient lies on the back
             back, front = shape.low[1], shape.high[1]
-            level = back + (front - back) * rng.uniform(0.5, 0.75)
+            level = back + (front - back) * body.rng.uniform(0.5, 0.75)
             body.paint(np.maximum(sd + 3.5, level - body.p[1][box]), -920, box=box)
     return wall
 
@@ -459,13 +443,6 @@ def _paint_kidneys(body, tissue_hu, cavity):
         body.put(tissue_hu["vein"], vein)
 
 
-def _paint_gall_bladder(body):
-    rng = body.rng
-    bile = rng.uniform(4, 22)
-    shape = _ellipsoid(_near(rng, 50, 48, 0), _about(rng, 21, 21, 31), (25, -8, 0))
-    body.put(bile, shape, bumps=0.8, value=4, gap=0.8)
-
-
 def _paint_abdomen(body, tissue_hu, cavity, below):
     belly = np.maximum(cavity + 3, 3 - below)                   # the cavity under the diaphragm
     wall = _paint_bowel(body, belly)
@@ -476,7 +453,9 @@ def _paint_abdomen(body, tissue_hu, cavity, below):
     _paint_spleen(body, tissue_hu, belly)
     _paint_duodenum_and_pancreas(body, tissue_hu, belly, wall)
     _paint_kidneys(body, tissue_hu, cavity)
-    _paint_gall_bladder(body)
+    bile = body.rng.uniform(4, 22)
+    shape = _ellipsoid(_near(body.rng, 50, 48, 0), _about(body.rng, 21, 21, 31), (25, -8, 0))
+    body.put(bile, shape, bumps=0.8, value=4, gap=0.8)          # the gall bladder
 
 
 def _paint_lungs(body, tissue_hu, lung):
@@ -568,10 +547,8 @@ def _plan_lesions(rng, tissue_hu) -> list[tuple]:
 
 
 def _find_room(body, host, reach):
-    """A random place all of whose surroundings, `reach` away along each axis, are host voxels.
-
-    returns  (3,) in the body frame; None if the host is outside this scan or too small
-    """
+    """A random place (3,) in the body frame whose surroundings, `reach` away along each axis, are
+    host voxels; None if the host is outside this scan or too small."""
     probes = np.vstack([np.zeros(3), np.eye(3), -np.eye(3)]) * reach
     for centre in body.rng.uniform((-125, -85, -110), (125, 85, 200), (4000, 3)):
         index = [np.searchsorted(a, centre[i] + probes[:, i]) for i, a in enumerate(body.axes)]
@@ -601,10 +578,8 @@ def _paint_lesions(body, tissue_hu, mm):
 
 # ---- the scanner -------------------------------------------------------------------------------
 def _acquisition(rng, mm, hospital):
-    """What a scanner is set to; `mm` is the size of the patient.
-
-    returns  a key of PHASES, spacing_mm (3,), noise in HU, two corners of the field of view, mm
-    """
+    """What a scanner is set to: a key of PHASES, spacing_mm (3,), noise in HU, two corners of the
+    field of view in mm. mm is the size of the patient."""
     phase = rng.choice(["portal", "portal", "portal", "delayed"])
     spacing_mm = np.append(np.repeat(rng.uniform(2.1, 3.0), 2), rng.choice([2.5, 3, 4, 5]))
     noise_hu = rng.uniform(7, 14)

@@ -11,6 +11,8 @@ from zlib import crc32
 import numpy as np
 import torch
 
+import model
+
 OUTPUTS = json.loads(Path(__file__).with_name("release.json").read_text(encoding="utf-8"))
 
 
@@ -173,3 +175,12 @@ def released_state(shapes: dict[str, tuple],
     state |= {key: torch.tensor(7) for key in counters}
     state |= {key: position_index for key in indices}
     return state
+
+
+def small_released(kind):
+    """A small network of width 7 for text, and its weights in the layout of the """
+    sizes = {"text_dim": 7, "classes": 4}
+    shapes = {"unet": unet_shapes(width=8, **sizes),
+              "swin_unetr": swin_unetr_shapes(feature_size=12, **sizes)}[kind]
+    state = released_state(shapes, model.relative_position_index())
+    return model.load_released(state)[0], state

@@ -196,6 +196,7 @@ class _Node(nn.Module):
 
 
 def write_torchscript(state, path):
+    """Matrices are views, whose strides the archive keeps."""
     root = _Node()
     for name, tensor in state.items():
         node = root
@@ -204,7 +205,8 @@ def write_torchscript(state, path):
             if not hasattr(node, part):
                 node.add_module(part, _Node())
             node = getattr(node, part)
-        node.register_parameter(last, nn.Parameter(tensor.clone()))
+        tensor = tensor.t().contiguous().t() if tensor.ndim == 2 else tensor.clone()
+        node.register_parameter(last, nn.Parameter(tensor))
     torch.jit.save(torch.jit.script(root.half()), path)
 
 

@@ -10,7 +10,7 @@ import labels
 from support import cache, class_tables
 
 
-# ---- crops -------------------------------------------------------------------------------------
+# ---- crops ---------------------------------------------------------------------------------------
 def crops(scans, **kwargs):
     return data.Crops(scans, patch=64, length=400, **kwargs)
 
@@ -22,6 +22,11 @@ def test_crop_number_i_is_a_pure_function_of_seed_and_i(tiny_scans):
         assert torch.equal(a[7][key], b[7][key])
     other_seed = crops(tiny_scans, seed=4)
     assert not all(torch.equal(a[i]["image"], other_seed[i]["image"]) for i in range(4))
+
+
+def crops_of(scans, n):
+    dataset = data.Crops(scans, patch=16, length=n, augment=False)
+    return [dataset[i] for i in range(n)]
 
 
 def drawn_crop(scan, patch, seed):
@@ -56,12 +61,28 @@ def test_a_class_that_few_scans_annotate_is_seen_as_often_as_one_that_all_do(tin
         scans.append(dataclasses.replace(scan, case=dataclasses.replace(
             scan.case, name=str(i), annotated=annotated)))
     assert data.scans_with_class(scans) == {liver: scans, tumour: scans[:1]}
-    n, names = 600, []
-    crops_ = data.Crops(scans, patch=16, length=n, augment=False)
-    for i in range(n):
-        names.append(crops_[i]["name"])
+    n = 600
+    names = [crop["name"] for crop in crops_of(scans, n)]
     assert abs(names.count("0") / n - 1 / 2) < 0.06
     assert abs(names.count("1") / n - 1 / 6) < 0.05
+
+
+def test_every_dataset_is_drawn_as_often_however_many_scans_it_has(tiny_scans):
+    """Three scans of one dataset and one of another."""
+    names = [crop["name"] for crop in crops_of(tiny_scans[:1] * 3 + tiny_scans[2:3], 400)]
+    assert abs(np.mean([name.startswith("Dataset902") for name in names]) - 1 / 2) < 0.08
+
+
+def test_centres_lie_anywhere_in_a_class_of_which_not_all_voxels_are_kept(tiny_cases, tmp_path,
+                                                                         monkeypatch):
+    """50 voxels of a liver, whose planes are stored in order, are not those of its first planes."""
+    monkeypatch.setattr(cache, "VOXELS_PER_CLASS", 50)
+    scan, = cache.build_all(tiny_cases[:1], tmp_path, 4.0, quiet=True)
+    liver = min(scan.present_classes())
+    planes = np.flatnonzero(scan.case.label_map.regions[:, liver][scan.label_rows()].any((1, 2)))
+    centres = scan.class_voxels(liver)
+    assert len(centres) == 50
+    assert abs(np.median(centres[:, 0]) - np.median(planes)) < len(planes) / 4
 
 
 def scan_of(folder, image, label_rows):
@@ -153,11 +174,38 @@ def test_msd_tasks_are_magnified_and_others_are_not(tiny_scans, monkeypatch):
     assert item["image"].shape == (1, 64, 64, 64)
     assert bright[item["label_rows"].numpy() == 1].mean() > 0.9
     of_kidney = next(i for i in range(60) if plain[i]["name"].startswith("Dataset902"))
-    unmagnified = crops(tiny_scans, seed=0)[of_kidney]
-    assert torch.equal(magnified[of_kidney]["label_rows"], unmagnified["label_rows"])
+    for key in ("image", "label_rows"):
+        assert torch.equal(magnified[of_kidney][key], plain[of_kidney][key])
 
 
-# ---- batches -----------------------------------------------------------------------------------
+def test_image_and_label_are_turned_together_about_the_third_axis(monkeypatch):
+    """By 90, 180 or 270 degrees: voxel (x, y, z) goes to one of three places of its plane z."""
+    monkeypatch.setattr(data, "ROTATE_P", 1.0)
+    monkeypatch.setattr(data, "SHIFT_P", 0.0)
+    cube = np.arange(27).reshape(3, 3, 3)
+    places = set()
+    for seed in range(20):
+        image, label = data.rotate_and_shift(cube.astype(np.float32), cube,
+                                             np.random.default_rng(seed))
+        assert np.array_equal(image, label)
+        assert np.array_equal(label[1, 1], cube[1, 1])       # the axis of the turn
+        places.add(tuple(np.argwhere(label == cube[0, 1, 2])[0].tolist()))
+    assert places == {(1, 0, 2), (2, 1, 2), (1, 2, 2)}
+
+
+def test_intensities_are_shifted_by_one_number_and_labels_are_not(monkeypatch):
+    monkeypatch.setattr(data, "ROTATE_P", 0.0)
+    monkeypatch.setattr(data, "SHIFT_P", 1.0)
+    cube = np.zeros((2, 2, 2), np.float32)
+    shifts = []
+    for seed in range(50):
+        image, label = data.rotate_and_shift(cube, cube, np.random.default_rng(seed))
+        assert np.ptp(image) == 0 and not label.any() and image.dtype == np.float32
+        shifts.append(image[0, 0, 0])
+    assert -0.1 <= min(shifts) < -0.05 and 0.05 < max(shifts) <= 0.1
+
+
+# ---- batches -------------------------------------------------------------------------------------
 def test_a_batch_has_these_keys_types_and_shapes(tiny_scans):
     """regions has 3 rows for the liver (background, liver, tumour) and 3 for the kidneys
     (background, right, left), of which one is taken away here: an all-false row is added."""
@@ -203,15 +251,3 @@ def test_masks_of_classes_by_hand():
     y = data.masks_of_classes(label_rows, regions, torch.tensor([2, 0]))
     assert y.shape == (1, 2, 3, 1, 1)
     assert y.flatten(2).int().tolist() == [[[0, 0, 1], [0, 1, 1]]]
-
-
-def test_masks_of_a_batch_are_its_label_rows_looked_up(tiny_scans):
-    dataset = crops(tiny_scans, seed=0)
-    batch = data.collate([dataset[i] for i in range(6)])
-    indices = torch.nonzero(batch["annotated"].any(0))[:, 0]
-    assert indices.tolist() == [1, 2, 5, 26]
-    y = data.masks_of_classes(batch["label_rows"], batch["regions"], indices)
-    b, n = 3, 1
-    want = batch["regions"][b][:, indices[n]].numpy()[batch["label_rows"][b].numpy()]
-    assert y.shape == (6, 4, 64, 64, 64) and np.array_equal(y[b, n].numpy(), want)
-    assert (~y[:, 3] | y[:, 2]).all()                        # a tumour voxel is a liver voxel

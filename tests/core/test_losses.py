@@ -45,29 +45,6 @@ def test_unknown_voxels_count_in_no_mean_and_no_sum():
     assert masked_dice(logits, y, one, known).item() == pytest.approx(1 - 1.8 / 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss", [masked_bce, masked_dice])
-def test_unknown_voxels_get_exactly_zero_gradient_whatever_stands_there(loss):
-    logits, y, annotated = small()
-    known = torch.ones_like(y, dtype=torch.bool)
-    known[0, 0, 0], known[1, 2] = False, False             # a part of a pair, and a whole pair
-    logits[0, 0, 0], y[0, 0, 0] = float("nan"), float("nan")
-    logits.requires_grad_()
-    value = loss(logits, y, annotated, known)
-    value.backward()
-    assert value.isfinite() and (logits.grad[~known] == 0).all()
-    assert (logits.grad[0, 0, 1] != 0).all() and (logits.grad[0, 2] != 0).all()
-    everything = torch.ones_like(known)
-    assert torch.equal(loss(*small(), everything), loss(*small()))
-
-
-@pytest.mark.parametrize("loss", [masked_bce, masked_dice])
-def test_known_must_be_bool_and_like_the_logits(loss):
-    logits, y, annotated = small()
-    for wrong in (torch.ones(2, 3, 2, 2, 1), torch.ones(2, 3, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="known must be bool like logits"):
-            loss(logits, y, annotated, wrong)
-
-
 def test_every_scan_weighs_the_same_however_many_classes_it_annotates():
     """Cross-entropies by hand: the first scan annotates one class at 4, the second two at 1 and 3.
     (4 + (1 + 3) / 2) / 2 = 3; over all pairs it would be 8 / 3."""
@@ -107,6 +84,21 @@ def test_one_process_with_two_scans_equals_two_with_one(loss, blind):
     annotated[1] &= not blind
     parts = [loss(logits[i:i + 1], y[i:i + 1], annotated[i:i + 1]) for i in range(2)]
     assert loss(logits, y, annotated).item() == pytest.approx(sum(parts).item() / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [masked_bce, masked_dice])
+def test_unknown_voxels_get_exactly_zero_gradient_whatever_stands_there(loss):
+    logits, y, annotated = small()
+    known = torch.ones_like(y, dtype=torch.bool)
+    known[0, 0, 0], known[1, 2] = False, False             # a part of a pair, and a whole pair
+    logits[0, 0, 0], y[0, 0, 0] = float("nan"), float("nan")
+    logits.requires_grad_()
+    value = loss(logits, y, annotated, known)
+    value.backward()
+    assert value.isfinite() and (logits.grad[~known] == 0).all()
+    assert (logits.grad[0, 0, 1] != 0).all() and (logits.grad[0, 2] != 0).all()
+    everything = torch.ones_like(known)
+    assert torch.equal(loss(*small(), everything), loss(*small()))
 
 
 @pytest.mark.parametrize("loss", [masked_bce, masked_dice])
@@ -151,9 +143,15 @@ def test_losses_add_in_float32_whatever_the_logits():
         assert loss(big, y.repeat(1, 1, 32, 32, 1), annotated).item() == want.item()
 
 
-def test_shapes_that_disagree_are_named():
+def test_shapes_and_types_that_disagree_are_named():
     logits, y, annotated = small()
-    with pytest.raises(ValueError, match=r"\(2, 3, 2, 2, 1\), got \(2, 2, 2, 2, 1\)"):
-        masked_bce(logits, y[:, :2], annotated)
-    with pytest.raises(ValueError, match=r"bool \(B, K\) = \(2, 3\)"):
-        masked_dice(logits, y, annotated.float())
+    known = torch.ones_like(y, dtype=torch.bool)
+    for loss in (masked_bce, masked_dice):
+        for arguments, what in (
+                ((y[:, :2], annotated), r"y must be like logits \(2, 3, 2, 2, 1\), got \(2, 2, 2"),
+                ((y, annotated.float()), r"bool \(B, K\) = \(2, 3\)"),
+                ((y, annotated[:, :2]), r"bool \(B, K\) = \(2, 3\)"),
+                ((y, annotated, known.float()), "known must be bool like logits"),
+                ((y, annotated, known[:, :, 0]), "known must be bool like logits")):
+            with pytest.raises(ValueError, match=what):
+                loss(logits, *arguments)

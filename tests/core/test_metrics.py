@@ -23,7 +23,7 @@ def test_dice_of_empty_masks():
         metrics.dice(some, np.zeros(2))
 
 
-# ---- the area of a surface element -------------------------------------------------------------
+# ---- the area of a surface element ---------------------------------------------------------------
 FACE = [(0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0)]                  # at axis 0 = 0
 
 
@@ -34,19 +34,6 @@ def test_segments_on_a_face_by_hand():
     diagonal = metrics._segments(FACE, {(0, 0, 0), (0, 1, 1)})
     assert diagonal == [((0, 1, 0), (0, 0, 1)), ((0, 1, 2), (0, 2, 1))]
     assert metrics._segments(FACE, set()) == metrics._segments(FACE, set(FACE)) == []
-
-
-def test_polygons_are_joined_from_segments():
-    a, b, c, d, e, f = range(6)
-    assert metrics._polygons([(a, b), (c, a), (b, c)]) == [[a, b, c]]
-    assert metrics._polygons([(a, b), (b, c), (c, a), (d, e), (f, e), (f, d)]) == [
-        [a, b, c], [d, e, f]]
-
-
-def test_a_polygon_of_n_vertices_has_catalan_many_triangulations():
-    square = list(metrics._triangulations(0, 3))
-    assert square == [[(0, 1, 3), (1, 2, 3)], [(0, 2, 3), (0, 1, 2)]]
-    assert [len(list(metrics._triangulations(0, n - 1))) for n in range(3, 8)] == [1, 2, 5, 14, 42]
 
 
 def test_areas_by_hand():
@@ -62,7 +49,7 @@ def test_areas_by_hand():
     assert metrics.surface_areas((1, 1, 4))[edge] == pytest.approx(4 * math.sqrt(0.5))
 
 
-# ---- distances between surfaces ----------------------------------------------------------------
+# ---- distances between surfaces ------------------------------------------------------------------
 def voxel(*at, shape=(9, 8, 7)):
     mask = np.zeros(shape, bool)
     mask[at] = True
@@ -108,33 +95,6 @@ def test_neighbours_and_search_tree_agree_where_one_ends_and_the_other_begins():
             assert sorted(s.pred_mm) == pytest.approx([(n - 1) * mm] * 4 + [n * mm] * 4)
 
 
-def test_distances_equal_those_of_all_pairs():
-    """Not only close to: a distance may equal a tolerance."""
-    far = 0
-    for pred, ref, spacing, _ in shapes(36):
-        areas = metrics.surface_areas(spacing)
-        places = [np.argwhere(metrics._surface(mask, areas)[0]) for mask in (pred, ref)]
-        if len(places[0]) == 0 or len(places[1]) == 0:
-            continue
-        steps = places[0][:, None] - places[1]
-        all_mm = np.sqrt(((steps * np.array(spacing)) ** 2).sum(-1))
-        want = np.concatenate([all_mm.min(1), all_mm.min(0)])
-        s = metrics.surface_distances(pred, ref, spacing_mm=spacing)
-        assert np.allclose(np.concatenate([s.pred_mm, s.ref_mm]), want, rtol=1e-15, atol=0), spacing
-        far += (want >= (metrics.REACH + 1) * max(spacing)).sum()
-    assert far > 100                             # so that the search tree has been asked, too
-
-
-def test_masks_may_lie_in_memory_in_any_order():
-    """As arrays of NIfTI files do: the first axis varies fastest; or as views of larger arrays."""
-    for pred, ref, spacing, _ in shapes(20):
-        want = metrics.surface_distances(pred, ref, spacing_mm=spacing)
-        views = [mask.repeat(2, 2)[:, :, ::2] for mask in (pred, ref)]
-        for pair in ([np.asfortranarray(mask) for mask in (pred, ref)], views):
-            got = metrics.surface_distances(*pair, spacing_mm=spacing)
-            assert all(np.array_equal(g, w) for g, w in zip(got, want, strict=True))
-
-
 def test_surface_codes_by_hand():
     """A block's code has bit i for corner i; corners are counted with the last axis fastest. The
     voxel at (0, 0, 0) is corner 7 of the block before it on all axes, and corner 0 of the last."""
@@ -178,6 +138,29 @@ def test_percentile_by_area_by_hand():
     assert got == [1, 2, 2, 3, 3]
 
 
+# ---- detection -----------------------------------------------------------------------------------
+def test_wilson_interval_by_hand():
+    """8 of 10, z = 1.96: p = 0.8, q = 0.38416: middle 0.99208 / 1.38416, half sqrt(0.16 * 0.38416
+    + 0.14758 / 4) / 1.38416 = sqrt(0.09836) / 1.38416."""
+    assert metrics.wilson(8, 10) == pytest.approx((0.71674 - 0.22658, 0.71674 + 0.22658), abs=1e-5)
+    assert metrics.wilson(0, 5)[0] == pytest.approx(0, abs=1e-12) and metrics.wilson(0, 5)[1] < 0.5
+    assert math.isnan(metrics.wilson(0, 0)[0])
+
+
+def test_detection_by_hand():
+    """Four patients with a tumour, three of them found; two without, one of them reported:
+    sensitivity 3/4, specificity 1/2, harmonic mean 2 * 0.375 / 1.25 = 0.6. Intervals are those of
+    3 of 4 and of 1 of 2."""
+    d = metrics.detection([True, True, True, False, True, False], [True] * 4 + [False] * 2)
+    assert (d["sensitivity"], d["specificity"], d["harmonic"]) == (0.75, 0.5, pytest.approx(0.6))
+    assert (d["true positive"], d["positive"], d["true negative"], d["negative"]) == (3, 4, 1, 2)
+    assert d["sensitivity 95"] == metrics.wilson(3, 4)
+    assert d["specificity 95"] == metrics.wilson(1, 2)
+    assert math.isnan(metrics.detection([True], [True])["specificity"])
+    assert metrics.detection([False, True], [True, False])["harmonic"] == 0
+
+
+# ---- agreement -----------------------------------------------------------------------------------
 def shapes(n):
     """n hard cases (pred, ref, spacing, tolerance): noise, boxes at the border, blobs, single
     voxels, full and empty masks. Half of the tolerances are a multiple of a spacing."""
@@ -222,48 +205,31 @@ def test_scores_equal_those_of_surface_distance(monkeypatch):
         assert np.allclose(got, want, rtol=0, atol=1e-6, equal_nan=True), (spacing, tolerance)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_nsd_equals_that_of_monai():
-    torch, monai = pytest.importorskip("torch"), pytest.importorskip("monai.metrics")
-    for pred, ref, spacing, tolerance in shapes(40):
-        if pred.any() and ref.any():
-            p, r = (torch.from_numpy(m)[None, None] for m in (pred, ref))
-            want = monai.compute_surface_dice(p, r, [tolerance], include_background=True,
-                                              spacing=spacing, use_subvoxels=True).item()
-            got = metrics.nsd(pred, ref, spacing_mm=spacing, tolerance_mm=tolerance)
-            assert got == pytest.approx(want, abs=1e-6)
+def test_distances_equal_those_of_all_pairs():
+    """Not only close to: a distance may equal a tolerance."""
+    far = 0
+    for pred, ref, spacing, _ in shapes(36):
+        areas = metrics.surface_areas(spacing)
+        places = [np.argwhere(metrics._surface(mask, areas)[0]) for mask in (pred, ref)]
+        if len(places[0]) == 0 or len(places[1]) == 0:
+            continue
+        steps = places[0][:, None] - places[1]
+        all_mm = np.sqrt(((steps * np.array(spacing)) ** 2).sum(-1))
+        want = np.concatenate([all_mm.min(1), all_mm.min(0)])
+        s = metrics.surface_distances(pred, ref, spacing_mm=spacing)
+        assert np.allclose(np.concatenate([s.pred_mm, s.ref_mm]), want, rtol=1e-15, atol=0), spacing
+        far += (want >= (metrics.REACH + 1) * max(spacing)).sum()
+    assert far > 100                             # so that the search tree has been asked, too
 
 
-def test_a_shift_of_both_masks_changes_nothing():
-    for pred, ref, spacing, tolerance in shapes(20):
-        moved = [np.pad(m, ((3, 1), (0, 2), (2, 0))) for m in (pred, ref)]
-        before = metrics.hd95(pred, ref, spacing_mm=spacing)
-        assert before == metrics.hd95(*moved, spacing_mm=spacing) or math.isnan(before)
-        before = metrics.nsd(pred, ref, spacing_mm=spacing, tolerance_mm=tolerance)
-        after = metrics.nsd(*moved, spacing_mm=spacing, tolerance_mm=tolerance)
-        assert before == pytest.approx(after, nan_ok=True)
-
-
-# ---- detection ---------------------------------------------------------------------------------
-def test_wilson_interval_by_hand():
-    """8 of 10, z = 1.96: p = 0.8, q = 0.38416: middle 0.99208 / 1.38416, half sqrt(0.16 * 0.38416
-    + 0.14758 / 4) / 1.38416 = sqrt(0.09836) / 1.38416."""
-    assert metrics.wilson(8, 10) == pytest.approx((0.71674 - 0.22658, 0.71674 + 0.22658), abs=1e-5)
-    assert metrics.wilson(0, 5)[0] == pytest.approx(0, abs=1e-12) and metrics.wilson(0, 5)[1] < 0.5
-    assert math.isnan(metrics.wilson(0, 0)[0])
-
-
-def test_detection_by_hand():
-    """Four patients with a tumour, three of them found; two without, one of them reported:
-    sensitivity 3/4, specificity 1/2, harmonic mean 2 * 0.375 / 1.25 = 0.6. Intervals are those of
-    3 of 4 and of 1 of 2."""
-    d = metrics.detection([True, True, True, False, True, False], [True] * 4 + [False] * 2)
-    assert (d["sensitivity"], d["specificity"], d["harmonic"]) == (0.75, 0.5, pytest.approx(0.6))
-    assert (d["true positive"], d["positive"], d["true negative"], d["negative"]) == (3, 4, 1, 2)
-    assert d["sensitivity 95"] == metrics.wilson(3, 4)
-    assert d["specificity 95"] == metrics.wilson(1, 2)
-    assert math.isnan(metrics.detection([True], [True])["specificity"])
-    assert metrics.detection([False, True], [True, False])["harmonic"] == 0
+def test_masks_may_lie_in_memory_in_any_order():
+    """As arrays of NIfTI files do: the first axis varies fastest; or as views of larger arrays."""
+    for pred, ref, spacing, _ in shapes(20):
+        want = metrics.surface_distances(pred, ref, spacing_mm=spacing)
+        views = [mask.repeat(2, 2)[:, :, ::2] for mask in (pred, ref)]
+        for pair in ([np.asfortranarray(mask) for mask in (pred, ref)], views):
+            got = metrics.surface_distances(*pair, spacing_mm=spacing)
+            assert all(np.array_equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_the_functions_need_only_numpy_and_scipy():

@@ -19,15 +19,6 @@ SIDES = {"unet": 32, "swin_unetr": 64}                  # of a small input
 BACKBONES = ["unet", pytest.param("swin_unetr", marks=SLOW)]
 
 
-def small_released(kind):
-    """A small network of width 7 for text, and its weights in the layout of the release."""
-    sizes = {"text_dim": 7, "classes": 4}
-    shapes = {"unet": release.unet_shapes(width=8, **sizes),
-              "swin_unetr": release.swin_unetr_shapes(feature_size=12, **sizes)}[kind]
-    state = release.released_state(shapes, model.relative_position_index())
-    return model.load_released(state)[0], state
-
-
 # ---- by hand: windows, attention, patch merging --------------------------------------------------
 def test_windows_hold_neighbouring_tokens_and_reverse_to_the_grid():
     """A grid of 2 x 2 x 4 tokens 0 ... 15 in windows of 2 x 2 x 2: tokens 0, 1, 4, 5 and those 8
@@ -264,7 +255,7 @@ def test_unet_equals_one_written_out_from_nn_modules():
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_window_does_not_depend_on_its_neighbours(kind, form):
     """In float64; norms over both windows would differ by 0.6 of the largest logit."""
-    network = FORMS[form](small_released(kind)[0].double())
+    network = FORMS[form](release.small_released(kind)[0].double())
     x, w = torch.rand(2, 1, *[SIDES[kind]] * 3).double(), torch.randn(2, 7).double()
     x[1] *= 3
     with torch.no_grad():
@@ -300,7 +291,7 @@ def test_recomputing_in_backward_changes_no_gradient(kind):
     x, w = torch.rand(1, 1, *[SIDES[kind]] * 3), torch.randn(2, 7)
     gradients, calls = [], []
     for recompute in (False, True):
-        network, _ = small_released(kind)
+        network, _ = release.small_released(kind)
         network.backbone.recompute = recompute
         first = network.backbone.down[0] if kind == "unet" else network.backbone.enc[0]
         first.register_forward_pre_hook(lambda *_, how=recompute: calls.append(how))
@@ -317,7 +308,7 @@ def test_recomputing_in_backward_changes_no_gradient(kind):
 def test_the_plain_model_exports_and_compiles_between_other_uses_in_one_process(kind):
     """Inference, export with a dynamic batch, use of the program, compilation, inference, then
     training, also of the fast form."""
-    network = small_released(kind)[0]
+    network = release.small_released(kind)[0]
     x, w = torch.rand(2, 1, *[SIDES[kind]] * 3), torch.randn(3, 7)
     with torch.inference_mode():
         before = network(x, w)
@@ -382,7 +373,7 @@ def in_layout(state, key, backbone, others):
 
 @pytest.mark.parametrize("kind", SIDES)
 def test_every_layout_of_a_released_file_gives_the_same_network(kind, tmp_path):
-    network, state = small_released(kind)
+    network, state = release.small_released(kind)
     for layout in LAYOUTS:
         torch.save(in_layout(state, *layout), tmp_path / "file.pth")
         got, w = model.load_released(tmp_path / "file.pth")
@@ -396,7 +387,7 @@ def test_every_layout_of_a_released_file_gives_the_same_network(kind, tmp_path):
 def test_a_file_that_does_not_fit_is_refused_with_what_differs(kind):
     """One name missing, one too many, one of another shape; text rows of another width or none;
     hundreds of differences, in a short line."""
-    _, state = small_released(kind)
+    _, state = release.small_released(kind)
     name, ours = {"unet": ("backbone.up_tr64.ops.1.conv1.bias", "backbone.merge.2.1.conv.bias"),
                   "swin_unetr": ("backbone.swinViT.layers1.0.blocks.0.norm1.bias",
                                  "backbone.stages.0.blocks.0.norm1.bias")}[kind]
@@ -422,7 +413,7 @@ def test_a_file_that_does_not_fit_is_refused_with_what_differs(kind):
 
 
 def test_a_file_with_two_models_is_refused():
-    _, state = small_released("unet")
+    _, state = release.small_released("unet")
     twice = {f"{word}.{k}": v for word in ("model", "module") for k, v in state.items()}
     with pytest.raises(ValueError, match="only parameter that is .* of this model"):
         model.load_released(twice)

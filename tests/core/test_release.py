@@ -24,8 +24,10 @@ def at(features: torch.Tensor, voxels) -> np.ndarray:
     return np.stack([features[:, d, h, w].numpy() for d, h, w in voxels], axis=1)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["unet", pytest.param("swinunetr", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name, form", [
+    ("unet", "plain"), pytest.param("unet", "fast", marks=pytest.mark.slow),
+    pytest.param("swinunetr", "plain", marks=pytest.mark.slow),
+    pytest.param("swinunetr", "fast", marks=pytest.mark.slow)])
 def test_logits_and_features_equal_the_released_network(name, form):
     """64 x 96 x 64 voxels, 32 classes; the last decoder feature and the deepest encoder feature."""
     want = release.OUTPUTS[name]

@@ -81,20 +81,6 @@ def test_a_step_of_scans_that_annotate_nothing_has_a_zero_gradient():
     assert loss.item() == 0 and net.a.grad == 0
 
 
-def small_network():
-    torch.manual_seed(0)
-    return build_model({"backbone": "unet", "width": 8, "text_dim": 3})
-
-
-def test_a_step_of_two_scans_is_the_mean_of_two_steps_of_one():
-    """What one scan does not annotate has no influence on it."""
-    w, whole = torch.eye(3), batch_of([[True, False, True], [False, True, False]])
-    network = small_network()
-    parts = [train.step_loss(network, {k: v[i:i + 1] for k, v in whole.items()}, w)[0].item()
-             for i in range(2)]
-    assert train.step_loss(network, whole, w)[0].item() == pytest.approx(sum(parts) / 2, abs=1e-5)
-
-
 def test_which_classes_count():
     """Those of the scan; with --unmasked all that any scan annotates; none that --extend froze."""
     annotated = torch.tensor([[True, False, False], [False, False, True]])
@@ -109,6 +95,11 @@ def test_which_classes_count():
 
 
 # ---- the optimiser -------------------------------------------------------------------------------
+def small_network():
+    torch.manual_seed(0)
+    return build_model({"backbone": "unet", "width": 8, "text_dim": 3})
+
+
 def updates(cfg, count):
     """The loss of `count` steps on one batch -> (losses, the state of the optimiser)."""
     network = small_network()
@@ -122,7 +113,7 @@ def updates(cfg, count):
 
 def test_the_loss_falls():
     found, _ = updates(train.Config(lr=0.01), 12)
-    assert found[-1] < 0.8 * found[0]
+    assert 0 < found[-1] < 0.8 * found[0]
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e-3, 1e6])
@@ -180,6 +171,14 @@ def test_the_seed_decides_the_start_the_split_and_the_crops(tiny, tmp_path):
     assert len(held_out) > 1
 
 
+@pytest.mark.parametrize("modality", ["ct", "mri"])
+def test_a_run_knows_the_modality_of_its_scans(tiny, tmp_path, modality):
+    """For infer.py, which scales grey values in the same way."""
+    ready = train.prepare(config(tiny, tmp_path / "run", modality=modality))
+    assert checkpoints.describe_run(ready.run, {})["modality"] == modality
+    assert {scan.case.modality for scan in ready.training} == {modality}
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_amp_computes_a_run_in_bf16(tiny, tmp_path, monkeypatch, amp):
     """In the step and in validation; the default of a CPU is float32."""
@@ -234,6 +233,13 @@ def test_validation_counts_only_voxels_whose_label_says_something(tiny, tiny_sca
     assert scores["Liver Tumor"] == pytest.approx(dice_of_yes(scan, "Liver Tumor"))
 
 
+def test_a_validation_scan_that_annotates_nothing_has_no_score(tiny, tiny_scans, tmp_path):
+    case = dataclasses.replace(tiny_scans[0].case, annotated=np.zeros(32, bool))
+    scan = dataclasses.replace(tiny_scans[0], case=case)
+    assert train.validate(Yes(), torch.eye(32), [scan], labels.CLASSES, config(tiny, tmp_path),
+                          False) == {}
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -268,6 +274,8 @@ def test_resume_equals_uninterrupted(tiny, tmp_path, monkeypatch):
         with pytest.raises(ConnectionError):
             train.train(config(tiny, tmp_path / "b", workers=2))
     assert content_of_checkpoint(tmp_path / "b")["step"] == 2
+    with pytest.raises(ValueError, match="--seed 0, now 1; a resumed run must have the same"):
+        train.train(config(tiny, tmp_path / "b", resume=True, seed=1))
     train.train(config(tiny, tmp_path / "b", resume=True))
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     first, second = ([{**r, "seconds": 0} for r in log_of(tmp_path / x)] for x in "ab")

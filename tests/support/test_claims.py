@@ -142,6 +142,23 @@ def test_three_hospitals_have_other_patients_and_only_their_own_structures(tmp_p
         claims.hospitals_study(args)
 
 
+def test_a_new_structure_is_learned_from_as_many_patients_as_a_method_says(tmp_path, monkeypatch):
+    """Patients of even number have a contour of the esophagus."""
+    kbp = _write_openkbp(tmp_path / "kbp")
+    args = claims.parse(["new-structure", "--kbp", str(kbp), "--out", str(tmp_path)])
+    monkeypatch.setattr(claims, "fit", lambda *_: Path("base.pt"))
+    monkeypatch.setattr(claims, "score_all", lambda args, study, seed, methods: methods)
+    methods = claims.new_structure(args, claims.openkbp_study(args), seed=0)
+    for n, name in ((1, "1 patient"), (2, "2 patients")):
+        settings = methods[f"--init, Esophagus, {name}"].settings
+        few = json.loads(Path(settings["split"][0]).read_text())["train"]
+        assert len(few) == n and set(few) < {"pt_0", "pt_2", "pt_4"}
+        assert settings["init"] == "base.pt"
+        assert "init" not in methods[f"from scratch, Esophagus, {name}"].settings
+        table = json.loads(Path(settings["classes"]).read_text())
+        assert [c["name"] for c in table] == ["Esophagus"]
+
+
 def test_the_cost_of_a_training_by_hand(tmp_path):
     """Six steps of 2 s, during one of which the machine slept for an hour; records of validation
     are passed over. The middle third are the third to the fifth step."""

@@ -63,10 +63,6 @@ def test_two_voxels_are_one_piece_exactly_if_they_touch(monkeypatch, graph):
         mask = np.zeros((5, 5, 5), bool)
         mask[2, 2, 2] = mask[other] = True
         assert len(Pieces(mask).sizes) == (1 if np.abs(np.subtract(other, 2)).max() < 2 else 2)
-    for edge in np.ndindex(3, 2, 4):
-        single = np.zeros((3, 2, 4), bool)
-        single[edge] = True
-        check_pieces(single)
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -77,7 +73,7 @@ def test_an_empty_and_a_full_mask_have_no_piece_and_one(monkeypatch, graph):
         check_pieces(np.ones(shape, bool))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("graph", [True, False])
 def test_pieces_are_those_of_ndimage_label(monkeypatch, graph, seed):
     """Sparse to dense noise and boxes, in both orders in memory, a few voxels at a time."""

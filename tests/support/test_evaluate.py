@@ -241,22 +241,20 @@ def test_pairs_are_found_whatever_their_endings(folder, capsys, pred_name, ref_n
 
 
 def test_an_assumed_table_is_said_in_one_line(folder, capsys):
-    """Without a table on either side, 6 is the liver: a shift by one of five planes is 2*4/10."""
+    """Without a table, 6 is the liver: a shift by one of five planes is 2 * 4 / 10. Of the two
+    predictions, one has a table."""
     label = np.zeros((8, 8, 8), np.uint8)
     label[1:6, 2:6, 2:6] = 6
     for name in ("a", "b"):
         folder.write("ref", f"{name}.nii.gz", label)
         folder.write("pred", f"{name}.nii.gz", np.roll(label, 1, 0))
+    (folder.path / "pred/a.json").write_text('{"classes": [{"name": "Liver", "value": 6}]}')
     scored = {name: dice for name, dice in folder.dice().items() if dice is not None}
     assert scored == pytest.approx({"Liver": 0.8})
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
     assert len(notes) == 2 and "pred: no table" in notes[0] and "ref: no table" in notes[1]
-    assert "2 of 2 files" in notes[0] and "1 Spleen to 32 Kidney Cyst" in notes[0]
-    (folder.path / "pred/a.json").write_text('{"classes": [{"name": "Liver", "value": 6}]}')
-    (folder.path / "ref/dataset.json").write_text('{"labels": {"liver": 6}}')
-    folder.score()
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert len(notes) == 1 and "b.nii.gz" in notes[0] and "1 of 2 files" in notes[0]
+    assert "b.nii.gz mean (1 of 2 files)" in notes[0] and "2 of 2 files" in notes[1]
+    assert "1 Spleen to 32 Kidney Cyst" in notes[0]
 
 
 def test_one_line_says_how_many_cases_the_model_has_seen(folder, capsys):

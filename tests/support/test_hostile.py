@@ -93,8 +93,9 @@ ACCEPTED = {
     "all one value": content(np.full((5, 5, 5), 7, np.int16)),
     "slope 0": patched(112, "ff", 0, 0), "slope 2": patched(112, "ff", 2, -1024),
     "slope negative": patched(112, "ff", -1, 0), "slope nan": patched(112, "ff", np.nan, 0),
-    "slope inf": patched(112, "ff", np.inf, 0), "intent label": content(intent_code=1002),
-    "no affine codes": content(sform_code=0, qform_code=0), "forms disagree": disagreeing(),
+    "slope inf": patched(112, "ff", np.inf, 0), "only an offset": patched(112, "ff", 1, -1024),
+    "intent label": content(intent_code=1002), "forms disagree": disagreeing(),
+    "no affine codes": content(sform_code=0, qform_code=0),
     "left-handed": sform(np.diag([-2.0, 2, 3, 1])), "negative pixdim": patched(80, "f", -2.0),
     "oblique": sform(oblique(20)), "oblique 44": sform(oblique(44)),
     "sheared a little": sform(sheared(0.01)),
@@ -421,15 +422,15 @@ def killed(kills, make_folder, target, args, check=same_bytes):
             process.kill()
             done += 1
         process.join()
-        for name, content in files(folder).items():
-            check(name, content, whole[name])
+        for name, now in files(folder).items():
+            check(name, now, whole[name])
         if process.exitcode == 0:               # it ended before the kill: start again
             folder = None
     folder = folder or make_folder("last")
     found = finish(folder)
     assert found.keys() == whole.keys() and whole
-    for name, content in found.items():
-        check(name, content, whole[name])
+    for name, now in found.items():
+        check(name, now, whole[name])
     return reference, folder
 
 

@@ -232,17 +232,15 @@ def test_settling_deletes_nothing_and_commutes_with_a_mirror(seed):
 
 
 def test_sides_of_a_table_of_ones_own_are_paired_whatever_the_case_and_order_of_the_words():
-    """Two kidneys that are both labelled left, or both right; and "Lobe (left)" is the other side
-    of "right lobe"."""
-    for a, b in (("left kidney", "right kidney"), ("Lobe (left)", "right lobe")):
-        classes = class_tables.make_classes([
-            {"name": a, "side": "left"}, {"name": b, "side": "right"},
-            {"name": "left hand", "side": "left"}])
-        for labelled in (a, b):
-            out = after(classes, **{labelled: RIGHT_KIDNEY | LEFT_KIDNEY,
-                                    "left hand": RIGHT_KIDNEY})
-            assert np.array_equal(out[a], LEFT_KIDNEY) and np.array_equal(out[b], RIGHT_KIDNEY)
-            assert np.array_equal(out["left hand"], RIGHT_KIDNEY)    # has no other side: unchanged
+    """Two lobes that are both labelled left, or both right. The left hand has no other side."""
+    classes = class_tables.make_classes([{"name": "Lobe (left)", "side": "left"},
+                                   {"name": "right lobe", "side": "right"},
+                                   {"name": "left hand", "side": "left"}])
+    for labelled in ("Lobe (left)", "right lobe"):
+        out = after(classes, **{labelled: RIGHT_KIDNEY | LEFT_KIDNEY, "left hand": RIGHT_KIDNEY})
+        for name, expected in (("Lobe (left)", LEFT_KIDNEY), ("right lobe", RIGHT_KIDNEY),
+                               ("left hand", RIGHT_KIDNEY)):
+            assert np.array_equal(out[name], expected), name
 
 
 @pytest.mark.parametrize("view, midline", [(slice(0, 40), 19.5), (slice(20, 40), None),
@@ -327,3 +325,15 @@ def test_the_region_of_a_host_is_that_of_three_distance_transforms(spacing):
     masks = PackedMasks.from_array(liver[None])
     got = postprocess.host_region(masks, [0], tuple(slice(0, n) for n in liver.shape), spacing)
     assert np.array_equal(got, want[:60, :50, :40])
+
+
+# ---- one label map of several masks --------------------------------------------------------------
+def test_a_child_is_drawn_over_its_parent_and_the_parent_of_that():
+    """The table has the innermost class first; the network finds the outermost most probable."""
+    classes = class_tables.make_classes([{"name": "Necrosis", "parents": ["Mass"]},
+                                   {"name": "Mass", "parents": ["Thyroid"]}, "Thyroid"])
+    seg = streaming.Segmentation((4, 1, 1), 3)
+    seg.masks = PackedMasks.from_array(
+        np.array([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1]], bool)[..., None, None])
+    seg.winner[:] = 2
+    assert seg.merge(classes).ravel().tolist() == [3, 2, 1, 1]

@@ -47,10 +47,10 @@ def test_midline_of_an_mri_whose_air_is_not_zero():
 
 
 # ---- labels without sides ------------------------------------------------------------------------
-def unsplit_kidneys(shape=(40, 12, 12)):
+def unsplit_kidneys():
     """Rows 1 and 2 are a right and a left kidney, 3 and 4 a tumour in the one and in the other."""
     label_map = labels.label_map({"kidney": [1, 2], "kidney tumor": 2}, labels.CLASSES)
-    return label_map, np.zeros(shape, np.uint8)
+    return label_map, np.zeros((40, 12, 12), np.uint8)
 
 
 def test_pieces_are_split_at_the_bodys_midline_not_at_the_middle_of_the_image():
@@ -61,38 +61,20 @@ def test_pieces_are_split_at_the_bodys_midline_not_at_the_middle_of_the_image():
     label_rows[6:8, 4:6, 4:6] = 3         # with a tumour
     label_rows[30, 9, 9] = 1              # a speck on the right
     out = sides.split_sides(label_rows, label_map, 14.0)
-    assert (out[16:20, 3:7, 3:7] == 1).all() and out[30, 9, 9] == 1
-    assert (out[4:9, 3:7, 3:7] == label_rows[4:9, 3:7, 3:7] + 1).all()
-    assert (out[6:8, 4:6, 4:6] == 4).all()
-
-
-def test_a_single_kidney_gets_its_side_by_position():
-    for at, want in ((2, 2), (30, 1)):
-        label_map, label_rows = unsplit_kidneys()
-        label_rows[at:at + 5, 3:7, 3:7] = 1
-        label_rows = sides.split_sides(label_rows, label_map, 20.0)
-        assert np.flatnonzero(label_map.regions[label_rows].any((0, 1, 2))) == [want]
+    on_left = np.arange(40)[:, None, None] < 14
+    assert np.array_equal(out, label_rows + (on_left & (label_rows > 0)))
 
 
 def test_a_piece_across_the_midline_is_cut_only_if_neither_side_holds_80_percent_of_it():
     label_map, label_rows = unsplit_kidneys()
     label_rows[10:20, 3:7, 3:7] = 1
-    most = sides.split_sides(label_rows, label_map, 11.0)      # 90 % on the right: not cut
-    half = sides.split_sides(label_rows, label_map, 15.0)      # half and half: cut
-    assert set(np.unique(most)) == {0, 1} and set(np.unique(half)) == {0, 1, 2}
-    assert (half[10:15, 3:7, 3:7] == 2).all() and (half[15:20, 3:7, 3:7] == 1).all()
+    for midline, cut in ((12.0, 10), (13.0, 13), (17.0, 17), (18.0, 20)):
+        out = sides.split_sides(label_rows, label_map, midline)
+        assert (out[10:cut, 3:7, 3:7] == 2).all() and (out[cut:20, 3:7, 3:7] == 1).all()
 
 
-def test_a_tumour_follows_the_labelled_lung_it_touches():
-    label_map = labels.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, labels.CLASSES)
-    label_rows = np.zeros((30, 8, 8), np.uint8)
-    label_rows[2:17], label_rows[20:28] = label_map.values.index(1), label_map.values.index(2)
-    label_rows[15:17, 3:5, 3:5] = label_map.values.index(3)     # the left lung reaches beyond 14
-    out = sides.split_sides(label_rows, label_map, 14.0)
-    assert np.flatnonzero(label_map.regions[out[15, 3, 3]]).tolist() == [16, 29]
-
-
-def test_without_a_midline_only_what_touches_a_labelled_side_is_told_apart():
+def test_what_touches_a_labelled_side_goes_with_it_wherever_the_midline_is():
+    """Without a midline, classes 15 and 16 are undecided where a tumour touches neither lung."""
     label_map = labels.label_map({"lung_left": 1, "lung_right": 2, "lung tumor": 3}, labels.CLASSES)
     left, right, tumour = (label_map.values.index(v) for v in (1, 2, 3))
     label_rows = np.zeros((30, 8, 8), np.uint8)
@@ -100,11 +82,15 @@ def test_without_a_midline_only_what_touches_a_labelled_side_is_told_apart():
     label_rows[10:13, 3:5, 3:5] = tumour
     label_rows[27:29, 3:5, 3:5] = tumour
     assert sides.undecided_sides(label_rows, label_map) == []
-    out = sides.split_sides(label_rows, label_map, None)
-    assert np.flatnonzero(label_map.regions[out[11, 3, 3]]).tolist() == [16, 29]
-    assert np.flatnonzero(label_map.regions[out[28, 3, 3]]).tolist() == [15, 29]
+    for midline in (None, 5.0, 14.0):
+        out = sides.split_sides(label_rows, label_map, midline)
+        assert np.flatnonzero(label_map.regions[out[11, 3, 3]]).tolist() == [16, 29]
+        assert np.flatnonzero(label_map.regions[out[28, 3, 3]]).tolist() == [15, 29]
     label_rows[15:17, 3:5, 3:5] = tumour                        # between the lungs
     assert sides.undecided_sides(label_rows, label_map) == [15, 16]
+
+
+def test_without_a_midline_kidneys_without_a_side_are_undecided_and_stay_as_they_are():
     label_map, label_rows = unsplit_kidneys()
     assert sides.undecided_sides(label_rows, label_map) == []
     label_rows[2:5, 2:5, 2:5] = 1

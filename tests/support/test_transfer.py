@@ -3,9 +3,9 @@ classes beside frozen ones."""
 import json
 
 import pytest
+import release
 import torch
 from runs import config, content_of_checkpoint, error_line, same, weights
-from test_model import small_released
 
 import train
 from support import checkpoints, processes, transfer
@@ -98,7 +98,7 @@ def test_another_spacing_is_a_note_for_init_and_an_error_for_extend(base, tiny, 
 @pytest.mark.parametrize("kind, patch", [("unet", 32), ("swin_unetr", 64)])
 def test_released_weights_are_taken(tiny, tmp_path, kind, patch):
     """The backbone needs no flag."""
-    network, content = small_released(kind)
+    network, content = release.small_released(kind)
     rows = torch.rand(32, 7)                                           # the built-in classes
     torch.save({"net": {**content, "organ_embedding": rows}}, tmp_path / "released.pth")
     torch.save(rows[[2, 5]], tmp_path / "rows.pth")                    # left kidney, liver
@@ -110,7 +110,7 @@ def test_released_weights_are_taken(tiny, tmp_path, kind, patch):
 
 def test_text_embeddings_without_names_are_taken_for_classes_of_ones_own(tiny, tmp_path, capsys):
     """A derivative with four text embeddings and no names: they belong to no class here."""
-    torch.save(small_released("unet")[1], tmp_path / "derivative.pth")
+    torch.save(release.small_released("unet")[1], tmp_path / "derivative.pth")
     torch.save(torch.rand(2, 7), tmp_path / "rows.pth")
     how = {"text": str(tmp_path / "rows.pth"), "patch": 32}
     train.load_task(liver_run(tiny, tmp_path / "a", init=str(tmp_path / "derivative.pth"), **how))

@@ -3,8 +3,8 @@ class table that they hold."""
 import dataclasses
 
 import pytest
+import release
 import torch
-from test_model import small_released
 
 import labels
 import model
@@ -30,7 +30,7 @@ def test_a_checkpoint_of_train_py_loads_and_a_part_of_one_is_refused(tmp_path):
 
 
 def test_a_released_file_is_a_checkpoint_of_which_nothing_else_is_known(tmp_path):
-    network, state = small_released("unet")
+    network, state = release.small_released("unet")
     torch.save({"net": state}, tmp_path / "released.pth")
     got, w, rest = checkpoints.load_checkpoint(tmp_path / "released.pth")
     assert rest == {} and torch.equal(w, state["organ_embedding"])
@@ -40,7 +40,7 @@ def test_a_released_file_is_a_checkpoint_of_which_nothing_else_is_known(tmp_path
 @pytest.mark.parametrize("kind", ["unet", "swin_unetr"])
 def test_pretrained_encoders_fill_the_backbone_and_say_what_was_left(kind, tmp_path):
     """MONAI's file has `out` beside the backbone, older ones `module.layers1`; Genesis `out_tr`."""
-    network, state = small_released(kind)
+    network, state = release.small_released(kind)
     size = {"unet": {"width": 8}, "swin_unetr": {"feature_size": 12}}[kind]
     public = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone." in k}
     public = {(f"module.{k}" if kind == "unet" else k): v for k, v in public.items()}
