@@ -247,7 +247,8 @@ def test_snippet_of_the_export(checkpoint):
 LACKING = {"clip_text.py --out text.pt", "clip_text.py --classes liver",
            "infer.py --checkpoint clip_driven_universal", "train.py --data /data/btcv",
            "train.py --data Dataset042_Mine", "metrics.py --pred out --ref Dataset042_Mine",
-           "support.public NAME DIR", "support.public btcv DIR --folds 5",
+           "support.public NAME DIR", "support.public btcv /data/btcv --folds 5",
+           "infer.py --checkpoint run0/last.pt", "metrics.py --pred out0 --data /data/btcv",
            "labels.py --classes FILE"}
 EXPERIMENTS = ("experiments.bench", "experiments.claims")       # these have tests of their own
 REFERENCE_FILES = ("Dataset00", "knee/", "real/", "open-kbp", "kbp", "txt_encoding.pth")
