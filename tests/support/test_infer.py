@@ -12,6 +12,7 @@ from runs import ball_scan, error_line, segment_with, smooth_levels, tiny_scan, 
 
 import data
 import infer
+import labels
 from support import class_tables, nifti, results, streaming
 
 
@@ -93,6 +94,29 @@ def test_merge_puts_children_over_parents_then_the_winner_then_table_order():
     seg.winner[:, 0, 0] = [0, 0, 2, 0, 1, 2]
     # organ | tumor over organ | Other wins | tumor alone | nothing | Other wins over both
     assert seg.merge(classes)[:, 0, 0].tolist() == [1, 2, 3, 2, 0, 3]
+
+
+def test_a_class_that_is_left_out_leaves_its_voxels_to_the_others():
+    """A tumour in the organ is organ in a label map without tumours."""
+    classes = class_tables.make_classes(["Organ", {"name": "Tumor", "parents": ["Organ"]}])
+    seg = streaming.Segmentation((3, 1, 1), 2)
+    seg.masks.set(0, np.array([True, True, False]).reshape(3, 1, 1))
+    seg.masks.set(1, np.array([False, True, True]).reshape(3, 1, 1))
+    seg.winner[:, 0, 0] = [0, 1, 1]
+    assert seg.merge(classes)[:, 0, 0].tolist() == [1, 2, 2]
+    assert seg.merge(classes, only=[0])[:, 0, 0].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("table, want", [
+    ({"liver": [1, 2], "liver tumor": 2}, {"Liver": 1, "Liver Tumor": 2}),                # LiTS
+    ({"kidney": [1, 2, 3], "kidney tumor": 2, "kidney cyst": 3},                          # KiTS
+     {"Right Kidney": 1, "Left Kidney": 1, "Kidney Tumor": 2, "Kidney Cyst": 3}),
+    ({"0": "background", "1": "liver", "2": "cancer"}, {"Liver": 1, "Liver Tumor": 2}),   # MSD
+])
+def test_the_values_of_a_dataset_mean_their_class_and_the_fewest_others(tmp_path, table, want):
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": table}))
+    values = results.values_of_dataset(tmp_path / "dataset.json", labels.CLASSES)
+    assert {labels.CLASSES[k].name: value for k, value in values.items()} == want
 
 
 @pytest.mark.parametrize("K", [70, 300])
