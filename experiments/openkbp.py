@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.phantom import write_nifti
-from support import files, nifti, processes
+from support import files, nifti, processes, results
 
 GRID = 128                      # voxels along each axis of every scan of the source
 AIR_HU = -1024                  # HU of a voxel that ct.csv does not list, and of the value 0 in it
@@ -213,7 +213,9 @@ def main(argv=None) -> int:
     if not any(found.values()):
         raise FileNotFoundError(f"{args.source}: no folder train-pats/pt_N or test-pats/pt_N in "
                                 "it; clone github.com/ababier/open-kbp and name that folder")
-    write_class_table(args.out / "kbp.json")
+    table = args.out / "kbp.json"
+    results.refuse_overwriting_inputs(filter(None, [args.patients]), [table], "--out")
+    write_class_table(table)
     for part, patients in found.items():
         name, split = DATASETS[part]
         convert(sorted(patients, key=lambda path: by_number(path.name)), args.out / name, split)

@@ -169,13 +169,13 @@ def is_dataset(folder: Path) -> bool:
     return path.is_file() and _has_training_images(path)
 
 
-def list_cases(folder: Path) -> list[CaseFiles]:
-    """The training cases of a dataset, by its dataset.json.
+def list_cases(folder: Path, info: dict) -> list[CaseFiles]:
+    """The training cases of a dataset; info is the content of its dataset.json.
 
     raises ValueError, FileNotFoundError  if that is malformed, or a file is missing
     """
-    info, name = files.read_json(folder / "dataset.json"), dataset_name(folder)
-    public = public_name(info, name)
+    name = dataset_name(folder)
+    public = public_name(info, folder)
     return [CaseFiles(f"{name}/{case}", name, image, label, public)
             for case, (image, label) in image_label_pairs(folder, info).items()]
 
@@ -198,9 +198,8 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[data.Case
     where = folder / "dataset.json"
     info = files.read_json(where)
     name = dataset_name(folder)
-    label_map = labels.label_map(info.get("labels"), classes, str(where),
-                                 context=str(info.get("name") or name))
-    found = list_cases(folder)
+    label_map = label_map_of(info, classes, where)
+    found = list_cases(folder, info)
     if not found:
         raise ValueError(f"{folder}: no scan imagesTr/*_0000.nii.gz in it")
     own_annotated = annotated_per_case(info, classes, where)
@@ -227,22 +226,29 @@ def read_dataset(folder: Path, classes, *, modality: str = "") -> list[data.Case
     return cases
 
 
-def public_name(info: dict, folder_name: str) -> str:
+def label_map_of(info: dict, classes, where: Path) -> labels.LabelMap:
+    """What the values of a dataset mean; info is the content of its dataset.json, `where`."""
+    context = str(info.get("name") or dataset_name(where.parent))
+    return labels.label_map(info.get("labels"), classes, str(where), context=context)
+
+
+def public_name(info: dict, folder: Path) -> str:
     """Which public dataset this is: "kits" and the like, "msd-liver" and the like, or "".
 
     info  the content of dataset.json; that of support.public says it, and a task of the Decathlon,
           also as nnU-Net converts it, is known by its name and its table
 
-    >>> public_name({"name": "Liver", "labels": {"1": "liver", "2": "cancer"}}, "Task03_Liver")
+    >>> info = {"name": "Liver", "labels": {"1": "liver", "2": "cancer"}}
+    >>> public_name(info, Path("Task03_Liver"))
     'msd-liver'
-    >>> public_name({"labels": {"liver": 1, "cyst": 2}}, "Dataset003_Liver")
+    >>> public_name({"labels": {"liver": 1, "cyst": 2}}, Path("Dataset003_Liver"))
     ''
     """
     if info.get("prepared_by") == "support.public":
         return str(info.get("name"))
-    named_values = labels.parse_labels(info.get("labels"), folder_name)
+    named_values = labels.parse_labels(info.get("labels"), str(folder / "dataset.json"))
     words = sorted({name.lower() for name, _ in named_values} - {"background"})
-    for name in (str(info.get("name")), folder_name):
+    for name in (str(info.get("name")), dataset_name(folder)):
         task = re.sub(r"^(Task|Dataset)\d+_", "", name).lower()
         if (task, tuple(words)) in MSD:
             return MSD[task, tuple(words)]

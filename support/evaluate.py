@@ -93,11 +93,14 @@ def _case_name(path: Path) -> str:
 
 
 # ---- what the values of a file mean ------------------------------------------------------------
-def _read_table(path: Path) -> tuple[Path | None, dict]:
+def _read_table(path: Path, known: Path | None = None) -> tuple[Path | None, dict]:
     """The JSON that tells what the values of a label file mean, and its content.
 
+    known    this JSON, where it is known
     returns  (None, {}) if there is none
     """
+    if known is not None:
+        return known, files.read_json(known)
     folder = path.parent
     for where in (folder / f"{_case_name(path)}.json", folder / "dataset.json",
                   folder.parent / "dataset.json"):
@@ -108,13 +111,13 @@ def _read_table(path: Path) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def read_label_map(path: Path, classes, where: Path | None = None) -> labels.LabelMap:
+def read_label_map(path: Path, classes, known: Path | None = None) -> labels.LabelMap:
     """What the values of a label file mean; class numbers, 1 for the first class, if no table
     tells.
 
-    where  the table, where it is known
+    known  see _read_table
     """
-    where, content = (where, files.read_json(where)) if where else _read_table(path)
+    where, content = _read_table(path, known)
     if where is None:
         table = {c.name: number for number, c in enumerate(classes, 1)}
         return labels.label_map(table, classes, str(path.parent))
@@ -135,11 +138,7 @@ def read_label_map(path: Path, classes, where: Path | None = None) -> labels.Lab
 def _annotated_in(pair: Pair, classes) -> np.ndarray:
     """(K,) bool: the classes that a reference annotates in this case, by "annotated" in its
     dataset.json, as in training. All of them where that does not list the case."""
-    where, content = pair.table, {}
-    if where is None:
-        where, content = _read_table(pair.ref)
-    else:
-        content = files.read_json(where)
+    where, content = _read_table(pair.ref, pair.table)
     listed = datasets.annotated_per_case(content, classes, where, only=pair.case)
     return listed.get(pair.case, np.ones(len(classes), bool))
 
@@ -396,8 +395,8 @@ def find_references(args) -> tuple[dict[str, Path], Path | None]:
 
 def main(argv=None) -> int:
     args = parse(argv)
-    if args.class_table:
-        refuse_overwriting_inputs([args.class_table], [args.pred / "metrics.json"], "--pred")
+    outputs = [args.pred / "metrics.csv", args.pred / "metrics.json"]
+    refuse_overwriting_inputs([*filter(None, [args.class_table]), *args.split], outputs, "--pred")
     classes = class_tables.load_classes(args.class_table)
     indices = labels.select(args.classes, classes) if args.classes else list(range(len(classes)))
     tolerance = dict(PROTOCOLS[args.protocol])

@@ -192,6 +192,14 @@ def prepare_dataset(name: str, folder: Path) -> None:
               "cases, and can be segmented with infer.py --input")
 
 
+def _write_split(path: Path, content: dict | list) -> None:
+    """Write a file for --split; another one of this name is refused."""
+    if path.exists() and files.read_json(path, (dict, list)) != content:
+        raise ValueError(f"{path}: exists and has other folds; move it away")
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def write_official_parts(folder: Path, cases: list[str]) -> None:
     """Write the split that meta.csv of TotalSegmentator names, for --split."""
     with open(folder / "meta.csv", newline="", encoding="utf-8-sig") as file:
@@ -203,8 +211,7 @@ def write_official_parts(folder: Path, cases: list[str]) -> None:
               "semicolons, that name training scans")
         return
     path = folder / OFFICIAL_FILE
-    with files.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    _write_split(path, parts)
     counts = ", ".join(f"{len(names)} {part}" for part, names in parts.items())
     print(f"written: {path}, the official parts ({counts}), for --split")
 
@@ -346,10 +353,7 @@ def write_folds(folder: Path, k: int) -> None:
     for start, stop in zip(ends[:-1], ends[1:], strict=True):
         folds.insert(0, {"train": cases[:start] + cases[stop:], "val": cases[start:stop]})
     path = folder / FOLDS_FILE
-    if path.exists() and files.read_json(path, (dict, list)) != folds:
-        raise ValueError(f"{path}: exists and has other folds; move it away")
-    with files.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(folds, indent=1) + "\n", encoding="utf-8")
+    _write_split(path, folds)
     print(f"written: {path}, {k} folds, for train.py --split {path} --fold 0 to {k - 1}")
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-import labels
-from support import files, nifti, pictures, processes, streaming
+from support import datasets, files, nifti, pictures, processes, streaming
 
 
 def refuse_overwriting_inputs(inputs, outputs, flag: str) -> None:
@@ -180,9 +179,7 @@ def values_of_dataset(path: Path, classes) -> dict[int, int]:
     Of several values that mean a class, it is that which means the fewest other classes: in LiTS,
     where 1 is liver and 2 is liver and tumour, 1 for the liver and 2 for the tumour.
     """
-    info = files.read_json(path)
-    label_map = labels.label_map(info.get("labels"), classes, str(path),
-                                 context=str(info.get("name") or path.resolve().parent.name))
+    label_map = datasets.label_map_of(files.read_json(path), classes, path)
     values = {}
     for k in np.flatnonzero(label_map.annotated):
         rows = np.flatnonzero(label_map.regions[:, k])

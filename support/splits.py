@@ -123,19 +123,32 @@ def _entries_of_list(path: Path) -> list[SplitEntry]:
     return entries
 
 
-def parts_of_cases(cases, paths, fold: str = "", *, quiet: bool = False) -> dict[str, str]:
-    """{name of the case: its part} of the cases that the files of --split name; see read_split and
-    match_split.
+def parts_of_cases(cases, paths, fold: str = "") -> dict[str, str]:
+    """{name of the case: its part} of the cases that a run uses, by the files of --split; see
+    read_split. What does not match is printed.
 
     paths   the files; without one the answer is empty
-    raises  ValueError  also if a fold is asked for without a file
+    raises  ValueError  also if a fold is asked for without a file, or no case is named for training
     """
     if not paths:
-        if fold:
-            raise ValueError(f"--fold {fold}: is the number of a fold of the splits_final.json "
-                             "that --split names; name that file, too")
+        _refuse_fold_alone(fold)
         return {}
-    return match_split(read_split(paths, fold), cases, quiet=quiet)
+    found = match_split(read_split(paths, fold), cases)
+    if "train" not in found.named.values():
+        raise ValueError("--split: none of its training scans is in --data")
+    processes.report_some("scans of the split are not in --data", found.absent)
+    processes.report_some("scans of --data are not in the split and not used", found.unused)
+    processes.report_some("scans are named for validation and for testing, and are validated",
+                          found.in_both)
+    processes.report_some("datasets are not named in the split and are trained on whole",
+                          found.whole_datasets)
+    return found.parts
+
+
+def _refuse_fold_alone(fold: str) -> None:
+    if fold:
+        raise ValueError(f"--fold {fold}: is the number of a fold of the splits_final.json that "
+                         "--split names; name that file, too")
 
 
 def add_flags(parser) -> None:
@@ -153,32 +166,42 @@ def choose_cases(folder: Path, paths, fold: str, part: str) -> dict[str, dataset
 
     raises ValueError  also if no case is in this part
     """
-    cases = datasets.list_cases(folder)
-    if paths or fold:
-        parts = parts_of_cases(cases, paths, fold, quiet=True)
+    cases = datasets.list_cases(folder, files.read_json(folder / "dataset.json"))
+    if paths:
+        parts = match_split(read_split(paths, fold), cases).parts
         cases = [case for case in cases if parts.get(case.name) == part]
+    else:
+        _refuse_fold_alone(fold)
     if not cases:
         where = f"the part {part!r} of {', '.join(paths)}" if paths else "its dataset.json"
         raise ValueError(f"{folder}: no case of it is in {where}")
     return {case.case: case for case in cases}
 
 
-def match_split(entries: list[SplitEntry], cases, *, quiet: bool = False) -> dict[str, str]:
-    """{name of the case: its part} of all cases that are used.
+@dataclass(frozen=True)
+class Match:
+    """How a split and the cases at hand fit."""
+    named: dict[str, str]           # {name of the case: its part} of the cases that it names
+    parts: dict[str, str]           # the same, and those of whole_datasets, which are for training
+    absent: list[str]               # what it names and is not there
+    unused: list[str]               # names of other cases of datasets that it names
+    in_both: list[str]              # what it names for validation and for testing
+    whole_datasets: list[str]       # the datasets that it does not name
 
-    A dataset of which the split names no scan is trained on whole. What a split names and is not
-    there, what is there and not named, and which datasets train whole is printed. A scan that is
-    named for validation and for testing, as some of the release's lists do, is validated.
+
+def match_split(entries: list[SplitEntry], cases) -> Match:
+    """Find the cases that a split names.
+
+    A dataset of which the split names no scan is trained on whole. A scan that is named for
+    validation and for testing, as some of the release's lists do, is validated.
 
     cases   with a name, a dataset and a public: data.Case or datasets.CaseFiles
-    quiet   print nothing
-    raises ValueError  if an entry may stand for several cases, a case is in several parts, or,
-                       unless `quiet`, no case is named for training
+    raises ValueError  if an entry may stand for several cases, or a case is in several parts
     """
     with_name: dict[str, list] = {}
     for case in cases:
         with_name.setdefault(case.name.removeprefix(f"{case.dataset}/"), []).append(case)
-    parts: dict[str, str] = {}
+    named: dict[str, str] = {}
     absent, in_both = [], []
     for entry in entries:
         found = [case.name for name in sorted(entry.cases()) for case in with_name.get(name, [])
@@ -189,29 +212,26 @@ def match_split(entries: list[SplitEntry], cases, *, quiet: bool = False) -> dic
         if not found:
             absent.append(entry.text)
             continue
-        part = parts.setdefault(found[0], entry.part)
+        part = named.setdefault(found[0], entry.part)
         if {part, entry.part} == {"val", "test"}:
-            parts[found[0]] = "val"
+            named[found[0]] = "val"
             in_both.append(entry.text)
         elif part != entry.part:
             raise ValueError(f"{found[0]} is in two parts of the split: {part!r} and "
                              f"{entry.part!r}")
-    if not quiet and "train" not in parts.values():
-        raise ValueError("--split: none of its training scans is in --data")
-    with_folders = [entry for entry in entries if entry.folders]
-    named = {case.dataset for case in cases
-             if case.name in parts or any(entry.is_of(case) for entry in with_folders)}
-    unnamed = [case.name for case in cases if case.dataset in named and case.name not in parts]
-    whole = sorted({case.dataset for case in cases} - named)
-    for what, names in (
-            ("scans of the split are not in --data", absent),
-            ("scans of --data are not in the split and not used", unnamed),
-            ("scans are named for validation and for testing, and are validated", in_both),
-            ("datasets are not named in the split and are trained on whole", whole)):
-        if not quiet:
-            processes.report_some(what, names)
-    return {case.name: parts.get(case.name, "train") for case in cases
-            if case.name in parts or case.dataset not in named}
+    whole = _unnamed_datasets(entries, cases, named)
+    unused = [case.name for case in cases if case.name not in named and case.dataset not in whole]
+    parts = named | {case.name: "train" for case in cases if case.dataset in whole}
+    return Match(named, parts, absent, unused, in_both, whole)
+
+
+def _unnamed_datasets(entries: list[SplitEntry], cases, named: dict[str, str]) -> list[str]:
+    """The datasets of which a split names neither a case nor the folder."""
+    first_case = {case.dataset: case for case in reversed(cases)}
+    with_named_case = {case.dataset for case in cases if case.name in named}
+    return [dataset for dataset, case in sorted(first_case.items())
+            if dataset not in with_named_case
+            and not any(entry.folders and entry.is_of(case) for entry in entries)]
 
 
 def divide(scans: list[data.Scan], parts: dict[str, str], *, val_fraction: float,

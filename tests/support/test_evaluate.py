@@ -280,6 +280,7 @@ def test_one_line_says_how_many_cases_the_model_has_seen(folder, capsys):
     ({}, ["--pred", "pred/../ref"], "are the same folder"),
     ({}, ["--classes", "spleen"], "no class in common"),
     ({}, ["--class-table", "pred/metrics.json"], "would overwrite"),
+    ({"pred/metrics.csv": "a"}, ["--split", "pred/metrics.csv"], "would overwrite"),
     ({"pred/metrics.nii.gz": "copy", "pred/metrics.json": '{"made_with": 1}'}, [],
      "metrics.nii.gz: the scores are written to metrics.json"),
     ({"pred/a.nii": "copy"}, [], "a.nii.gz: a.nii beside it"),

@@ -317,3 +317,15 @@ def test_stray_files_and_images_without_label_are_named_when_preparing(tmp_path,
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert [line.split(": ")[-1] for line in lines] == [
         "imagesTr/amos_0001 (1).nii.gz", "imagesTr/amos_0002.nii.gz", "imagesTr/amos_0507.nii.gz"]
+
+
+def test_the_official_parts_are_those_of_meta_csv_and_replace_no_other_file(tmp_path):
+    (tmp_path / "meta.csv").write_text("image_id;split\ns1;train\ns2;test\ns9;val\n")
+    for _ in range(2):
+        public.write_official_parts(tmp_path, ["s1", "s2", "s3"])
+    path = tmp_path / "splits_official.json"
+    assert json.loads(path.read_text()) == {"train": ["s1"], "val": [], "test": ["s2"]}
+    path.write_text('{"train": ["s3"]}')
+    with pytest.raises(ValueError, match="has other folds; move it away"):
+        public.write_official_parts(tmp_path, ["s1", "s2", "s3"])
+    assert path.read_text() == '{"train": ["s3"]}'

@@ -39,8 +39,7 @@ def cases(dataset, names, public=""):
 
 
 def parts_of(lists, *datasets):
-    entries = splits.read_split(lists)
-    return splits.match_split(entries, [case for dataset in datasets for case in dataset])
+    return splits.parts_of_cases([case for dataset in datasets for case in dataset], lists)
 
 
 @pytest.fixture

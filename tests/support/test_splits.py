@@ -63,7 +63,7 @@ def split_file(path, content):
 
 
 def parts_of(cases, *files, fold=""):
-    return splits.match_split(splits.read_split(files, fold), [case(name) for name in cases])
+    return splits.parts_of_cases([case(name) for name in cases], files, fold)
 
 
 def test_a_json_split_by_hand(tmp_path, capsys):
@@ -111,7 +111,7 @@ def test_five_folds_of_six_for_btcv(tmp_path, capsys):
     held_out = []
     for fold in range(5):
         entries = splits.read_split([folder / "splits_final.json"], str(fold))
-        parts = splits.match_split(entries, datasets.read_dataset(folder, labels.CLASSES))
+        parts = splits.match_split(entries, datasets.read_dataset(folder, labels.CLASSES)).parts
         held_out.append([name for name, part in parts.items() if part == "val"])
         assert len(parts) == 30
     assert sum(held_out[::-1], []) == [f"BTCV/img{case_number}" for case_number in cases]
